@@ -1,0 +1,181 @@
+// The only file that knows Python: lists of parameters in, groups and tensors out.
+#include <ATen/EmptyTensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "cpu.h"
+
+namespace fastclip {
+namespace {
+
+// The tensors of a Python list, or null if any item is no tensor. Good until the next call on this thread.
+const std::vector<c10::TensorImpl*>* tensors_of(PyObject* list) {
+  static thread_local std::vector<c10::TensorImpl*> tensors;
+  tensors.clear();
+  if (!PyList_CheckExact(list)) return nullptr;
+  const Py_ssize_t size = PyList_GET_SIZE(list);
+  tensors.reserve(size);
+  for (Py_ssize_t i = 0; i < size; i++) {
+    PyObject* item = PyList_GET_ITEM(list, i);
+    if (!THPVariable_Check(item)) return nullptr;
+    tensors.push_back(THPVariable_Unpack(item).unsafeGetTensorImpl());
+  }
+  return &tensors;
+}
+
+// A Python float or int as a double; NaN for anything else.
+double number(PyObject* object) {
+  if (PyFloat_Check(object)) return PyFloat_AS_DOUBLE(object);
+  if (!PyLong_CheckExact(object)) return NAN;
+  const double value = PyLong_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred()) PyErr_Clear();
+  return value;
+}
+
+at::Tensor scalar(double value, at::ScalarType dtype) {
+  at::Tensor t = at::detail::empty_cpu({}, at::TensorOptions().dtype(dtype));
+  if (dtype == at::kDouble) *t.mutable_data_ptr<double>() = value;
+  else *t.mutable_data_ptr<float>() = float(value);
+  return t;
+}
+
+py::list wrap(std::vector<Group>&& groups) {
+  py::list list;
+  for (auto& group : groups) {
+    group.own();
+    list.append(py::cast(std::move(group)));
+  }
+  return list;
+}
+
+// global_norm(tensors: list, gradients_of: bool, max_norm: float | None, norm_type: float, error_if_nonfinite: bool)
+//
+// pack -> measure -> decide -> apply in one call for the commonest case: plain gradients of one dtype on the CPU.
+// Returns the norm; or the packed groups, untouched, when they are for another path; or None when the list or an
+// argument wants the general path (fastclip/functional.py), which handles it or says what is wrong with it.
+PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 5) {
+    PyErr_SetString(PyExc_TypeError, "global_norm takes 5 arguments");
+    return nullptr;
+  }
+  const bool clip = args[2] != Py_None;
+  const double max_norm = clip ? number(args[2]) : 0, p = number(args[3]);
+  if (!(max_norm >= 0) || !(p > 0)) Py_RETURN_NONE;
+  const auto* tensors = tensors_of(args[0]);
+  if (!tensors || tensors->empty()) Py_RETURN_NONE;
+  std::vector<Group> groups;
+  if (pack(*tensors, args[1] == Py_True, groups) == Packed::Odd || groups.empty()) Py_RETURN_NONE;
+  Group& group = groups[0];
+  if (groups.size() > 1 || !group.device.is_cpu()) return wrap(std::move(groups)).release().ptr();
+
+  std::optional<py::gil_scoped_release> released;
+  if (group.work > 1 << 22) {  // long enough for other threads to want the interpreter
+    group.own();
+    released.emplace();
+  }
+  const auto moments = cpu::measure(group, p, /*absmax=*/false, nullptr);
+  const double norm = finish_norm(norm_kind(p), p, moments.power, moments.absmax);
+  const bool refuse = args[4] == Py_True && !std::isfinite(norm);
+  if (clip && !refuse) {
+    const double coef = clip_coefficient(norm, max_norm);
+    cpu::apply_(group, &coef, 0);
+  }
+  released.reset();
+  if (refuse) return wrap(std::move(groups)).release().ptr();
+  const auto dtype = group.dtype == at::kDouble ? at::kDouble : at::kFloat;
+  recycle(std::move(group));
+  return THPVariable_Wrap(scalar(norm, dtype));
+  END_HANDLE_TH_ERRORS
+}
+
+// The groups of a list of tensors, or None if it wants the general packer.
+py::object pack_list(const py::list& list, bool gradients_of) {
+  const auto* tensors = tensors_of(list.ptr());
+  std::vector<Group> groups;
+  if (!tensors || pack(*tensors, gradients_of, groups) == Packed::Odd) return py::none();
+  return wrap(std::move(groups));
+}
+
+py::list tensors(const Group& group) {
+  py::list list;
+  for (const auto& owner : group.owners)
+    list.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(at::Tensor(owner))));
+  return list;
+}
+
+// int64 [2, T] on the host: addresses, element counts.
+at::Tensor addresses_and_sizes(const Group& group) {
+  const int64_t n = group.segments.size();
+  at::Tensor table = at::detail::empty_cpu({2, n}, at::TensorOptions().dtype(at::kLong));
+  auto* out = table.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; i++) {
+    out[i] = reinterpret_cast<int64_t>(group.segments[i].data);
+    out[n + i] = group.segments[i].numel;
+  }
+  return table;
+}
+
+// (power [T], absmax [T], norm of the group [], its clip coefficient [] or None), all float64
+py::tuple measure(const Group& group, double p, std::optional<double> max_norm) {
+  const int64_t n = group.segments.size();
+  const auto options = at::TensorOptions().dtype(at::kDouble);
+  at::Tensor power = at::detail::empty_cpu({n}, options), absmax = at::detail::empty_cpu({n}, options);
+  double norm;
+  {
+    py::gil_scoped_release released;
+    std::vector<Moments> per_segment(n);
+    const auto all = cpu::measure(group, p, /*absmax=*/true, per_segment.data());
+    auto *powers = power.mutable_data_ptr<double>(), *maxima = absmax.mutable_data_ptr<double>();
+    int64_t nonzero = 0;
+    for (int64_t i = 0; i < n; i++) {
+      powers[i] = per_segment[i].power;
+      maxima[i] = per_segment[i].absmax;
+      nonzero += powers[i] != 0;
+    }
+    norm = p == 0 ? double(nonzero) : finish_norm(norm_kind(p), p, all.power, all.absmax);
+  }
+  py::object coef = py::none();
+  if (max_norm) coef = py::cast(scalar(clip_coefficient(norm, *max_norm), at::kDouble));
+  return py::make_tuple(power, absmax, scalar(norm, at::kDouble), coef);
+}
+
+// coef: float64 on the host, [] or [T]
+void apply_(const Group& group, const at::Tensor& coef) {
+  TORCH_CHECK(coef.is_cpu() && coef.scalar_type() == at::kDouble && coef.is_contiguous() &&
+                  (coef.dim() == 0 || coef.numel() == int64_t(group.segments.size())),
+              "coef must be float64, on the CPU, of shape [] or [", group.segments.size(), "], got ",
+              coef.scalar_type(), " ", coef.sizes());
+  cpu::apply_(group, coef.const_data_ptr<double>(), coef.dim() == 0 ? 0 : 1);
+}
+
+PyMethodDef fastcall[] = {
+    {"global_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(global_norm)), METH_FASTCALL,
+     "pack, measure, decide and apply in one call"},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  py::class_<Group>(m, "Group")
+      .def("__len__", [](const Group& g) { return g.segments.size(); })
+      .def_readonly("device", &Group::device)
+      .def_property_readonly("dtype", [](const Group& g) { return py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(g.dtype))); })
+      .def_readonly("positions", &Group::positions)
+      .def_property_readonly("tensors", &tensors)
+      .def("addresses_and_sizes", &addresses_and_sizes)
+      .def("bump_version", [](const Group& g) { for (size_t i = 0; i < g.segments.size(); i++) g.bump_version(i); });
+  using Released = py::call_guard<py::gil_scoped_release>;
+  m.def("pack", &pack_list);
+  m.def("measure", &measure);
+  m.def("apply_", &apply_, Released());
+  m.def("clamp_", &cpu::clamp_, Released());
+  m.def("isa", &cpu::isa);
+  PyModule_AddFunctions(m.ptr(), fastcall);
+}
+
+}  // namespace fastclip

@@ -1,0 +1,150 @@
+// CPU launchers: a group's chunks, shared out to threads by work, each chunk by the kernels of this machine.
+#include "cpu.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace fastclip::cpu {
+namespace {
+
+constexpr int64_t SERIAL_WORK = 1 << 16;  // below this many elements waking the threads costs more than it gives
+
+struct Isa {
+  const char* name;
+  const CpuKernels* kernels;
+};
+
+Isa choose() {
+  const char* asked = std::getenv("FASTCLIP_CPU_ISA");
+  const std::string limit = asked ? asked : "avx512";
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && limit == "avx512") return {"avx512", &avx512::kernels};
+  if (avx2 && limit != "portable") return {"avx2", &avx2::kernels};
+#endif
+  return {"portable", &portable::kernels};
+}
+
+const Isa& chosen() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+const DtypeKernels& kernels_of(at::ScalarType dtype) {
+  const auto index = dtype == at::kFloat ? Dtype::F32
+      : dtype == at::kDouble             ? Dtype::F64
+      : dtype == at::kBFloat16           ? Dtype::BF16
+                                         : Dtype::F16;
+  return chosen().kernels->of[int(index)];
+}
+
+struct Place {  // a chunk: of which segment, and which of its chunks
+  size_t segment;
+  int64_t chunk;
+};
+
+// Where the part of the group that begins after `work` elements starts.
+Place place_of(const Group& group, int64_t work) {
+  if (work >= group.work) return {group.segments.size(), 0};
+  auto after = std::upper_bound(group.segments.begin(), group.segments.end(), work,
+                                [](int64_t w, const Segment& s) { return w < s.work; });
+  auto segment = std::prev(after);
+  const int64_t chunks = (segment->numel + CPU_CHUNK - 1) / CPU_CHUNK;
+  const int64_t chunk = (work - segment->work + CPU_CHUNK - 1) / CPU_CHUNK;
+  if (chunk >= chunks) return {size_t(after - group.segments.begin()), 0};
+  return {size_t(segment - group.segments.begin()), chunk};
+}
+
+int64_t end_chunk(const Group& group, size_t i) {
+  return i + 1 < group.segments.size() ? group.segments[i + 1].first_chunk : group.chunks;
+}
+
+// body(segment index, segment, chunk of the segment, its first byte, its elements) for every chunk of the group.
+template <class Body>
+void for_each_chunk(const Group& group, Body body) {
+  const size_t itemsize = c10::elementSize(group.dtype);
+  auto run = [&](Place from, Place to) {
+    for (size_t i = from.segment; i < group.segments.size() && i <= to.segment; i++) {
+      const auto& s = group.segments[i];
+      const int64_t chunks = (s.numel + CPU_CHUNK - 1) / CPU_CHUNK;
+      const int64_t end = i == to.segment ? to.chunk : chunks;
+      for (int64_t c = i == from.segment ? from.chunk : 0; c < end; c++)
+        body(i, s, c, static_cast<char*>(s.data) + c * CPU_CHUNK * itemsize,
+             std::min(CPU_CHUNK, s.numel - c * CPU_CHUNK));
+    }
+  };
+  const int64_t parts = group.work < SERIAL_WORK ? 1 : at::get_num_threads();
+  if (parts == 1) return run({0, 0}, {group.segments.size(), 0});
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    run(place_of(group, group.work * begin / parts), place_of(group, group.work * end / parts));
+  });
+}
+
+}  // namespace
+
+const char* isa() { return chosen().name; }
+
+Moments measure(const Group& group, double p, bool absmax, Moments* per_segment) {
+  const auto& k = kernels_of(group.dtype);
+  DtypeKernels::Measure kernel = k.power;
+  switch (norm_kind(p)) {
+    case Norm::L2: kernel = absmax ? k.l2 : k.l2_sum; break;
+    case Norm::L1: kernel = k.l1; break;
+    case Norm::Max: kernel = k.max; break;
+    case Norm::Power: break;
+  }
+  static thread_local std::vector<Moments> partials;
+  partials.resize(group.chunks);
+  Moments* partial = partials.data();  // the threads below must write this thread's buffer, not their own
+  for_each_chunk(group, [&](size_t, const Segment& s, int64_t chunk, void* data, int64_t n) {
+    partial[s.first_chunk + chunk] = kernel(data, n, p);
+  });
+  if (per_segment) {
+    for (size_t i = 0; i < group.segments.size(); i++) {
+      Moments segment;
+      for (int64_t c = group.segments[i].first_chunk; c < end_chunk(group, i); c++) segment.combine(partial[c]);
+      per_segment[i] = segment;
+    }
+  }
+  Moments lanes[4];  // four sums in flight
+  for (int64_t c = 0; c < group.chunks; c++) lanes[c % 4].combine(partial[c]);
+  for (int i = 1; i < 4; i++) lanes[0].combine(lanes[i]);
+  const Moments all = lanes[0];
+  if (partials.capacity() > (1 << 16)) std::vector<Moments>().swap(partials);
+  return all;
+}
+
+void apply_(const Group& group, const double* coef, int64_t stride) {
+  if (stride == 0 && touch(*coef) == Touch::Keep) return;
+  const auto& k = kernels_of(group.dtype);
+  const size_t itemsize = c10::elementSize(group.dtype);
+  for_each_chunk(group, [&](size_t i, const Segment&, int64_t, void* data, int64_t n) {
+    switch (touch(coef[i * stride])) {
+      case Touch::Keep: return;
+      case Touch::Zero: std::memset(data, 0, n * itemsize); return;
+      case Touch::Scale: k.scale(data, n, coef[i * stride]);
+    }
+  });
+  for (size_t i = 0; i < group.segments.size(); i++)
+    if (touch(coef[i * stride]) != Touch::Keep) group.bump_version(i);
+}
+
+void clamp_(const Group& group, double low, double high) {
+  const auto& k = kernels_of(group.dtype);
+  std::vector<char> written(group.chunks);  // one flag a chunk: no two threads share one
+  for_each_chunk(group, [&](size_t, const Segment& s, int64_t chunk, void* data, int64_t n) {
+    written[s.first_chunk + chunk] = k.clamp(data, n, low, high);
+  });
+  for (size_t i = 0; i < group.segments.size(); i++) {
+    const auto end = written.begin() + end_chunk(group, i);
+    if (std::find(written.begin() + group.segments[i].first_chunk, end, char(1)) != end) group.bump_version(i);
+  }
+}
+
+}  // namespace fastclip::cpu

@@ -1,0 +1,109 @@
+// The math of one element, one chunk and one norm: written once, used by every launcher in this folder.
+//
+// V is a scalar on CUDA and a SIMD vector on the CPU (GCC/Clang vector extensions), so only operators that both have
+// are used here: + - * < > & and ?:.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FASTCLIP_FN __host__ __device__ __forceinline__
+#else
+#define FASTCLIP_FN inline __attribute__((always_inline))
+#endif
+
+namespace fastclip {
+
+// Which power sum a read of the gradients accumulates. Max needs none: every read can give max|g|.
+enum class Norm : int { L2, L1, Max, Power };
+
+FASTCLIP_FN Norm norm_kind(double p) {
+  return p == 2.0 ? Norm::L2 : p == 1.0 ? Norm::L1 : std::isinf(p) ? Norm::Max : Norm::Power;
+}
+
+// ---- measure ----
+
+// sum + |x|^p for p = 2 and p = 1. NaN and inf go through.
+template <Norm N, class V>
+FASTCLIP_FN V accumulate(V sum, V x) {
+  if constexpr (N == Norm::L2) return sum + x * x;
+  else return sum + (x < 0 ? -x : x);
+}
+
+// |x|^p for any other p >= 0, with 0^0 = 0: p = 0 counts the non-zero elements, NaN and inf included.
+FASTCLIP_FN double power_of(double x, double p) { return x == 0 ? 0.0 : pow(fabs(x), p); }
+
+// Sign-stripped IEEE bits, read as a signed integer, are ordered like |x|, with NaN above inf. Taking max|x| on them
+// needs no floating-point compare and keeps NaN.
+template <class I>
+FASTCLIP_FN I magnitude_bits(I bits, I sign_mask) { return bits & ~sign_mask; }
+
+template <class I>
+FASTCLIP_FN I larger(I a, I b) { return a > b ? a : b; }
+
+// max of two magnitudes, NaN winning.
+FASTCLIP_FN double larger_magnitude(double a, double b) { return a != a ? a : b > a || b != b ? b : a; }
+
+// What one read knows about a chunk, a tensor or everything.
+struct Moments {
+  double power = 0;   // sum |x|^p
+  double absmax = 0;  // max |x|
+  FASTCLIP_FN void combine(const Moments& other) {
+    power += other.power;
+    absmax = larger_magnitude(absmax, other.absmax);
+  }
+};
+
+FASTCLIP_FN double finish_norm(Norm kind, double p, double power, double absmax) {
+  switch (kind) {
+    case Norm::L2: return sqrt(power);
+    case Norm::L1: return power;
+    case Norm::Max: return absmax;
+    default: return p == 0 ? power : pow(power, 1.0 / p);
+  }
+}
+
+// ---- decide ----
+
+constexpr double NORM_EPS = 1e-6;
+
+// min(1, max_norm / (norm + 1e-6)), torch.nn.utils.clip_grad_norm_'s coefficient.
+// An infinite max_norm never clips, whatever the norm. An infinite norm gives -0.0: see `touch`.
+FASTCLIP_FN double clip_coefficient(double norm, double max_norm) {
+  if (std::isinf(max_norm)) return 1.0;
+  if (std::isinf(norm)) return -0.0;
+  double c = max_norm / (norm + NORM_EPS);
+  return c < 1.0 || c != c ? c : 1.0;
+}
+
+// ---- apply ----
+
+enum class Touch : int { Keep, Zero, Scale };
+
+// What a coefficient asks for: 1 leaves the tensor alone (neither read nor written), +0 writes zeros without reading
+// (a NaN cannot survive it), anything else multiplies. -0 multiplies too: torch turns an infinite norm into g * 0,
+// where inf becomes NaN and the rest 0.
+FASTCLIP_FN Touch touch(double coef) {
+  if (coef == 1.0) return Touch::Keep;
+  return coef == 0.0 && !std::signbit(coef) ? Touch::Zero : Touch::Scale;
+}
+
+template <class V, class S>
+FASTCLIP_FN V scaled(V x, S coef) { return x * coef; }
+
+// x limited to [low, high]; NaN stays NaN.
+template <class V>
+FASTCLIP_FN V clamped(V x, V low, V high) { return x < low ? low : (x > high ? high : x); }
+
+// ---- storage ----
+
+// float32 bits rounded to bfloat16 bits, to nearest even; NaN stays a (quiet) NaN.
+template <class U>
+FASTCLIP_FN U round_to_bf16(U bits) {
+  U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  U quiet = (bits >> 16) | 0x40u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+}
+
+}  // namespace fastclip

@@ -1,0 +1,157 @@
+// Parameters -> table. This is most of the host time of a call with thousands of tensors, and nearly all of it is
+// cache misses: parameter -> autograd metadata -> gradient -> storage. So the list is walked in blocks, one hop of the
+// chain at a time, and the misses of a block overlap.
+#include "pack.h"
+
+#include <algorithm>
+
+namespace fastclip {
+namespace {
+
+constexpr size_t BLOCK = 64;
+constexpr int64_t SEGMENT_COST = 256;  // of starting on a tensor, in elements; balances threads over tiny tensors
+
+constexpr size_t MOST_SPARE = 1 << 15;  // segments
+
+// Anything that is not simply memory: wrapper subclasses, lazy conjugates and negatives, vmap, sparse, meta, ...
+const c10::DispatchKeySet ODD_KEYS{
+    c10::DispatchKey::Python, c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
+    c10::DispatchKey::ZeroTensor, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+    c10::DispatchKey::Functionalize};
+
+bool plain(const c10::TensorImpl& g) {
+  const auto dtype = c10::typeMetaToScalarType(g.dtype());
+  const bool real = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+  return real && g.layout() == c10::kStrided && !g.key_set().has_any(ODD_KEYS) && g.unsafe_storage() &&
+      (g.is_cpu() || g.is_cuda() || g.is_xpu()) && g.is_non_overlapping_and_dense();
+}
+
+// Which gradients share memory: exact repeats through a hash set of addresses, partial overlaps by sorting those few
+// that are views into a larger storage.
+class Overlaps {
+ public:
+  void expect(size_t expected) {
+    size_t capacity = 16;
+    while (capacity < 2 * expected) capacity *= 2;
+    slots_.assign(capacity, 0);
+    views_.clear();
+    shift_ = 64 - __builtin_ctzll(capacity);
+  }
+
+  bool insert(uintptr_t address) {  // false if it was there
+    size_t i = (address >> 4) * 0x9E3779B97F4A7C15ull >> shift_;
+    while (slots_[i] != 0) {
+      if (slots_[i] == address) return false;
+      i = (i + 1) & (slots_.size() - 1);
+    }
+    slots_[i] = address;
+    return true;
+  }
+
+  void add_view(uintptr_t begin, uintptr_t end) { views_.emplace_back(begin, end); }
+
+  bool any_partial() {
+    std::sort(views_.begin(), views_.end());
+    for (size_t i = 1; i < views_.size(); i++)
+      if (views_[i].first < views_[i - 1].second) return true;
+    return false;
+  }
+
+ private:
+  std::vector<uintptr_t> slots_;
+  std::vector<std::pair<uintptr_t, uintptr_t>> views_;
+  int shift_;
+};
+
+// Memory kept from call to call: asking the system for fresh pages costs more than filling them.
+thread_local Overlaps overlaps;
+thread_local Group spare;
+
+Group& group_of(std::vector<Group>& groups, c10::Device device, at::ScalarType dtype, size_t expected) {
+  for (auto& group : groups)
+    if (group.device == device && group.dtype == dtype) return group;
+  auto& group = groups.emplace_back();
+  group.device = device;
+  group.dtype = dtype;
+  if (groups.size() == 1) {
+    group.segments.swap(spare.segments);
+    group.positions.swap(spare.positions);
+  }
+  group.segments.reserve(expected);
+  group.positions.reserve(expected);
+  return group;
+}
+
+}  // namespace
+
+Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std::vector<Group>& groups) {
+  overlaps.expect(tensors.size());
+  Group* group = nullptr;
+  int64_t position = 0;
+  c10::TensorImpl* block[BLOCK];
+  for (size_t start = 0; start < tensors.size(); start += BLOCK) {
+    const size_t count = std::min(BLOCK, tensors.size() - start);
+    for (size_t i = 0; i < count; i++) {
+      auto* tensor = tensors[start + i];
+      block[i] = gradients_of ? tensor->grad().unsafeGetTensorImpl() : tensor;
+      __builtin_prefetch(block[i]);
+      __builtin_prefetch(reinterpret_cast<char*>(block[i]) + 64);
+      __builtin_prefetch(reinterpret_cast<char*>(block[i]) + 128);
+    }
+    size_t defined = 0;
+    for (size_t i = 0; i < count; i++) {
+      if (block[i] == c10::UndefinedTensorImpl::singleton()) continue;
+      if (!plain(*block[i])) return Packed::Odd;
+      __builtin_prefetch(block[i]->storage().unsafeGetStorageImpl());
+      block[defined++] = block[i];
+    }
+    for (size_t i = 0; i < defined; i++) {
+      auto* gradient = block[i];
+      const auto device = gradient->device();
+      const auto dtype = c10::typeMetaToScalarType(gradient->dtype());
+      if (!group || group->device != device || group->dtype != dtype)
+        group = &group_of(groups, device, dtype, tensors.size());
+      void* data = gradient->mutable_data();
+      const int64_t numel = gradient->numel();
+      if (numel > 0) {
+        const auto address = reinterpret_cast<uintptr_t>(data);
+        const size_t bytes = numel * gradient->itemsize();
+        const bool view = gradient->storage().nbytes() != bytes;
+        if (!overlaps.insert(address)) {
+          // The same gradient again counts once; anything else that starts at the same address is a partial overlap.
+          const bool same = std::any_of(group->segments.begin(), group->segments.end(), [&](const Segment& s) {
+            return s.data == data && s.numel == numel;
+          });
+          if (!same) return Packed::Odd;
+          continue;
+        }
+        if (view) overlaps.add_view(address, address + bytes);
+      }
+      group->segments.push_back({data, numel, group->chunks, group->work, gradient});
+      group->positions.push_back(position++);
+      group->chunks += (numel + CPU_CHUNK - 1) / CPU_CHUNK;
+      group->work += numel + SEGMENT_COST;
+    }
+  }
+  return overlaps.any_partial() ? Packed::Odd : Packed::Plain;
+}
+
+void recycle(Group&& group) {
+  if (group.segments.capacity() > MOST_SPARE) return;
+  group.segments.clear();
+  group.positions.clear();
+  spare.segments.swap(group.segments);
+  spare.positions.swap(group.positions);
+}
+
+void Group::own() {
+  if (!owners.empty()) return;
+  owners.reserve(segments.size());
+  for (auto& s : segments) owners.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(s.gradient));
+}
+
+void Group::bump_version(size_t i) const {
+  if (!segments[i].gradient->is_inference()) segments[i].gradient->bump_version();
+}
+
+}  // namespace fastclip

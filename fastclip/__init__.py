@@ -1,0 +1,43 @@
+"""fastclip: gradient clipping at the speed of memory.
+
+    fastclip.clip_norm_(model.parameters(), 1.0)
+
+takes the place of ``torch.nn.utils.clip_grad_norm_``. See :mod:`fastclip.functional` for the functions,
+:class:`fastclip.Clipper` for the object, :mod:`fastclip.rules` for what it can do.
+"""
+
+from . import rules
+from .backends import use_backend
+from .clipper import Clipper
+from .functional import (
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    clip_norm_,
+    clip_tensor_norm_,
+    clip_value_,
+    clip_with_norm_,
+    get_total_norm,
+    mask_small_,
+    total_norm,
+)
+from .stats import Stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Clipper",
+    "Stats",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "clip_norm_",
+    "clip_tensor_norm_",
+    "clip_value_",
+    "clip_with_norm_",
+    "get_total_norm",
+    "mask_small_",
+    "rules",
+    "total_norm",
+    "use_backend",
+]

@@ -1,0 +1,84 @@
+"""python -m fastclip info | build"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from . import __version__, backends
+from .backends import native
+
+
+def info() -> int:
+    """Versions, devices, and each backend with the reason why it can or cannot run: what a bug report needs."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    rows = [
+        ("fastclip", __version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"),
+        ("triton", _version("triton")),
+        ("compiler", _first_line([compiler, "--version"]) if compiler else "none found"),
+        ("csrc", str(native.source_folder())),
+        ("build", f"{native.library_path()} ({'there' if native.library_path().is_file() else 'not built yet'})"),
+        ("choice", f"{backends.current()} (FASTCLIP_BACKEND or use_backend)"),
+    ]
+    devices = [torch.device("cpu")]
+    for i in range(torch.cuda.device_count()):
+        devices.append(torch.device("cuda", i))
+        properties = torch.cuda.get_device_properties(i)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        rows.append((f"cuda:{i}", f"{properties.name}, {memory}, sm_{properties.major}{properties.minor}"))
+    for key, value in rows:
+        print(f"{key:10} {value}")
+    for device in devices:
+        automatic = backends.AUTO.get(device.type, ("reference",))
+        runs = [name for name in automatic if backends.get(name).why_not(device) is None]
+        print(f"\non {device}, auto takes {runs[0]}:")
+        for name in backends.BACKENDS:
+            backend = backends.get(name)
+            reason = backend.why_not(device)
+            print(f"  {name:10} {'no:  ' + reason if reason else 'yes: ' + backend.describe()}")
+    return 0
+
+
+def build(force: bool) -> int:
+    """Compile csrc/ now, showing what the compiler says, instead of on first use."""
+    try:
+        module = native.build(verbose=True, force=force)
+    except Exception as error:  # noqa: BLE001 - a command reports what went wrong and fails
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{native.library_path()}\nCPU kernels: {module.isa()}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _first_line(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastclip")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help=info.__doc__)
+    builder = commands.add_parser("build", help=build.__doc__)
+    builder.add_argument("--force", action="store_true", help="even if there is a build already")
+    arguments = parser.parse_args()
+    return info() if arguments.command == "info" else build(arguments.force)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

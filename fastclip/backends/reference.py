@@ -1,0 +1,86 @@
+"""The `reference` backend: plain torch, slice by slice in float64. The oracle of the tests, and what runs where nothing
+better does: strided views with gaps, sparse values, complex numbers, any device torch knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import Measurement
+
+if TYPE_CHECKING:
+    from ..table import Group
+
+name = "reference"
+SLICE = 1 << 20  # elements converted at a time, so that memory stays bounded
+
+
+def why_not(device: torch.device) -> str | None:
+    return None
+
+
+def describe() -> str:
+    return "plain torch"
+
+
+def measure(group: Group, norm_type: float, max_norm: float | None = None) -> Measurement:
+    powers, maxima = [], []
+    for tensor in group.tensors:
+        power = torch.zeros((), dtype=torch.float64, device=group.device)
+        largest = torch.zeros((), dtype=torch.float64, device=group.device)
+        for piece in _slices(tensor):
+            magnitude = _accurate(piece).abs()
+            largest = torch.maximum(largest, magnitude.max())
+            if norm_type == 0:
+                power += (magnitude != 0).sum()
+            elif not math.isinf(norm_type):
+                power += magnitude.pow(norm_type).sum()
+        powers.append(power)
+        maxima.append(largest)
+    return Measurement(torch.stack(powers), torch.stack(maxima), None, None)
+
+
+def apply_(group: Group, coef: Tensor) -> None:
+    coefs = coef.expand(len(group)).tolist()
+    for tensor, c in zip(group.tensors, coefs):
+        if c == 1:
+            continue
+        if c == 0 and math.copysign(1, c) > 0:
+            tensor.zero_()
+            continue
+        for piece in _slices(tensor):
+            piece.copy_(piece.to(_compute_dtype(piece.dtype)) * c)
+
+
+def clamp_(group: Group, low: float, high: float) -> None:
+    for tensor in group.tensors:
+        for piece in _slices(tensor):
+            if piece.is_complex():
+                # By magnitude: z * limit / |z| where |z| > limit.
+                shrink = high / piece.abs()
+                piece.copy_(torch.where(shrink < 1, piece * shrink, piece))
+            elif ((piece < low) | (piece > high)).any():
+                piece.clamp_(low, high)
+
+
+def _slices(tensor: Tensor) -> Iterator[Tensor]:
+    if tensor.numel() > SLICE:
+        widest = max(range(tensor.dim()), key=tensor.size)
+        for half in tensor.chunk(2, widest):
+            yield from _slices(half)
+    elif tensor.numel() > 0:
+        yield tensor
+
+
+def _accurate(piece: Tensor) -> Tensor:
+    return piece.to(torch.complex128 if piece.is_complex() else torch.float64)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.promote_types(dtype, torch.complex64)
+    return torch.promote_types(dtype, torch.float32)

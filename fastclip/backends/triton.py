@@ -1,0 +1,429 @@
+"""The `triton` backend: multi-tensor kernels over an address table, one launch per phase whatever the number of tensors.
+
+The table gives each tensor as the elements [begin, end) counted from an address rounded down to 16 bytes, so that every
+tile that lies fully inside a tensor, however the tensor is aligned, is read with unmasked 16-byte loads; only the first
+and the last tile of a tensor carry a mask. A persistent grid walks the chunks. Sums are float32 within a chunk and float64
+across chunks, combined in chunk order by whichever program finishes a tensor last, so results are bitwise repeatable.
+
+With TRITON_INTERPRET=1 all of this runs on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    MISSING = None
+except ImportError as error:  # pragma: no cover - exercised in a subprocess
+    MISSING = f"triton cannot be imported ({error})"
+
+from . import Measurement
+
+if TYPE_CHECKING:
+    from ..table import Group
+
+name = "triton"
+
+NUM_WARPS = 8
+TILE_BYTES = 32 * NUM_WARPS * 64  # four 16-byte loads a thread in flight
+PROGRAMS_PER_SM = 4
+CHUNKS_PER_PROGRAM = 8  # enough for an even end, few enough to keep the bookkeeping small
+CACHED_TABLES = 16
+INTERPRET_PROGRAMS = 3  # more than one, so that the tests see programs share the work
+
+if MISSING is None:
+    INTERPRET = bool(triton.knobs.runtime.interpret)
+    L2, L1, MAX, POWER = (tl.constexpr(i) for i in range(4))
+    VANISHING = tl.constexpr(1e-24)  # a float32 power sum below this may have lost more than rounding
+    EDGE = tl.constexpr(1024)  # elements of a masked tile
+    COMBINE = tl.constexpr(1024)  # chunk or tensor results combined at a time
+
+    # ---- measure ----
+
+    @triton.jit
+    def _tile(base, offset, BLOCK: tl.constexpr):
+        """Pointers to the elements [offset, offset + BLOCK) from base."""
+        return base + tl.multiple_of(offset, BLOCK) + tl.arange(0, BLOCK)
+
+    @triton.jit
+    def _inside(offset, begin, end, BLOCK: tl.constexpr):
+        """Which of the elements [offset, offset + BLOCK) lie in [begin, end)."""
+        index = tl.arange(0, BLOCK)
+        low, high = tl.maximum(begin - offset, 0).to(tl.int32), tl.minimum(end - offset, BLOCK).to(tl.int32)
+        return (index >= low) & (index < high)
+
+    @triton.jit
+    def _split_chunk(begin, end, BLOCK: tl.constexpr):
+        """[begin, end) as full tiles and, before and after them, edges: tiles of EDGE elements that need a mask."""
+        full_begin = (begin + BLOCK - 1) // BLOCK * BLOCK
+        full_end = tl.maximum(end // BLOCK * BLOCK, full_begin)
+        head = begin // EDGE * EDGE
+        heads = (tl.minimum(full_begin, end) - head + EDGE - 1) // EDGE
+        tails = (tl.maximum(end - full_end, 0) + EDGE - 1) // EDGE
+        return full_begin, full_end, head, heads, tails
+
+    @triton.jit
+    def _accumulate(sums, largest, x, scale, p, NORM: tl.constexpr, SCALED: tl.constexpr):
+        """sums + |x|^p, and the larger of the magnitudes as sign-stripped bits: ordered like |x|, NaN above inf."""
+        if x.dtype == tl.float64:
+            magnitude = tl.abs(x)
+            bits = magnitude.to(tl.int64, bitcast=True)
+        else:
+            magnitude = tl.abs(x.to(tl.float32))
+            bits = magnitude.to(tl.int32, bitcast=True)
+        if SCALED:
+            magnitude = magnitude * scale
+        if NORM == L2:
+            sums += magnitude * magnitude
+        elif NORM == L1:
+            sums += magnitude
+        elif NORM == POWER:
+            wide = magnitude.to(tl.float64)
+            raised = tl.where(p == 0, 1.0, tl.exp2(tl.full((), p, tl.float64) * tl.log2(wide)))
+            sums += tl.where(wide == 0, 0.0, raised)
+        return sums, tl.maximum(largest, bits)
+
+    @triton.jit
+    def _reduce(base, begin, end, scale, p, NORM: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr):
+        """Power sum and largest magnitude bits of the elements [begin, end)."""
+        if base.dtype.element_ty == tl.float64:
+            SUM: tl.constexpr = tl.float64
+            BITS: tl.constexpr = tl.int64
+        else:
+            SUM: tl.constexpr = tl.float64 if NORM == POWER else tl.float32
+            BITS: tl.constexpr = tl.int32
+        full_begin, full_end, head, heads, tails = _split_chunk(begin, end, BLOCK)
+        total = tl.zeros((), SUM)
+        bits = tl.zeros((), BITS)
+        if full_begin < full_end:
+            sums = tl.zeros([BLOCK], SUM)
+            largest = tl.zeros([BLOCK], BITS)
+            for offset in range(full_begin, full_end, BLOCK):
+                x = tl.load(_tile(base, offset, BLOCK))
+                sums, largest = _accumulate(sums, largest, x, scale, p, NORM, SCALED)
+            total += tl.sum(sums)
+            bits = tl.max(largest)
+        if heads + tails > 0:
+            sums = tl.zeros([EDGE], SUM)
+            largest = tl.zeros([EDGE], BITS)
+            for i in range(0, heads + tails):
+                offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
+                x = tl.load(_tile(base, offset, EDGE), mask=_inside(offset, begin, end, EDGE), other=0.0)
+                sums, largest = _accumulate(sums, largest, x, scale, p, NORM, SCALED)
+            total += tl.sum(sums)
+            bits = tl.maximum(bits, tl.max(largest))
+        return total, bits
+
+    @triton.jit
+    def _chunk(table_ptr, chunk, tensors, chunk_size, DTYPE: tl.constexpr):
+        """Which tensor a chunk is of, that tensor's first chunk and chunk count, and the chunk's elements."""
+        tensor = tl.load(table_ptr + 4 * tensors + 1 + chunk)
+        address = tl.load(table_ptr + tensor)
+        base = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+        first = tl.load(table_ptr + 3 * tensors + tensor)
+        count = tl.load(table_ptr + 3 * tensors + tensor + 1) - first
+        start = (chunk - first) * chunk_size
+        begin = tl.maximum(start, tl.load(table_ptr + tensors + tensor))
+        end = tl.minimum(start + chunk_size, tl.load(table_ptr + 2 * tensors + tensor))
+        return tensor, first, count, base, begin, end
+
+    @triton.jit
+    def _combine(power_ptr, absmax_ptr, first, count):
+        """Sum and NaN-keeping maximum of `count` float64 results that other programs wrote."""
+        powers = tl.zeros([COMBINE], tl.float64)
+        largest = tl.zeros([COMBINE], tl.int64)
+        for i in range(0, count, COMBINE):
+            index = i + tl.arange(0, COMBINE)
+            mask = index < count
+            powers += tl.load(power_ptr + first + index, mask=mask, other=0.0, cache_modifier=".cg")
+            absmax = tl.load(absmax_ptr + first + index, mask=mask, other=0.0, cache_modifier=".cg")
+            largest = tl.maximum(largest, absmax.to(tl.int64, bitcast=True))
+        return tl.sum(powers), tl.max(largest).to(tl.float64, bitcast=True)
+
+    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size", "p", "max_norm_high", "max_norm_low"])
+    def _measure_kernel(
+        table_ptr,  # int64: addresses [T], begins [T], ends [T], first chunks [T + 1], tensor of each chunk [chunks]
+        partial_ptr,  # float64 [2, chunks]: power, absmax
+        done_ptr,  # int32 [T + 1]: chunks done per tensor, programs done; zero between launches
+        result_ptr,  # float64 [2 T + 2]: power [T], absmax [T], norm, coefficient
+        tensors,
+        chunks,
+        chunk_size,
+        p,
+        max_norm_high,  # float32 + float32 = float64: a Python float arrives as float32
+        max_norm_low,
+        DTYPE: tl.constexpr,
+        NORM: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        program, programs = tl.program_id(0), tl.num_programs(0)
+        for chunk in range(program, chunks, programs):
+            tensor, first, count, base, begin, end = _chunk(table_ptr, chunk, tensors, chunk_size, DTYPE)
+            total, bits = _reduce(base, begin, end, 1.0, p, NORM, False, BLOCK)
+            power = total.to(tl.float64)
+            if DTYPE == tl.float64:
+                absmax = bits.to(tl.float64, bitcast=True)
+            else:
+                absmax = bits.to(tl.float32, bitcast=True).to(tl.float64)
+                if NORM == L2 or NORM == L1:
+                    # Squares that overflowed or vanished: once more, scaled by a power of two near 1 / absmax.
+                    safe = (total >= VANISHING) & (total < float("inf"))
+                    if (not safe) & (bits > 0) & (bits < 0x7F800000):
+                        scale = (tl.maximum(254 - (bits >> 23), 1) << 23).to(tl.float32, bitcast=True)
+                        total, bits = _reduce(base, begin, end, scale, p, NORM, True, BLOCK)
+                        unscale = 1.0 / scale.to(tl.float64)
+                        power = total.to(tl.float64) * unscale
+                        if NORM == L2:
+                            power = power * unscale
+            if count == 1:
+                tl.store(result_ptr + tensor, power)
+                tl.store(result_ptr + tensors + tensor, absmax)
+            else:
+                tl.store(partial_ptr + chunk, power)
+                tl.store(partial_ptr + chunks + chunk, absmax)
+                tl.debug_barrier()
+                if tl.atomic_add(done_ptr + tensor, 1, sem="acq_rel", scope="gpu") == count - 1:
+                    power, absmax = _combine(partial_ptr, partial_ptr + chunks, first, count)
+                    tl.store(result_ptr + tensor, power)
+                    tl.store(result_ptr + tensors + tensor, absmax)
+                    tl.store(done_ptr + tensor, 0)
+
+        tl.debug_barrier()
+        if tl.atomic_add(done_ptr + tensors, 1, sem="acq_rel", scope="gpu") == programs - 1:
+            tl.store(done_ptr + tensors, 0)
+            _write_empty(table_ptr, result_ptr, tensors)
+            tl.debug_barrier()
+            power, absmax = _combine(result_ptr, result_ptr + tensors, 0, tensors)
+            norm = tl.sqrt(power) if NORM == L2 else power if NORM == L1 else absmax
+            limit = tl.full((), max_norm_high, tl.float64) + tl.full((), max_norm_low, tl.float64)
+            coef = limit / (norm + 1e-6)
+            coef = tl.where(coef >= 1.0, 1.0, coef)
+            coef = tl.where(norm == float("inf"), -0.0, coef)
+            coef = tl.where(max_norm_high == float("inf"), 1.0, coef)
+            tl.store(result_ptr + 2 * tensors, norm)
+            tl.store(result_ptr + 2 * tensors + 1, coef)
+
+    @triton.jit
+    def _write_empty(table_ptr, result_ptr, tensors):
+        """Zeros for the tensors that have no chunk, which no program visited."""
+        for i in range(0, tensors, COMBINE):
+            index = i + tl.arange(0, COMBINE)
+            mask = index < tensors
+            first = tl.load(table_ptr + 3 * tensors + index, mask=mask, other=0)
+            after = tl.load(table_ptr + 3 * tensors + index + 1, mask=mask, other=1)
+            tl.store(result_ptr + index, 0.0, mask=mask & (first == after))
+            tl.store(result_ptr + tensors + index, 0.0, mask=mask & (first == after))
+
+    # ---- apply and clamp ----
+
+    @triton.jit
+    def _rewrite_tile(pointers, mask, a, b, CLAMP: tl.constexpr, MASKED: tl.constexpr):
+        """x * a, or x limited to [a, b]; the latter stores only what lies outside."""
+        x = tl.load(pointers, mask=mask) if MASKED else tl.load(pointers)
+        wide = x.to(a.dtype)
+        if CLAMP:
+            outside = (wide < a) | (wide > b)
+            limited = tl.where(wide < a, a, tl.where(wide > b, b, wide))
+            tl.store(pointers, limited.to(x.dtype), mask=outside & mask if MASKED else outside)
+        elif MASKED:
+            tl.store(pointers, (wide * a).to(x.dtype), mask=mask)
+        else:
+            tl.store(pointers, (wide * a).to(x.dtype))
+
+    @triton.jit
+    def _rewrite(base, begin, end, a, b, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+        """Rewrite the elements [begin, end)."""
+        full_begin, full_end, head, heads, tails = _split_chunk(begin, end, BLOCK)
+        for offset in range(full_begin, full_end, BLOCK):
+            _rewrite_tile(_tile(base, offset, BLOCK), None, a, b, CLAMP, False)
+        for i in range(0, heads + tails):
+            offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
+            _rewrite_tile(_tile(base, offset, EDGE), _inside(offset, begin, end, EDGE), a, b, CLAMP, True)
+
+    @triton.jit
+    def _zero(base, begin, end, BLOCK: tl.constexpr):
+        """Zeros into the elements [begin, end), without reading them."""
+        full_begin, full_end, head, heads, tails = _split_chunk(begin, end, BLOCK)
+        for offset in range(full_begin, full_end, BLOCK):
+            tl.store(_tile(base, offset, BLOCK), tl.zeros([BLOCK], base.dtype.element_ty))
+        for i in range(0, heads + tails):
+            offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
+            zeros = tl.zeros([EDGE], base.dtype.element_ty)
+            tl.store(_tile(base, offset, EDGE), zeros, mask=_inside(offset, begin, end, EDGE))
+
+    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size", "coef_stride"])
+    def _apply_kernel(
+        table_ptr,
+        coef_ptr,  # float64 [] (stride 0) or [T] (stride 1)
+        coef_stride,
+        tensors,
+        chunks,
+        chunk_size,
+        DTYPE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        if coef_stride == 0:
+            if tl.load(coef_ptr) == 1.0:
+                chunks = 0  # nothing is clipped: the launch ends here, without a read
+        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+            tensor, _, _, base, begin, end = _chunk(table_ptr, chunk, tensors, chunk_size, DTYPE)
+            coef = tl.load(coef_ptr + tensor * coef_stride)
+            if coef != 1.0:
+                if coef.to(tl.int64, bitcast=True) == 0:  # +0, not -0: zeros without reading
+                    _zero(base, begin, end, BLOCK)
+                else:
+                    factor = coef if DTYPE == tl.float64 else coef.to(tl.float32)
+                    _rewrite(base, begin, end, factor, factor, False, BLOCK)
+
+    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size"])
+    def _clamp_kernel(
+        table_ptr,
+        limits_ptr,  # float64 [2]
+        tensors,
+        chunks,
+        chunk_size,
+        DTYPE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        low, high = tl.load(limits_ptr), tl.load(limits_ptr + 1)
+        if DTYPE != tl.float64:
+            low, high = low.to(tl.float32), high.to(tl.float32)
+        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+            _, _, _, base, begin, end = _chunk(table_ptr, chunk, tensors, chunk_size, DTYPE)
+            _rewrite(base, begin, end, low, high, True, BLOCK)
+
+    DTYPES = {
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+        torch.float64: tl.float64,
+    }
+else:
+    INTERPRET = False
+
+
+# ---- host ----
+
+
+def why_not(device: torch.device) -> str | None:
+    if MISSING:
+        return MISSING
+    if device.type in ("cuda", "xpu") or (INTERPRET and device.type == "cpu"):
+        return None
+    return f"its kernels run on GPUs, not on {device.type} (TRITON_INTERPRET=1 interprets them there, slowly)"
+
+
+def describe() -> str:
+    return f"triton {triton.__version__}" + (", interpreted" if INTERPRET else "")
+
+
+def measure(group: Group, norm_type: float, max_norm: float | None = None) -> Measurement:
+    table = _table(group)
+    norm = {2.0: L2, 1.0: L1, math.inf: MAX}.get(norm_type, POWER)
+    count = len(group)
+    result = torch.empty(2 * count + 2, dtype=torch.float64, device=group.device)
+    high, low = _split(math.inf if max_norm is None else max_norm)
+    with _on(group.device):
+        _measure_kernel[(table.programs,)](
+            table.device, table.partial, table.done, result, count, table.chunks, table.chunk_size,
+            0.0 if norm == MAX else norm_type, high, low,
+            DTYPE=DTYPES[group.dtype], NORM=norm, BLOCK=_block(table, norm), num_warps=NUM_WARPS,
+        )  # fmt: skip
+    power, absmax = result[:count], result[count : 2 * count]
+    if norm == POWER:
+        return Measurement(power, absmax, None, None)
+    return Measurement(power, absmax, result[2 * count], None if max_norm is None else result[2 * count + 1])
+
+
+def apply_(group: Group, coef: Tensor) -> None:
+    table = _table(group)
+    with _on(group.device):
+        _apply_kernel[(table.programs,)](
+            table.device, coef, coef.dim(), len(group), table.chunks, table.chunk_size,
+            DTYPE=DTYPES[group.dtype], BLOCK=table.block, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    group.bump_version()
+
+
+def clamp_(group: Group, low: float, high: float) -> None:
+    table = _table(group)
+    limits = torch.tensor([low, high], dtype=torch.float64).to(group.device, non_blocking=True)
+    with _on(group.device):
+        _clamp_kernel[(table.programs,)](
+            table.device, limits, len(group), table.chunks, table.chunk_size,
+            DTYPE=DTYPES[group.dtype], BLOCK=table.block, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    group.bump_version()
+
+
+class _Table:
+    """A group's addresses on its device, cut into chunks, with the workspace of `measure`."""
+
+    def __init__(self, group: Group, key: tuple[Any, ...], host: Tensor) -> None:
+        self.key, self.host = key, host
+        addresses, sizes = host
+        self.block = TILE_BYTES // group.dtype.itemsize
+        begins = addresses % 16 // group.dtype.itemsize
+        ends = begins + sizes
+        most = _programs(group.device)
+        tiles = int(((ends + self.block - 1) // self.block)[sizes > 0].sum())
+        self.chunk_size = self.block * min(64, max(1, tiles // (most * CHUNKS_PER_PROGRAM)))
+        counts = torch.where(sizes > 0, (ends + self.chunk_size - 1) // self.chunk_size, 0)
+        firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        self.chunks = len(owners)
+        self.programs = max(1, min(most, self.chunks))
+        table = torch.cat([addresses - addresses % 16, begins, ends, firsts, owners])
+        if group.device.type != "cpu":
+            table = table.pin_memory()
+        self.device = table.to(group.device, non_blocking=True)
+        self.partial = torch.empty(2, max(1, self.chunks), dtype=torch.float64, device=group.device)
+        self.done = torch.zeros(len(counts) + 1, dtype=torch.int32, device=group.device)
+
+
+_tables: list[_Table] = []  # most recently used first
+
+
+def _table(group: Group) -> _Table:
+    """The table of the group's present addresses: one made before if they are the same, so that nothing is uploaded."""
+    host = group.addresses_and_sizes()
+    stream = torch.get_device_module(group.device.type).current_stream(group.device) if not INTERPRET else None
+    key = (group.device, group.dtype, len(group), stream)
+    for i, table in enumerate(_tables):
+        if table.key == key and torch.equal(table.host, host):
+            _tables.insert(0, _tables.pop(i))
+            return table
+    _tables.insert(0, _Table(group, key, host))
+    del _tables[CACHED_TABLES:]
+    return _tables[0]
+
+
+def _block(table: _Table, norm: Any) -> int:
+    # A general power takes float64 logarithms: with a full tile of them the registers would spill.
+    return table.block // 4 if norm == POWER else table.block
+
+
+def _programs(device: torch.device) -> int:
+    if INTERPRET:
+        return INTERPRET_PROGRAMS
+    properties = torch.get_device_module(device.type).get_device_properties(device)
+    units = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+    return units * PROGRAMS_PER_SM
+
+
+def _on(device: torch.device) -> Any:
+    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device.type).device(device)
+
+
+def _split(value: float) -> tuple[float, float]:
+    """Two float32 numbers whose sum is `value` to float64's accuracy."""
+    high = torch.tensor(value, dtype=torch.float32).item()
+    return high, value - high if math.isfinite(high) else 0.0

@@ -1,0 +1,214 @@
+"""The functional API: torch.nn.utils' four gradient-clipping functions, and two more of the same kind.
+
+`parameters` may be a tensor, an iterable of tensors (a generator too) or torch.optim's parameter-group dicts; those
+without a gradient are passed over. A gradient that appears twice (tied weights) counts, and is scaled, once. Bad input
+raises before anything is written. `foreach` is accepted for torch's sake and ignored: there is one implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+from .backends import native
+from .clipper import apply_, clamp_, clip, refuse_nonfinite
+from .rules import GlobalNorm, Mask, TensorNorm, Value, clip_coefficient, nonnegative
+from .table import from_native, listed, pack
+
+Parameters = Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+def clip_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    r"""Scale the gradients of `parameters` in place so that their common norm is at most `max_norm`.
+
+    .. math:: g \leftarrow g \cdot \min\left(1, \frac{max\_norm}{N + 10^{-6}}\right),\quad N = \|(g_1, g_2, \dots)\|_p
+
+    Follows ``torch.nn.utils.clip_grad_norm_``, with the norm accumulated so that no dtype or size loses it, and without
+    writing anything when nothing is to be clipped.
+
+    Args:
+        parameters: whose ``.grad`` is clipped; float32, float64, bfloat16, float16 or complex, on any devices.
+        max_norm: the limit, >= 0, in the gradients' unit; ``inf`` only measures.
+        norm_type: p: 2, 1, ``inf`` (or ``"inf"``), 0 (the number of tensors that are not all zero), any other p > 0.
+        error_if_nonfinite: raise instead of clipping by a norm that is inf or NaN. Reads the norm back to the host.
+        foreach: ignored.
+
+    Returns:
+        The norm before clipping: [] float32 (float64 if a gradient is), on the first gradient's device.
+
+    Raises:
+        ValueError: `max_norm` or `norm_type` is negative or NaN.
+        TypeError: an argument is of another kind; a gradient is integer; plain tensors without ``.grad`` were passed.
+        RuntimeError: the norm is not finite and `error_if_nonfinite` is set; a gradient is an expanded view; two
+            gradients overlap.
+        NotImplementedError: a gradient is a DTensor or another wrapper subclass.
+    """
+    if torch.compiler.is_compiling():
+        limit, p, grads = nonnegative(max_norm, "max_norm"), nonnegative(norm_type, "norm_type"), _gradients(parameters)
+        return ops.clip_norm_(grads, limit, p, error_if_nonfinite) if grads else torch.zeros(())
+    return _global_norm(parameters, "parameters", max_norm, norm_type, error_if_nonfinite)
+
+
+def total_norm(
+    tensors: Parameters, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+) -> Tensor:
+    r"""The p-norm of `tensors` (gradients, not parameters) as one vector.
+
+    .. math:: N = \Big(\sum_t \sum_i |x_{t,i}|^p\Big)^{1/p}
+
+    Follows ``torch.nn.utils.get_total_norm``. Args, returns and raises as :func:`clip_norm_`.
+    """
+    if torch.compiler.is_compiling():
+        p, items = nonnegative(norm_type, "norm_type"), listed(tensors, "tensors")
+        return ops.total_norm([t.detach() for t in items], p, error_if_nonfinite) if items else torch.zeros(())
+    return _global_norm(tensors, "tensors", None, norm_type, error_if_nonfinite)
+
+
+def clip_with_norm_(
+    parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+) -> None:
+    r"""Scale the gradients of `parameters` in place by ``min(1, max_norm / (total_norm + 1e-6))``.
+
+    Follows ``torch.nn.utils.clip_grads_with_norm_``: for a norm measured elsewhere, over more than these parameters say.
+
+    Args:
+        parameters: whose ``.grad`` is scaled.
+        max_norm: the limit, >= 0.
+        total_norm: one number, a tensor on any device or a float.
+
+    Raises:
+        As :func:`clip_norm_`; TypeError too where gradients were passed instead of parameters.
+    """
+    limit = nonnegative(max_norm, "max_norm")
+    if isinstance(total_norm, Tensor):
+        if total_norm.numel() != 1:
+            raise ValueError(f"total_norm must be one number, got a tensor of shape {tuple(total_norm.shape)}")
+        norm = total_norm.detach().reshape(())
+    elif isinstance(total_norm, (int, float)) and not isinstance(total_norm, bool):
+        norm = torch.tensor(float(total_norm), dtype=torch.float64)
+    else:
+        raise TypeError(f"total_norm must be a tensor or a number, got {type(total_norm).__name__} {total_norm!r}")
+    if torch.compiler.is_compiling():
+        if grads := _gradients(parameters):
+            ops.clip_with_norm_(grads, limit, norm)
+        return None
+    table = pack(listed(parameters), gradients=False, write=True)
+    apply_(table, clip_coefficient(norm.to(table.device, torch.float64), limit))
+    return None
+
+
+def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None = None) -> None:
+    """Limit every element of the gradients of `parameters` to [-clip_value, clip_value], in place.
+
+    Follows ``torch.nn.utils.clip_grad_value_``; complex elements are limited by magnitude, and NaN stays NaN.
+
+    Args:
+        parameters: whose ``.grad`` is clipped.
+        clip_value: the limit, >= 0, in the gradients' unit.
+
+    Raises:
+        As :func:`clip_norm_`.
+    """
+    rule = Value(clip_value)
+    if torch.compiler.is_compiling():
+        if grads := _gradients(parameters):
+            ops.clip_value_(grads, rule.high)
+        return None
+    clamp_(pack(listed(parameters), gradients=False, write=True), rule.low, rule.high)
+    return None
+
+
+def clip_tensor_norm_(parameters: Parameters, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    r"""Scale each gradient of `parameters` in place, on its own, so that its norm is at most `max_norm`.
+
+    .. math:: g_t \leftarrow g_t \cdot \min\left(1, \frac{max\_norm}{\|g_t\|_p + 10^{-6}}\right)
+
+    DINO's ``clip_gradients``; Keras' ``clipnorm`` but for the 1e-6.
+
+    Args and Raises: as :func:`clip_norm_`.
+
+    Returns:
+        [T] the norms before clipping, in the order of the parameters that have a gradient.
+    """
+    rule = TensorNorm(max_norm, norm_type)
+    if torch.compiler.is_compiling():
+        grads = _gradients(parameters)
+        return ops.clip_tensor_norm_(grads, rule.max_norm, rule.norm_type) if grads else torch.zeros(0)
+    table = pack(listed(parameters), gradients=False, write=True)
+    return clip(table, [rule], rule.norm_type).tensor_norms
+
+
+def mask_small_(parameters: Parameters, threshold: float) -> Tensor:
+    """Zero, in place, the gradients of `parameters` whose largest magnitude is below `threshold`.
+
+    A gradient that holds a NaN is left alone.
+
+    Args:
+        parameters: whose ``.grad`` is masked.
+        threshold: in the gradients' unit, >= 0.
+
+    Returns:
+        [T] bool, True where a gradient was zeroed, in the order of the parameters that have a gradient.
+
+    Raises:
+        As :func:`clip_norm_`.
+    """
+    rule = Mask(threshold)
+    if torch.compiler.is_compiling():
+        grads = _gradients(parameters)
+        return ops.mask_small_(grads, rule.threshold) if grads else torch.zeros(0, dtype=torch.bool)
+    table = pack(listed(parameters), gradients=False, write=True)
+    return clip(table, [rule], math.inf).coef == 0
+
+
+def _global_norm(
+    tensors: Parameters, argument: str, max_norm: float | None, norm_type: float, error_if_nonfinite: bool
+) -> Tensor:
+    items = tensors if type(tensors) is list else listed(tensors, argument)
+    clips = argument == "parameters"
+    packed = None
+    if backends.current() in ("auto", "cpu"):
+        library = native.load()
+        if library is not None:
+            packed = library.global_norm(items, clips, max_norm, norm_type, error_if_nonfinite)
+            if isinstance(packed, Tensor):
+                return packed
+    rule = GlobalNorm(max_norm if clips else math.inf, norm_type)  # type: ignore[arg-type]
+    items = listed(items, argument)
+    table = from_native(packed) if packed else pack(items, gradients=not clips, write=clips, argument=argument)
+    return clip(table, [rule], rule.norm_type, refuse_nonfinite if error_if_nonfinite else None).total_norm
+
+
+def _gradients(parameters: Parameters) -> list[Tensor]:
+    return [p.grad for p in listed(parameters) if p.grad is not None]
+
+
+clip_grad_norm_ = clip_norm_
+clip_grad_value_ = clip_value_
+get_total_norm = total_norm
+clip_grads_with_norm_ = clip_with_norm_
+
+__all__ = [
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "clip_norm_",
+    "clip_tensor_norm_",
+    "clip_value_",
+    "clip_with_norm_",
+    "get_total_norm",
+    "mask_small_",
+    "total_norm",
+]
+

@@ -1,0 +1,243 @@
+"""Pack: parameters in, gradients grouped by (device, dtype) out.
+
+Addresses are read anew on every call, so a table cannot be stale. Plain gradients (dense, real) are packed natively;
+this file is the general packer: it handles what is not plain, and says clearly what cannot be handled.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends import native
+
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Group:
+    """Gradients of one device and dtype, and the backend that works on them."""
+
+    __slots__ = ("_tensors", "backend", "device", "dtype", "native", "positions")
+
+    def __init__(self, backend: Any, positions: list[int], tensors: list[Tensor] | None, native: Any = None) -> None:
+        self.backend = backend
+        self.positions = positions  # of each gradient among all of the table
+        self.native = native  # the C++ group, where there is one
+        self._tensors = tensors
+        first = native if tensors is None else tensors[0]
+        self.device: torch.device = first.device
+        self.dtype: torch.dtype = first.dtype
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        if self._tensors is None:
+            self._tensors = self.native.tensors
+        return self._tensors
+
+    def addresses_and_sizes(self) -> Tensor:
+        """int64 [2, T] on the host."""
+        if self.native is not None:
+            return self.native.addresses_and_sizes()
+        return torch.tensor([[t.data_ptr() for t in self.tensors], [t.numel() for t in self.tensors]])
+
+    def bump_version(self) -> None:
+        """Tell autograd that the tensors were written."""
+        if self.native is not None:
+            self.native.bump_version()
+        else:
+            torch.autograd.graph.increment_version([t for t in self.tensors if not t.is_inference()])
+
+
+class GradTable:
+    """All gradients of a call, in the order of the parameters, each once."""
+
+    def __init__(self, groups: list[Group], device: torch.device) -> None:
+        self.groups = groups
+        self.device = device  # where statistics are gathered: the first gradient's, else the first parameter's
+        wide = any(group.dtype in (torch.float64, torch.complex128) for group in groups)
+        self.dtype = torch.float64 if wide else torch.float32  # of norms and coefficients
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+
+def listed(parameters: Any, argument: str = "parameters") -> list[Any]:
+    """A tensor, an iterable of tensors, or of torch.optim's parameter-group dicts, as a flat list."""
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if isinstance(parameters, (str, bytes, dict)) or not isinstance(parameters, Iterable):
+        raise TypeError(f"{argument} must be a tensor or an iterable of tensors, got {_shown(parameters)}")
+    items = list(parameters)
+    if not items and isinstance(parameters, types.GeneratorType):
+        warnings.warn(f"{argument} is an exhausted generator: nothing is clipped", stacklevel=3)
+    if not any(isinstance(item, dict) for item in items):
+        return items
+    flat: list[Any] = []
+    for i, item in enumerate(items):
+        if isinstance(item, dict):
+            if "params" not in item:
+                raise ValueError(f"{argument}[{i}] is a dict without the key 'params'; its keys are {list(item)}")
+            flat += listed(item["params"], f"{argument}[{i}]['params']")
+        else:
+            flat.append(item)
+    return flat
+
+
+def pack(items: list[Any], *, gradients: bool, write: bool, argument: str = "parameters") -> GradTable:
+    """The table of the gradients of `items`, or of the tensors themselves where they are `gradients` already."""
+    library = native.load()
+    packed = library.pack(items, not gradients) if library is not None else None
+    if packed:
+        return from_native(packed)
+    return _pack_any(items, gradients, write, argument, library)
+
+
+def from_native(packed: list[Any]) -> GradTable:
+    """The table of groups that the native packer made, in the order of their first gradients."""
+    groups = [Group(backends.choose(g.device), g.positions, None, g) for g in packed]
+    return GradTable(groups, groups[0].device)
+
+
+def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, library: Any) -> GradTable:
+    found: list[Tensor] = []
+    plain: list[int] = []
+    seen: set[tuple[Any, ...]] = set()
+    for i, item in enumerate(items):
+        label = f"{argument}[{i}]"
+        if not isinstance(item, Tensor):
+            raise TypeError(f"{label} must be a tensor, got {_shown(item)}")
+        gradient = item if gradients else item.grad
+        if gradient is None:
+            continue
+        if not gradients:
+            label = f"the gradient of {label}"
+        memory = _memory_of(gradient, label, write)
+        key = (memory.data_ptr(), memory.shape, memory.stride(), memory.dtype)
+        if memory.numel() and key in seen:
+            continue
+        seen.add(key)
+        if _is_plain(memory):
+            plain.append(len(found))
+        found.append(memory)
+    if not found:
+        _check_not_gradients(items, gradients, argument)
+        devices = [item.device for item in items]
+        return GradTable([], devices[0] if devices else torch.device("cpu"))
+    if write:
+        _check_overlaps(found)
+
+    members: dict[tuple[torch.device, torch.dtype, bool], list[int]] = defaultdict(list)
+    plain_positions = set(plain)
+    for position, memory in enumerate(found):
+        members[memory.device, memory.dtype, position in plain_positions].append(position)
+    groups = []
+    for (device, _, is_plain), positions in members.items():
+        tensors = [found[p] for p in positions]
+        packed = library.pack(tensors, False) if library is not None and is_plain else None
+        backend = backends.choose(device) if is_plain else backends.get("reference")
+        groups.append(Group(backend, positions, tensors, packed[0] if packed else None))
+    return GradTable(groups, found[0].device)
+
+
+def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
+    """The strided tensor whose elements are the gradient's values; an error if there is none to be had."""
+    if torch._C._dispatch_keys(gradient).has(torch._C.DispatchKey.Python):
+        raise NotImplementedError(
+            f"{label} is a {type(gradient).__name__}; DTensor and other wrapper subclasses are not supported yet"
+        )
+    if gradient.is_meta:
+        raise ValueError(f"{label} is on the meta device and has no values")
+    if not (gradient.is_floating_point() or gradient.is_complex()) or gradient.dtype.itemsize < 2:
+        raise TypeError(f"{label} must be a real or complex floating-point tensor, got {gradient.dtype}")
+    if gradient.layout is torch.sparse_coo:
+        if not gradient.is_coalesced():
+            coalesced = gradient.coalesce()
+            if write:
+                gradient.copy_(coalesced)  # the same values, each index once
+            else:
+                gradient = coalesced
+        return gradient._values().detach()
+    if gradient.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        return gradient.values().detach()
+    if gradient.layout is not torch.strided:
+        raise TypeError(f"{label} has the layout {gradient.layout}, which is not supported")
+    memory = gradient.detach()
+    if write and torch._debug_has_internal_overlap(memory) == 1:
+        raise RuntimeError(
+            f"{label} is expanded: several elements (shape {tuple(memory.shape)}, stride {memory.stride()}) share one "
+            f"place in memory, so it cannot be changed in place. Clone it first"
+        )
+    return memory
+
+
+def _is_plain(memory: Tensor) -> bool:
+    dense = memory.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(memory)
+    return dense and memory.dtype in PLAIN_DTYPES and not memory.is_neg() and memory.device.type in ("cpu", "cuda", "xpu")
+
+
+def _check_not_gradients(items: list[Any], gradients: bool, argument: str) -> None:
+    if gradients:
+        return
+    for i, item in enumerate(items):
+        if not item.requires_grad and not isinstance(item, torch.nn.Parameter):
+            raise TypeError(
+                f"{argument} must be parameters, whose .grad is clipped; {argument}[{i}] is a plain tensor of shape "
+                f"{tuple(item.shape)} without one. To clip a tensor in place, set it as the .grad of a parameter"
+            )
+
+
+def _check_overlaps(tensors: list[Tensor]) -> None:
+    """Raise if two tensors share memory: the shared part would be scaled twice."""
+
+    def extent(t: Tensor) -> int:
+        return (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))) * t.itemsize
+
+    spans = sorted(
+        (t.device.type, t.device.index or 0, t.data_ptr(), t.data_ptr() + extent(t), i)
+        for i, t in enumerate(tensors)
+        if t.numel()
+    )
+    cluster: list[int] = []
+    end: tuple[Any, ...] = ()
+    for kind, index, begin, stop, i in spans:
+        if cluster and (kind, index) == end[:2] and begin < end[2]:
+            cluster.append(i)
+            end = (kind, index, max(end[2], stop))
+        else:
+            _check_cluster([tensors[k] for k in cluster])
+            cluster, end = [i], (kind, index, stop)
+    _check_cluster([tensors[k] for k in cluster])
+
+
+def _check_cluster(cluster: list[Tensor]) -> None:
+    # Views with gaps may interleave without sharing an element, so tick off every element.
+    if len(cluster) < 2:
+        return
+    start = min(t.data_ptr() for t in cluster)
+    size = cluster[0].itemsize
+    last = max(t.data_ptr() + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) * t.itemsize for t in cluster)
+    taken = torch.zeros((last - start) // size + 1, dtype=torch.bool)
+    for t in cluster:
+        offset, rest = divmod(t.data_ptr() - start, size)
+        mine = taken.as_strided(t.shape, t.stride(), offset)
+        if rest or t.itemsize != size or mine.any():
+            raise RuntimeError(
+                f"two gradients overlap in memory (one has shape {tuple(t.shape)} and stride {t.stride()}), so the "
+                f"shared elements would be scaled twice. Clone one of them first"
+            )
+        mine.fill_(True)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
