@@ -169,7 +169,7 @@ def mask_small_(parameters: Parameters, threshold: float) -> Tensor:
         grads = _gradients(parameters)
         return ops.mask_small_(grads, rule.threshold) if grads else torch.zeros(0, dtype=torch.bool)
     table = pack(listed(parameters), gradients=False, write=True)
-    return clip(table, [rule], math.inf).coef == 0
+    return clip(table, [rule], math.inf).coef.expand(len(table)) == 0
 
 
 def _global_norm(

@@ -145,6 +145,8 @@ def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, lib
         tensors = [found[p] for p in positions]
         packed = library.pack(tensors, False) if library is not None and is_plain else None
         backend = backends.choose(device) if is_plain else backends.get("reference")
+        if backend.name == "cpu" and not packed:  # overlapping views, to be read only
+            backend = backends.get("reference")
         groups.append(Group(backend, positions, tensors, packed[0] if packed else None))
     return GradTable(groups, found[0].device)
 

@@ -41,6 +41,7 @@ INTERPRET_PROGRAMS = 3  # more than one, so that the tests see programs share th
 
 if MISSING is None:
     INTERPRET = bool(triton.knobs.runtime.interpret)
+    INTERPRETED = tl.constexpr(INTERPRET)
     L2, L1, MAX, POWER = (tl.constexpr(i) for i in range(4))
     VANISHING = tl.constexpr(1e-24)  # a float32 power sum below this may have lost more than rounding
     EDGE = tl.constexpr(1024)  # elements of a masked tile
@@ -87,8 +88,8 @@ if MISSING is None:
             sums += magnitude
         elif NORM == POWER:
             wide = magnitude.to(tl.float64)
-            raised = tl.where(p == 0, 1.0, tl.exp2(tl.full((), p, tl.float64) * tl.log2(wide)))
-            sums += tl.where(wide == 0, 0.0, raised)
+            raised = tl.exp2(tl.full((), p, tl.float64) * tl.log2(tl.where(wide == 0, 1.0, wide)))
+            sums += tl.where(wide == 0, 0.0, tl.where(p == 0, 1.0, raised))
         return sums, tl.maximum(largest, bits)
 
     @triton.jit
@@ -206,7 +207,7 @@ if MISSING is None:
             limit = tl.full((), max_norm_high, tl.float64) + tl.full((), max_norm_low, tl.float64)
             coef = limit / (norm + 1e-6)
             coef = tl.where(coef >= 1.0, 1.0, coef)
-            coef = tl.where(norm == float("inf"), -0.0, coef)
+            coef = tl.where(norm == float("inf"), coef * -1.0, coef)  # -0: multiplies, where +0 would write zeros
             coef = tl.where(max_norm_high == float("inf"), 1.0, coef)
             tl.store(result_ptr + 2 * tensors, norm)
             tl.store(result_ptr + 2 * tensors + 1, coef)
@@ -225,6 +226,16 @@ if MISSING is None:
     # ---- apply and clamp ----
 
     @triton.jit
+    def _narrow(wide, DTYPE: tl.constexpr):
+        """Rounded to nearest even. The interpreter cuts float32 off to bfloat16, so there it is done by hand."""
+        if INTERPRETED and DTYPE == tl.bfloat16:
+            bits = wide.to(tl.uint32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            return tl.where(wide == wide, rounded, bits).to(tl.float32, bitcast=True).to(DTYPE)
+        else:
+            return wide.to(DTYPE)
+
+    @triton.jit
     def _rewrite_tile(pointers, mask, a, b, CLAMP: tl.constexpr, MASKED: tl.constexpr):
         """x * a, or x limited to [a, b]; the latter stores only what lies outside."""
         x = tl.load(pointers, mask=mask) if MASKED else tl.load(pointers)
@@ -232,11 +243,11 @@ if MISSING is None:
         if CLAMP:
             outside = (wide < a) | (wide > b)
             limited = tl.where(wide < a, a, tl.where(wide > b, b, wide))
-            tl.store(pointers, limited.to(x.dtype), mask=outside & mask if MASKED else outside)
+            tl.store(pointers, _narrow(limited, x.dtype), mask=outside & mask if MASKED else outside)
         elif MASKED:
-            tl.store(pointers, (wide * a).to(x.dtype), mask=mask)
+            tl.store(pointers, _narrow(wide * a, x.dtype), mask=mask)
         else:
-            tl.store(pointers, (wide * a).to(x.dtype))
+            tl.store(pointers, _narrow(wide * a, x.dtype))
 
     @triton.jit
     def _rewrite(base, begin, end, a, b, CLAMP: tl.constexpr, BLOCK: tl.constexpr):

@@ -1,0 +1,183 @@
+"""Every function × backend × case × dtype, against float64."""
+
+import math
+
+import pytest
+import torch
+from cases import CASES, DTYPES, EXTREMES, assert_scaled, gradients, parameter, rounding, tensor_norm, total_norm, wide
+
+import fastclip
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+def build(case, dtype):
+    return CASES[case](dtype=dtype, device="cpu")
+
+
+def close(actual, expected):
+    return actual == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+@each_dtype
+@each_case
+def test_clip_norm_(backend, case, dtype):
+    parameters = build(case, dtype)
+    before = wide(gradients(parameters))
+    expected = total_norm(before)
+    limit = expected / 3
+    norm = fastclip.clip_norm_(parameters, limit)
+    assert norm.shape == () and norm.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert close(norm.item(), expected)
+    assert_scaled(gradients(parameters), before, [min(1, limit / (expected + 1e-6))] * len(before), dtype)
+
+
+@each_dtype
+@each_case
+def test_clip_norm_writes_nothing_below_the_limit(backend, case, dtype):
+    parameters = build(case, dtype)
+    before = [g.clone() for g in gradients(parameters)]
+    versions = [g._version for g in gradients(parameters)]
+    fastclip.clip_norm_(parameters, 1e30)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(parameters), before))
+    if backend == "cpu":
+        assert versions == [g._version for g in gradients(parameters)]
+
+
+@pytest.mark.parametrize("p", [0, 0.5, 1, 2, 3, math.inf, "inf"])
+@pytest.mark.parametrize("case", ["odd sizes", "with empty", "many chunks", "zeros", "gaps"])
+def test_norm_types(backend, case, p):
+    parameters = build(case, torch.float32)
+    before = wide(gradients(parameters))
+    expected = total_norm(before, float(p))
+    assert close(fastclip.total_norm(gradients(parameters), p).item(), expected)
+    per_tensor = fastclip.clip_tensor_norm_(parameters, 1.0, p)
+    assert per_tensor.tolist() == pytest.approx([tensor_norm(t, float(p)) for t in before], rel=2e-6)
+    factors = [min(1, 1 / (tensor_norm(t, float(p)) + 1e-6)) for t in before]
+    assert_scaled(gradients(parameters), before, factors, torch.float32)
+
+
+@each_dtype
+@each_case
+def test_clip_tensor_norm_(backend, case, dtype):
+    parameters = build(case, dtype)
+    before = wide(gradients(parameters))
+    norms = [tensor_norm(t) for t in before]
+    limit = sorted(norms)[len(norms) // 2] + 0.1
+    returned = fastclip.clip_tensor_norm_(parameters, limit)
+    assert returned.tolist() == pytest.approx(norms, rel=1e-6)
+    assert_scaled(gradients(parameters), before, [min(1, limit / (n + 1e-6)) for n in norms], dtype)
+
+
+@each_dtype
+@each_case
+def test_clip_value_(backend, case, dtype):
+    parameters = build(case, dtype)
+    before = [g.clone() for g in gradients(parameters)]
+    fastclip.clip_value_(parameters, 0.3)
+    for after, old in zip(gradients(parameters), before):
+        torch.testing.assert_close(after, old.clamp(-0.3, 0.3), rtol=0, atol=0)
+
+
+@each_dtype
+@each_case
+def test_mask_small_(backend, case, dtype):
+    parameters = build(case, dtype)
+    before = wide(gradients(parameters))
+    maxima = [tensor_norm(t, math.inf) for t in before]
+    threshold = sorted(maxima)[len(maxima) // 2]
+    masked = fastclip.mask_small_(parameters, threshold)
+    assert masked.tolist() == [m < threshold for m in maxima]
+    assert_scaled(gradients(parameters), before, [0.0 if m < threshold else 1.0 for m in maxima], dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("case", ["odd sizes", "many chunks", "misaligned", "gaps"])
+def test_clip_with_norm_(backend, case, dtype):
+    parameters = build(case, dtype)
+    before = wide(gradients(parameters))
+    assert fastclip.clip_with_norm_(parameters, 1.0, torch.tensor(4.0)) is None
+    assert_scaled(gradients(parameters), before, [1 / (4 + 1e-6)] * len(before), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_squares_that_leave_float32(backend, extreme, dtype, p):
+    parameters = [parameter(EXTREMES[extreme](dtype)) for _ in range(2)]
+    before = wide(gradients(parameters))
+    expected = total_norm(before, p)
+    limit = max(2e-6, expected / 1000)
+    norm = fastclip.clip_norm_(parameters, limit, p)
+    if expected < torch.finfo(torch.float32).max:
+        assert norm.item() == pytest.approx(expected, rel=1e-6, abs=2e-45)
+    factor = min(1, limit / (expected + 1e-6))
+    for after, old in zip(gradients(parameters), before):
+        tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        torch.testing.assert_close(after.double(), old * factor, rtol=5e-3, atol=tiny)
+
+
+def test_mixed_dtypes(backend):
+    parameters = [parameter(torch.randn(n, dtype=torch.float64).to(d)) for n in (5, 70_000) for d in DTYPES]
+    before = wide(gradients(parameters))
+    expected = total_norm(before)
+    norm = fastclip.clip_norm_(parameters, 1.0)
+    assert norm.dtype == torch.float64 and norm.item() == pytest.approx(expected, rel=1e-6)
+    for after, old in zip(gradients(parameters), before):
+        rtol = max(1e-6, rounding(after.dtype))
+        torch.testing.assert_close(after.double(), old / (expected + 1e-6), rtol=rtol, atol=1e-7)
+    norms = fastclip.clip_tensor_norm_(parameters, 1e-3)
+    assert norms.tolist() == pytest.approx([n / (expected + 1e-6) for n in map(tensor_norm, before)], rel=5e-3)
+
+
+def test_three_thousand_tensors(backend):
+    parameters = [parameter(torch.randn(1 + k % 5)) for k in range(3000)]
+    before = wide(gradients(parameters))
+    expected = total_norm(before)
+    assert close(fastclip.clip_norm_(parameters, 1.0).item(), expected)
+    assert_scaled(gradients(parameters), before, [1 / (expected + 1e-6)] * 3000, torch.float32)
+
+
+def test_complex(backend):
+    parameters = [parameter(torch.randn(40, dtype=torch.complex64)), parameter(torch.randn(3, dtype=torch.complex128))]
+    before = wide(gradients(parameters))
+    expected = total_norm(before)
+    norm = fastclip.clip_norm_(parameters, 1.0)
+    assert norm.dtype == torch.float64 and norm.item() == pytest.approx(expected, rel=1e-6)
+    for after, old in zip(gradients(parameters), before):
+        torch.testing.assert_close(after.to(old.dtype), old / (expected + 1e-6), rtol=1e-6, atol=1e-9)
+    fastclip.clip_value_(parameters, 0.01)
+    for after, old in zip(gradients(parameters), before):
+        scaled = old / (expected + 1e-6)
+        limited = torch.where(scaled.abs() > 0.01, scaled * (0.01 / scaled.abs()), scaled)
+        torch.testing.assert_close(after.to(old.dtype), limited, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("coalesced", [True, False])
+def test_sparse(backend, coalesced):
+    indices, values = torch.tensor([[1, 3, 1], [0, 2, 0]]), torch.tensor([3.0, 4.0, 5.0])
+    sparse = torch.sparse_coo_tensor(indices, values, (5, 4), check_invariants=True)
+    if coalesced:
+        sparse = sparse.coalesce()
+    p = torch.nn.Parameter(torch.zeros(5, 4))
+    p.grad = sparse
+    dense = sparse.to_dense().double()
+    assert close(fastclip.total_norm([p.grad]).item(), dense.norm().item())
+    assert close(fastclip.clip_norm_([p, parameter(torch.ones(4))], 1.0).item(), (dense.square().sum() + 4).sqrt().item())
+    factor = 1 / ((dense.square().sum() + 4).sqrt().item() + 1e-6)
+    assert p.grad.is_sparse
+    torch.testing.assert_close(p.grad.to_dense().double(), dense * factor, rtol=1e-6, atol=0)
+    fastclip.clip_value_(p, 0.1)
+    torch.testing.assert_close(p.grad.to_dense().double(), (dense * factor).clamp(-0.1, 0.1), rtol=1e-6, atol=0)
+
+
+def test_lazy_negatives_and_conjugates(backend):
+    z = torch.randn(30, dtype=torch.complex64)
+    parameters = [parameter(z.conj()), parameter(torch.randn(30, dtype=torch.complex64).conj().imag)]
+    assert parameters[1].grad.is_neg()
+    before = wide(gradients(parameters))
+    expected = total_norm(before)
+    assert close(fastclip.clip_norm_(parameters, 1.0).item(), expected)
+    for after, old in zip(gradients(parameters), before):
+        torch.testing.assert_close(after.to(old.dtype), old / (expected + 1e-6), rtol=1e-6, atol=1e-9)

@@ -1,0 +1,216 @@
+"""torch's behaviour, row by row: equal where torch is right, float64 where it is not."""
+
+import math
+
+import pytest
+import torch
+from cases import gradients, parameter, total_norm, wide
+
+import fastclip
+
+torch_clip = torch.nn.utils.clip_grad_norm_
+inf, nan = math.inf, math.nan
+
+
+def twins(*values, dtype=torch.float32):
+    return [[parameter(torch.tensor(v, dtype=dtype)) for v in values] for _ in range(2)]
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(gradients(ours), gradients(theirs)):
+        torch.testing.assert_close(a, b, rtol=3e-7, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [
+        (([0.0, 0.0], [0.0]), 1.0),  # all zero
+        (([3.0, 4.0],), 5.0),  # norm == max_norm: 1e-6 still shrinks it
+        (([3.0, 4.0],), 0.0),  # max_norm 0 zeroes
+        (([3.0, 4.0], [12.0]), 1.0),
+        (([3.0, 4.0], [12.0]), 100.0),
+        (([3.0, 4.0, inf], [1.0, -2.0]), 1.0),  # one inf: that element NaN, the others 0
+        (([3.0, -inf], [1.0]), 1.0),
+        (([3.0, nan], [1.0, 2.0]), 1.0),  # one NaN: all NaN
+        (([nan, inf], [1.0, 2.0]), 1.0),
+        (([3.0, 4.0, 1.0],), inf),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_same_as_torch(backend, values, limit, dtype):
+    ours, theirs = twins(*values, dtype=dtype)
+    norm = fastclip.clip_norm_(ours, limit)
+    expected = torch_clip(theirs, limit)
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0, equal_nan=True)
+    assert_same(ours, theirs)
+
+
+def test_norm_equal_to_the_limit_still_shrinks(backend):
+    p = parameter(torch.full((4,), 0.5))
+    fastclip.clip_norm_([p], 1.0)
+    assert p.grad[0].item() == pytest.approx(0.4999995, abs=5e-8)
+
+
+@pytest.mark.parametrize("value", [inf, nan])
+def test_infinite_limit_touches_nothing(backend, value):
+    p = parameter(torch.tensor([1.0, value]))
+    norm = fastclip.clip_norm_([p], inf)
+    assert torch.equal(p.grad[:1], torch.ones(1)) and not norm.isfinite()
+    torch.testing.assert_close(p.grad[1].item(), value, equal_nan=True)
+
+
+@pytest.mark.parametrize("limit", [-1.0, nan, -inf])
+def test_torch_accepts_nonsense_limits_fastclip_does_not(backend, limit):
+    p = parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="max_norm must be >= 0"):
+        fastclip.clip_norm_([p], limit)
+    assert torch.equal(p.grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("value", [inf, nan])
+def test_error_if_nonfinite(backend, value):
+    ours, theirs = twins([1.0, value], [2.0])
+    with pytest.raises(RuntimeError, match="nothing was changed"):
+        fastclip.clip_norm_(ours, 1.0, error_if_nonfinite=True)
+    with pytest.raises(RuntimeError):
+        torch_clip(theirs, 1.0, error_if_nonfinite=True)
+    assert_same(ours, theirs)
+    with pytest.raises(RuntimeError):
+        fastclip.total_norm(gradients(ours), error_if_nonfinite=True)
+    assert fastclip.clip_norm_(twins([1.0])[0], 2.0, error_if_nonfinite=True).item() == 1
+
+
+def test_finite_gradients_whose_squares_overflow(backend):
+    p, q = parameter(torch.full((4,), 1e20)), parameter(torch.full((300,), 70_000.0).half())
+    assert torch_clip([parameter(torch.full((4,), 1e20))], 1.0).isinf()
+    assert fastclip.clip_norm_([p], 1.0).item() == pytest.approx(2e20, rel=1e-6)
+    torch.testing.assert_close(p.grad, torch.full((4,), 0.5), rtol=1e-6, atol=0)
+    assert q.grad.isinf().all()
+    q.grad = torch.full((300,), 60_000.0).half()
+    assert fastclip.clip_norm_([q], 1.0).item() == pytest.approx(59_968 * math.sqrt(300), rel=1e-3)
+    torch.testing.assert_close(q.grad.float(), torch.full((300,), 300**-0.5), rtol=1e-3, atol=0)
+
+
+def test_norm_beyond_float32_still_clips_right(backend):
+    p = parameter(torch.full((9,), 3e38))
+    assert fastclip.clip_norm_([p], 3.0).isinf()  # float32 cannot hold 9e38 ...
+    torch.testing.assert_close(p.grad, torch.ones(9), rtol=1e-6, atol=0)  # ... but the coefficient is right
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_norm_is_not_rounded(backend, dtype):
+    p = parameter(torch.randn(200_000).to(dtype))
+    norm = fastclip.clip_norm_([p], 1e9)
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(total_norm(wide([p.grad])), rel=1e-6)
+
+
+def test_no_gradients(backend):
+    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(fastclip.clip_norm_([p], 1.0), torch.tensor(0.0))
+    assert torch.equal(fastclip.clip_norm_([], 1.0), torch.tensor(0.0))
+    assert torch.equal(fastclip.total_norm([]), torch.tensor(0.0))
+    assert fastclip.clip_tensor_norm_([p], 1.0).shape == (0,)
+    assert fastclip.mask_small_([p], 1.0).shape == (0,)
+    frozen = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+    assert fastclip.clip_norm_([frozen], 1.0).item() == 0
+
+
+def test_exhausted_generator_warns(backend):
+    generator = (p for p in ())
+    with pytest.warns(UserWarning, match="exhausted generator"):
+        assert fastclip.clip_norm_(generator, 1.0).item() == 0
+
+
+def test_nothing_to_clip_by_value(backend):
+    assert fastclip.clip_value_([], 1.0) is None
+
+
+def test_gradients_in_place_of_parameters(backend):
+    gradient = torch.ones(3)
+    for call in (
+        lambda: fastclip.clip_with_norm_([gradient], 1.0, torch.tensor(2.0)),
+        lambda: fastclip.clip_norm_([gradient], 1.0),
+        lambda: fastclip.clip_value_([gradient], 0.5),
+    ):
+        with pytest.raises(TypeError, match=r"parameters must be parameters, whose \.grad is clipped"):
+            call()
+    assert torch.equal(gradient, torch.ones(3))
+
+
+@pytest.mark.parametrize("p", [2.0, inf, 1.0, 0.0])
+def test_empty_tensor(backend, p):
+    assert fastclip.total_norm([torch.empty(0)], p).item() == 0
+    assert fastclip.total_norm([torch.empty(0), torch.tensor([3.0])], p).item() == (1 if p == 0 else 3)
+
+
+def test_tied_weights_count_once(backend):
+    a, b = parameter(torch.full((4,), 3.0)), parameter(torch.full((4,), 4.0))
+    assert fastclip.clip_norm_([a, b, a], 5.0).item() == pytest.approx(10)
+    torch.testing.assert_close(a.grad, torch.full((4,), 1.5), rtol=1e-6, atol=0)
+    c = parameter(a.grad)  # another parameter, the same gradient
+    assert fastclip.total_norm([a.grad, c.grad, b.grad]).item() == pytest.approx(5)
+    assert fastclip.clip_tensor_norm_([a, c], 1e9).shape == (1,)
+
+
+def test_overlapping_views(backend):
+    whole = torch.arange(10.0)
+    parameters = [parameter(whole[:6]), parameter(whole[4:])]
+    with pytest.raises(RuntimeError, match="overlap"):
+        fastclip.clip_norm_(parameters, 1.0)
+    assert torch.equal(whole, torch.arange(10.0))
+    assert fastclip.total_norm([whole[:6], whole[4:]]).item() == pytest.approx(
+        (whole[:6].square().sum() + whole[4:].square().sum()).sqrt().item()
+    )
+    disjoint = [parameter(whole[:5]), parameter(whole[5:])]
+    assert fastclip.clip_norm_(disjoint, 1.0).item() == pytest.approx(math.sqrt(285))
+
+
+def test_overlap_through_gaps(backend):
+    whole = torch.arange(12.0).reshape(3, 4)
+    with pytest.raises(RuntimeError, match="overlap"):
+        fastclip.clip_norm_([parameter(whole[:, :3]), parameter(whole[:, 2:])], 1.0)
+    assert torch.equal(whole, torch.arange(12.0).reshape(3, 4))
+
+
+def test_expanded_gradient(backend):
+    p = torch.nn.Parameter(torch.zeros(3, 4))
+    p.grad = torch.ones(1).expand(3, 4)
+    with pytest.raises(RuntimeError, match=r"the gradient of parameters\[1\] is expanded"):
+        fastclip.clip_norm_([parameter(torch.ones(2)), p], 1.0)
+    assert fastclip.total_norm([p.grad]).item() == pytest.approx(math.sqrt(12))
+
+
+def test_version_counter(backend):
+    p = parameter(torch.full((4,), 3.0))
+    before = p.grad._version
+    fastclip.clip_norm_([p], 1.0)
+    assert p.grad._version > before
+    before = p.grad._version
+    fastclip.clip_value_([p], 0.1)
+    assert p.grad._version > before
+
+
+def test_gradient_with_history(backend):
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+    (g,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
+    x.grad = g
+    assert fastclip.clip_norm_([x], 1.0).item() == pytest.approx(math.hypot(12, 27))
+    assert x.grad.norm().item() == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_billion_elements():
+    ones = torch.ones(2**30)
+    assert fastclip.total_norm([ones]).item() == pytest.approx(32768, rel=1e-6)
+
+
+def test_random_models_against_torch(backend):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 5))
+        model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+        twin = [parameter(p.grad.clone()) for p in model.parameters()]
+        norm = fastclip.clip_norm_(model.parameters(), 0.5)
+        torch.testing.assert_close(norm, torch_clip(twin, 0.5), rtol=1e-6, atol=0)
+        assert_same(list(model.parameters()), twin)
