@@ -52,8 +52,9 @@ py::list wrap(std::vector<Group>&& groups) {
   return list;
 }
 
-// global_norm(tensors: list, gradients_of: bool, max_norm: float | None, norm_type: float, error_if_nonfinite: bool)
+// global_norm(items: list, clip: bool, max_norm: float, norm_type: float, error_if_nonfinite: bool)
 //
+// The norm of the gradients of parameters, clipped to max_norm; or, unless `clip`, just the norm of tensors.
 // pack -> measure -> decide -> apply in one call for the commonest case: plain gradients of one dtype on the CPU.
 // Returns the norm; or the packed groups, untouched, when they are for another path; or None when the list or an
 // argument wants the general path (fastclip/functional.py), which handles it or says what is wrong with it.
@@ -63,13 +64,13 @@ PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_TypeError, "global_norm takes 5 arguments");
     return nullptr;
   }
-  const bool clip = args[2] != Py_None;
+  const bool clip = args[1] == Py_True;
   const double max_norm = clip ? number(args[2]) : 0, p = number(args[3]);
   if (!(max_norm >= 0) || !(p > 0)) Py_RETURN_NONE;
   const auto* tensors = tensors_of(args[0]);
   if (!tensors || tensors->empty()) Py_RETURN_NONE;
   std::vector<Group> groups;
-  if (pack(*tensors, args[1] == Py_True, groups) == Packed::Odd || groups.empty()) Py_RETURN_NONE;
+  if (pack(*tensors, /*gradients_of=*/clip, groups) == Packed::Odd || groups.empty()) Py_RETURN_NONE;
   Group& group = groups[0];
   if (groups.size() > 1 || !group.device.is_cpu()) return wrap(std::move(groups)).release().ptr();
 

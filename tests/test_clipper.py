@@ -1,0 +1,191 @@
+"""Clipper, rules and Stats."""
+
+import math
+
+import pytest
+import torch
+from cases import assert_scaled, gradients, parameter, tensor_norm, total_norm, wide
+
+import fastclip
+from fastclip.rules import GlobalNorm, Mask, TensorNorm, Value
+
+
+def model(scale=1.0):
+    return [parameter(torch.randn(n) * s * scale) for n, s in ((5, 1.0), (70_000, 1e-3), (33, 10.0), (4, 1e-8))]
+
+
+def test_a_number_is_a_global_norm(backend):
+    parameters = model()
+    before = wide(gradients(parameters))
+    stats = fastclip.Clipper(parameters, 1.0).clip_()
+    expected = total_norm(before)
+    assert stats.total_norm.dtype == stats.coef.dtype == torch.float32
+    assert stats.total_norm.item() == pytest.approx(expected, rel=1e-6)
+    assert stats.coef.item() == pytest.approx(1 / (expected + 1e-6), rel=1e-6)
+    assert stats.clipped.item() is True
+    assert stats.tensor_norms.tolist() == pytest.approx([tensor_norm(t) for t in before], rel=1e-6)
+    assert stats.tensor_absmax.tolist() == pytest.approx([tensor_norm(t, math.inf) for t in before], rel=1e-6)
+    assert stats.nonfinite.tolist() == [False] * 4
+    assert stats.names is None
+    assert "total_norm=" in repr(stats)
+    assert_scaled(gradients(parameters), before, [stats.coef.double().item()] * 4, torch.float32)
+
+
+def test_not_clipped(backend):
+    stats = fastclip.Clipper(model(), GlobalNorm(1e9)).clip_()
+    assert stats.coef.item() == 1 and stats.clipped.item() is False
+
+
+def test_stats_stay_as_they_were(backend):
+    """Stats of one step must not change when the next step runs."""
+    parameters = model()
+    clipper = fastclip.Clipper(parameters, 1.0)
+    first = clipper.clip_()
+    values = first.total_norm.item(), first.tensor_norms.tolist()
+    for p in parameters:
+        p.grad.mul_(3)
+    clipper.clip_()
+    assert values == (first.total_norm.item(), first.tensor_norms.tolist())
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf, 3.0])
+def test_tensor_norm(backend, norm_type):
+    parameters = model()
+    before = wide(gradients(parameters))
+    norms = [tensor_norm(t, norm_type) for t in before]
+    stats = fastclip.Clipper(parameters, TensorNorm(0.5, norm_type)).clip_()
+    assert stats.tensor_norms.tolist() == pytest.approx(norms, rel=1e-6)
+    assert stats.coef.tolist() == pytest.approx([min(1, 0.5 / (n + 1e-6)) for n in norms], rel=1e-6)
+    assert_scaled(gradients(parameters), before, [min(1, 0.5 / (n + 1e-6)) for n in norms], torch.float32)
+
+
+def test_mask(backend):
+    parameters = [*model(), parameter(torch.tensor([1e-9, math.nan]))]
+    before = wide(gradients(parameters))
+    stats = fastclip.Clipper(parameters, Mask(1e-3)).clip_()
+    assert stats.coef.tolist() == [1, 1, 1, 0, 1]  # the one with a NaN is left alone
+    assert stats.nonfinite.tolist() == [False] * 4 + [True]
+    assert_scaled(gradients(parameters), before, [1, 1, 1, 0, 1], torch.float32)
+
+
+def test_value(backend):
+    parameters = model()
+    before = [g.clone() for g in gradients(parameters)]
+    stats = fastclip.Clipper(parameters, Value(0.5)).clip_()
+    assert stats.clipped.item() is True
+    assert stats.total_norm.item() == pytest.approx(total_norm(before), rel=1e-6)  # before clipping
+    for after, old in zip(gradients(parameters), before):
+        assert torch.equal(after, old.clamp(-0.5, 0.5))
+    assert fastclip.Clipper(parameters, Value(0.5)).clip_().clipped.item() is False
+
+
+def one_by_one(values, rules):
+    """The oracle of composition: every rule on its own, one after another, in float64."""
+    for rule in rules:
+        norms = [tensor_norm(v) for v in values]
+        if isinstance(rule, GlobalNorm):
+            factors = [min(1, rule.max_norm / (math.hypot(*norms) + 1e-6))] * len(values)
+        elif isinstance(rule, TensorNorm):
+            factors = [min(1, rule.max_norm / (n + 1e-6)) for n in norms]
+        elif isinstance(rule, Mask):
+            factors = [float(tensor_norm(v, math.inf) >= rule.threshold) for v in values]
+        else:
+            values = [v.clamp(rule.low, rule.high) for v in values]
+            continue
+        values = [v * f for v, f in zip(values, factors)]
+    return values
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [Mask(1e-3), GlobalNorm(1.0)],
+        [GlobalNorm(1.0), Mask(1e-3)],
+        [TensorNorm(0.2), GlobalNorm(0.3)],
+        [Value(0.1), GlobalNorm(1.0)],
+        [GlobalNorm(1.0), Value(0.1)],
+        [Mask(1e-3), Value(0.5), TensorNorm(0.1), Value(0.01), GlobalNorm(0.05)],
+    ],
+    ids=str,
+)
+def test_rules_in_order(backend, rules):
+    parameters = model()
+    expected = one_by_one(wide(gradients(parameters)), rules)
+    fastclip.Clipper(parameters, rules).clip_()
+    for after, value in zip(gradients(parameters), expected):
+        torch.testing.assert_close(after.double(), value, rtol=1e-6, atol=1e-12)
+
+
+def test_rule_of_the_users_own(backend):
+    def halve_the_loud(stats):
+        return torch.where(stats.tensor_norms > 1, 0.5, 1.0)
+
+    parameters = model()
+    before = wide(gradients(parameters))
+    stats = fastclip.Clipper(parameters, [halve_the_loud]).clip_()
+    factors = [0.5 if tensor_norm(t) > 1 else 1.0 for t in before]
+    assert stats.coef.tolist() == factors and 0.5 in factors and 1.0 in factors
+    assert_scaled(gradients(parameters), before, factors, torch.float32)
+
+
+def test_zero_coefficient_kills_nan(backend):
+    """A coefficient of 0 writes zeros; it does not multiply, which would keep the NaN."""
+    parameters = [parameter(torch.full((5000,), math.nan)), parameter(torch.ones(3))]
+    fastclip.Clipper(parameters, lambda stats: torch.where(stats.nonfinite, 0.0, 1.0)).clip_()
+    assert torch.equal(parameters[0].grad, torch.zeros(5000)) and torch.equal(parameters[1].grad, torch.ones(3))
+
+
+def test_names(backend):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    clipper = fastclip.Clipper(net.named_parameters(), 1.0)
+    assert clipper.clip_().names == ()
+    net[1](torch.ones(1, 2)).sum().backward()
+    assert clipper.clip_().names == ("1.weight", "1.bias")
+    net(torch.ones(1, 3)).sum().backward()
+    assert clipper.clip_().names == ("0.weight", "0.bias", "1.weight", "1.bias")
+    groups = [{"params": list(net[0].named_parameters())}, {"params": list(net[1].named_parameters()), "lr": 1}]
+    assert fastclip.Clipper(groups, 1.0).clip_().names == ("weight", "bias", "weight", "bias")
+
+
+def test_no_gradients_yet(backend):
+    stats = fastclip.Clipper([torch.nn.Parameter(torch.zeros(3))], [Mask(1.0), GlobalNorm(1.0)]).clip_()
+    assert stats.total_norm.item() == 0 and stats.clipped.item() is False and stats.tensor_norms.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("rule", "kind", "message"),
+    [
+        ("adam", TypeError, "rule must be a rule, a list of rules or a number, got str 'adam'"),
+        ([], ValueError, "rule must not be an empty list"),
+        (None, TypeError, "got NoneType None"),
+        (-1.0, ValueError, "max_norm must be >= 0, got -1.0"),
+        ([Mask(1.0), GlobalNorm], TypeError, "rule must be a rule"),
+        ([GlobalNorm(1.0), TensorNorm(1.0, 1.0)], ValueError, "the same norm_type"),
+    ],
+)
+def test_bad_rules(rule, kind, message):
+    with pytest.raises(kind, match=message):
+        fastclip.Clipper(model(), rule)
+
+
+def test_rule_with_a_bad_answer(backend):
+    parameters = model()
+    before = wide(gradients(parameters))
+    for answer in (0.5, torch.ones(3)):
+        with pytest.raises(TypeError, match=r"must return a tensor of shape \[\] or \[4\]"):
+            fastclip.Clipper(parameters, lambda stats, answer=answer: answer).clip_()
+    assert_scaled(gradients(parameters), before, [1.0] * 4, torch.float32)
+
+
+def test_bad_parameters():
+    with pytest.raises(ValueError, match=r"parameters must be all named or all unnamed; parameters\[1\] is not a pair"):
+        fastclip.Clipper([("a", torch.zeros(1)), torch.zeros(1)], 1.0)
+    with pytest.raises(TypeError, match=r"parameters\[0\] must be a tensor, got str 'a'"):
+        fastclip.Clipper(["a"], 1.0)
+
+
+def test_repr():
+    assert repr(fastclip.Clipper(model(), [Mask(0.1), 1.0])) == (
+        "Clipper(4 parameters, [Mask(0.1), GlobalNorm(1.0, norm_type=2.0)])"
+    )
+    assert repr(Value(2)) == "Value(2.0)" and repr(TensorNorm(1, "inf")) == "TensorNorm(1.0, norm_type=inf)"

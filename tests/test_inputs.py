@@ -1,0 +1,198 @@
+"""What may be passed, and what bad input says before anything is written."""
+
+import math
+
+import pytest
+import torch
+from cases import gradients, parameter
+
+import fastclip
+
+
+def ones(*sizes):
+    return [parameter(torch.ones(n)) for n in sizes]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [list, tuple, iter, lambda ps: (p for p in ps), lambda ps: [{"params": ps}], lambda ps: torch.optim.SGD(ps).param_groups,
+     lambda ps: [{"params": ps[:1]}, {"params": (p for p in ps[1:])}], lambda ps: [{"params": ps[0]}, *ps[1:]], set],
+    ids=["list", "tuple", "iterator", "generator", "group", "optimizer", "groups", "mixed", "set"],
+)  # fmt: skip
+def test_forms_of_parameters(backend, form):
+    parameters = ones(3, 6, 7)
+    assert fastclip.clip_norm_(form(parameters), 2.0).item() == pytest.approx(4)
+    assert all(g[0].item() == pytest.approx(0.5, rel=1e-5) for g in gradients(parameters))
+
+
+def test_single_tensor(backend):
+    (p,) = ones(4)
+    assert fastclip.clip_norm_(p, 1.0).item() == 2
+    assert fastclip.total_norm(p.grad).item() == pytest.approx(1)
+    fastclip.clip_value_(p, 0.25)
+    assert torch.equal(p.grad, torch.full((4,), 0.25))
+    assert fastclip.mask_small_(p, 1.0).tolist() == [True]
+    assert torch.equal(p.grad, torch.zeros(4))
+
+
+def test_module_parameters_with_none_gradients(backend):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    model[1](torch.ones(1, 4)).sum().backward()
+    norm = fastclip.clip_norm_(model.parameters(), 1.0)
+    assert norm.item() == pytest.approx(math.sqrt(10))
+    assert model[0].weight.grad is None
+
+
+def test_torch_names_are_the_same_objects():
+    assert fastclip.clip_grad_norm_ is fastclip.clip_norm_
+    assert fastclip.clip_grad_value_ is fastclip.clip_value_
+    assert fastclip.get_total_norm is fastclip.total_norm
+    assert fastclip.clip_grads_with_norm_ is fastclip.clip_with_norm_
+
+
+def test_torch_signatures(backend):
+    (p,) = ones(4)
+    fastclip.clip_norm_(parameters=p, max_norm=1, norm_type=2, error_if_nonfinite=True, foreach=True)
+    fastclip.clip_value_(parameters=p, clip_value=1, foreach=False)
+    fastclip.total_norm(tensors=[p.grad], norm_type="inf", error_if_nonfinite=False, foreach=None)
+    fastclip.clip_with_norm_(parameters=[p], max_norm=torch.tensor(1.0), total_norm=torch.tensor([2.0]), foreach=None)
+    assert p.grad[0].item() == pytest.approx(0.25, rel=1e-5)
+
+
+class Wrapped(torch.Tensor):
+    """A wrapper subclass, as DTensor is one."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __repr__(self):
+        return "Wrapped()"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        result = func(*[a.inner if isinstance(a, Wrapped) else a for a in args], **(kwargs or {}))
+        return Wrapped(result) if func is torch.ops.aten.detach.default else result
+
+
+class Plain(torch.Tensor):
+    """A subclass that adds nothing to the memory."""
+
+
+def set_grad(p, gradient):
+    p.grad = gradient
+    return p
+
+
+def meta_parameter():
+    return set_grad(torch.nn.Parameter(torch.empty(3, device="meta")), torch.empty(3, device="meta"))
+
+
+def wrapped_parameter():
+    return set_grad(torch.nn.Parameter(Wrapped(torch.ones(3))), Wrapped(torch.ones(3)))
+
+
+BAD_PARAMETERS = {
+    "a string": (lambda: "weights", TypeError, "parameters must be a tensor or an iterable of tensors, got str 'weights'"),
+    "a number": (lambda: 3, TypeError, "got int 3"),
+    "none": (lambda: None, TypeError, "got NoneType None"),
+    "a string inside": (lambda: ["weights"], TypeError, r"parameters\[1\] must be a tensor, got str 'weights'"),
+    "a bare dict": (lambda: {"params": []}, TypeError, "parameters must be a tensor or an iterable"),
+    "a group without params": (lambda: [{"lr": 1}], ValueError, r"parameters\[1\] is a dict without the key 'params'"),
+    "meta": (lambda: [meta_parameter()], ValueError, r"the gradient of parameters\[1\] is on the meta device"),
+    "a wrapper": (lambda: [wrapped_parameter()], NotImplementedError, r"parameters\[1\] is a Wrapped"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_PARAMETERS)
+def test_bad_parameters(backend, bad):
+    make, kind, message = BAD_PARAMETERS[bad]
+    good = ones(3)
+    value = make()
+    parameters = good + value if isinstance(value, list) else value
+    calls = (
+        lambda: fastclip.clip_norm_(parameters, 0.1),
+        lambda: fastclip.clip_value_(parameters, 0.1),
+        lambda: fastclip.clip_tensor_norm_(parameters, 0.1),
+        lambda: fastclip.mask_small_(parameters, 10.0),
+        lambda: fastclip.clip_with_norm_(parameters, 0.1, torch.tensor(5.0)),
+        lambda: fastclip.Clipper(parameters, 0.1).clip_(),
+    )
+    for call in calls:
+        with pytest.raises(kind, match=message):
+            call()
+    assert torch.equal(good[0].grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_bad_dtypes(backend, dtype):
+    with pytest.raises(TypeError, match=rf"tensors\[0\] must be a real or complex floating-point tensor, got {dtype}"):
+        fastclip.total_norm([torch.ones(3).to(dtype)])
+
+
+NUMBERS = {
+    "max_norm": lambda p, v: fastclip.clip_norm_(p, v),
+    "norm_type": lambda p, v: fastclip.clip_norm_(p, 1.0, v),
+    "clip_value": lambda p, v: fastclip.clip_value_(p, v),
+    "threshold": lambda p, v: fastclip.mask_small_(p, v),
+}
+BAD_NUMBERS = [(-1.0, ValueError), (math.nan, ValueError), ("1", TypeError), (None, TypeError), (True, TypeError),
+               (torch.ones(2), ValueError), ([1.0], TypeError)]  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", NUMBERS)
+@pytest.mark.parametrize(("value", "kind"), BAD_NUMBERS, ids=str)
+def test_bad_numbers(backend, argument, value, kind):
+    parameters = ones(3)
+    with pytest.raises(kind, match=f"^{argument} must be"):
+        NUMBERS[argument](parameters, value)
+    assert torch.equal(parameters[0].grad, torch.ones(3))
+
+
+def test_bad_total_norm(backend):
+    with pytest.raises(ValueError, match="total_norm must be one number"):
+        fastclip.clip_with_norm_(ones(3), 1.0, torch.ones(3))
+    with pytest.raises(TypeError, match="total_norm must be a tensor or a number, got str '5'"):
+        fastclip.clip_with_norm_(ones(3), 1.0, "5")
+
+
+def test_subclass_without_dispatch_is_a_tensor(backend):
+    p = torch.nn.Parameter(torch.zeros(4))
+    p.grad = torch.ones(4).as_subclass(Plain)
+    assert fastclip.clip_norm_([p], 1.0).item() == 2
+    assert p.grad[0].item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_inference_tensors(backend):
+    with torch.inference_mode():
+        p = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+        p.grad = torch.ones(4)
+        assert fastclip.clip_norm_([p], 1.0).item() == 2
+        assert p.grad[0].item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_number_like_limits(backend):
+    for limit in (1, torch.tensor(1.0), torch.tensor([1.0]), torch.tensor(1.0, dtype=torch.float64)):
+        (p,) = ones(4)
+        fastclip.clip_norm_([p], limit)
+        assert p.grad[0].item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_dtensor(backend):
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        p = torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+        p.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+        with pytest.raises(NotImplementedError, match=r"parameters\[0\] is a DTensor"):
+            fastclip.clip_norm_([p], 1.0)
+        assert torch.equal(p.grad.to_local(), torch.ones(4))
+    finally:
+        destroy_process_group()
