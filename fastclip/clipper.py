@@ -20,7 +20,7 @@ class Clipper:
         parameters: as torch.optim takes them: an iterable of tensors, of parameter-group dicts, or of (name, tensor)
             pairs such as ``model.named_parameters()``.
         rule: a :mod:`fastclip.rules` rule, a function from :class:`Stats` to coefficients, a list of such (run in order,
-            each seeing what the ones before it leave), or a number, which stands for ``GlobalNorm(number)``.
+            each seeing what the ones before it leave), or a number, which means ``GlobalNorm(number)``.
 
     Raises:
         TypeError, ValueError: an argument of another kind, named with its value.
@@ -68,9 +68,7 @@ class Clipper:
         return f"Clipper({len(self.parameters)} parameters, {self.rules})"
 
 
-def clip(
-    table: GradTable, rules: list[Any], norm_type: float, check: Callable[[Stats], None] | None = None
-) -> Stats:
+def clip(table: GradTable, rules: list[Any], norm_type: float, check: Callable[[Stats], None] | None = None) -> Stats:
     """Run `rules` over the table's gradients: one read, one decision, at most one pass of writing per coefficient rule
     or run of them. `check` sees the statistics before anything is written and may raise."""
     fused = rules[0] if len(rules) == 1 and type(rules[0]) is GlobalNorm else None

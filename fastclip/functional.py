@@ -75,17 +75,16 @@ def total_norm(
     return _global_norm(tensors, "tensors", None, norm_type, error_if_nonfinite)
 
 
-def clip_with_norm_(
-    parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
-) -> None:
+def clip_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
     r"""Scale the gradients of `parameters` in place by ``min(1, max_norm / (total_norm + 1e-6))``.
 
-    Follows ``torch.nn.utils.clip_grads_with_norm_``: for a norm measured elsewhere, over more than these parameters say.
+    Follows ``torch.nn.utils.clip_grads_with_norm_``: for a norm measured elsewhere, over more parameters, say.
 
     Args:
         parameters: whose ``.grad`` is scaled.
         max_norm: the limit, >= 0.
         total_norm: one number, a tensor on any device or a float.
+        foreach: ignored.
 
     Raises:
         As :func:`clip_norm_`; TypeError too where gradients were passed instead of parameters.
@@ -102,10 +101,9 @@ def clip_with_norm_(
     if torch.compiler.is_compiling():
         if grads := _gradients(parameters):
             ops.clip_with_norm_(grads, limit, norm)
-        return None
+        return
     table = pack(listed(parameters), gradients=False, write=True)
     apply_(table, clip_coefficient(norm.to(table.device, torch.float64), limit))
-    return None
 
 
 def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None = None) -> None:
@@ -116,6 +114,7 @@ def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None 
     Args:
         parameters: whose ``.grad`` is clipped.
         clip_value: the limit, >= 0, in the gradients' unit.
+        foreach: ignored.
 
     Raises:
         As :func:`clip_norm_`.
@@ -124,9 +123,8 @@ def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None 
     if torch.compiler.is_compiling():
         if grads := _gradients(parameters):
             ops.clip_value_(grads, rule.high)
-        return None
+        return
     clamp_(pack(listed(parameters), gradients=False, write=True), rule.low, rule.high)
-    return None
 
 
 def clip_tensor_norm_(parameters: Parameters, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -211,4 +209,3 @@ __all__ = [
     "mask_small_",
     "total_norm",
 ]
-

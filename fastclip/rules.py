@@ -97,8 +97,8 @@ class Mask:
 class Value:
     r"""Limit every element to [-limit, limit]; complex ones by magnitude. NaN stays NaN.
 
-    ``torch.nn.utils.clip_grad_value_``. No coefficient can do this, so the pipeline runs it as a pass of its own, between
-    what comes before and after it in a list of rules.
+    ``torch.nn.utils.clip_grad_value_``. No coefficient can do this, so the pipeline runs it as a pass of its own,
+    between what comes before and after it in a list of rules.
 
     Args:
         limit: in the gradients' unit, >= 0.

@@ -184,7 +184,9 @@ def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
 
 def _is_plain(memory: Tensor) -> bool:
     dense = memory.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(memory)
-    return dense and memory.dtype in PLAIN_DTYPES and not memory.is_neg() and memory.device.type in ("cpu", "cuda", "xpu")
+    return (
+        dense and memory.dtype in PLAIN_DTYPES and not memory.is_neg() and memory.device.type in ("cpu", "cuda", "xpu")
+    )
 
 
 def _check_not_gradients(items: list[Any], gradients: bool, argument: str) -> None:

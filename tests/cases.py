@@ -68,13 +68,16 @@ CASES = {
     "zeros": zeros,
 }
 
-# norms of huge and tiny values whose squares leave float32
+# values whose squares leave float32
 EXTREMES = {
     "huge": lambda dtype: torch.full((3000,), 1e20 if dtype != torch.float16 else 6e4, dtype=dtype),
     "tiny": lambda dtype: torch.full((3000,), 1e-25 if dtype != torch.float16 else 6e-8, dtype=dtype),
     "subnormal": lambda dtype: torch.full((70_000,), 1e-41 if dtype != torch.float16 else 6e-8, dtype=dtype),
     "one huge among small": lambda dtype: torch.cat(
-        [torch.full((40_000,), 1e-3, dtype=dtype), torch.full((1,), 3e38 if dtype != torch.float16 else 6e4, dtype=dtype)]
+        [
+            torch.full((40_000,), 1e-3, dtype=dtype),
+            torch.full((1,), 3e38 if dtype != torch.float16 else 6e4, dtype=dtype),
+        ]
     ),
 }
 

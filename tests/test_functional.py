@@ -164,7 +164,9 @@ def test_sparse(backend, coalesced):
     p.grad = sparse
     dense = sparse.to_dense().double()
     assert close(fastclip.total_norm([p.grad]).item(), dense.norm().item())
-    assert close(fastclip.clip_norm_([p, parameter(torch.ones(4))], 1.0).item(), (dense.square().sum() + 4).sqrt().item())
+    assert close(
+        fastclip.clip_norm_([p, parameter(torch.ones(4))], 1.0).item(), (dense.square().sum() + 4).sqrt().item()
+    )
     factor = 1 / ((dense.square().sum() + 4).sqrt().item() + 1e-6)
     assert p.grad.is_sparse
     torch.testing.assert_close(p.grad.to_dense().double(), dense * factor, rtol=1e-6, atol=0)

@@ -96,7 +96,11 @@ def wrapped_parameter():
 
 
 BAD_PARAMETERS = {
-    "a string": (lambda: "weights", TypeError, "parameters must be a tensor or an iterable of tensors, got str 'weights'"),
+    "a string": (
+        lambda: "weights",
+        TypeError,
+        "parameters must be a tensor or an iterable of tensors, got str 'weights'",
+    ),
     "a number": (lambda: 3, TypeError, "got int 3"),
     "none": (lambda: None, TypeError, "got NoneType None"),
     "a string inside": (lambda: ["weights"], TypeError, r"parameters\[1\] must be a tensor, got str 'weights'"),

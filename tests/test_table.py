@@ -53,7 +53,7 @@ def test_zero_grad_set_to_none(backend):
     model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Linear(30, 5))
     clipper = fastclip.Clipper(model.parameters(), 0.1)
     keep = []
-    for step in range(30):
+    for _ in range(30):
         model.zero_grad(set_to_none=True)
         keep.append(torch.empty(600))  # so that the allocator does not return the same block
         model(torch.randn(4, 20)).square().mean().backward()
@@ -62,7 +62,7 @@ def test_zero_grad_set_to_none(backend):
 
 def test_two_models_alternate(backend):
     models = [[parameter(torch.randn(50)), parameter(torch.randn(2000))] for _ in range(2)]
-    for step in range(10):
+    for _ in range(10):
         for parameters in models:
             for p in parameters:
                 p.grad.copy_(torch.randn_like(p.grad))
@@ -84,7 +84,9 @@ shapes = st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=shapes,
-    dtypes=st.lists(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]), min_size=12, max_size=12),
+    dtypes=st.lists(
+        st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]), min_size=12, max_size=12
+    ),
     layouts=st.lists(st.sampled_from(["dense", "offset", "permuted", "gaps"]), min_size=12, max_size=12),
     limit=st.floats(0, 20),
 )

@@ -208,7 +208,9 @@ def test_a_billion_elements():
 def test_random_models_against_torch(backend):
     for seed in range(5):
         torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 5))
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 5)
+        )
         model(torch.randn(4, 3, 8, 8)).square().sum().backward()
         twin = [parameter(p.grad.clone()) for p in model.parameters()]
         norm = fastclip.clip_norm_(model.parameters(), 0.5)

@@ -1,7 +1,8 @@
 """The backends, and the choice between them.
 
-A backend is a module with ``name``, ``why_not(device)`` (None if it can run there), ``describe()`` and three verbs over a
-:class:`~fastclip.table.Group`: ``measure``, ``apply_`` and ``clamp_``. Backends know no rule and never import each other.
+A backend is a module with ``name``, ``why_not(device)`` (None if it can run there), ``describe()`` and three verbs
+over a :class:`~fastclip.table.Group`: ``measure``, ``apply_`` and ``clamp_``. Backends know no rule and never import
+each other.
 """
 
 from __future__ import annotations

@@ -153,5 +153,5 @@ def _ninja_on_path() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "error:" in line or "Error" in line] or lines or [type(error).__name__]
+    telling = [line for line in lines if "error:" in line] or lines or [type(error).__name__]
     return telling[0].rstrip(".") + "."

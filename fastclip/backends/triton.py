@@ -1,9 +1,9 @@
-"""The `triton` backend: multi-tensor kernels over an address table, one launch per phase whatever the number of tensors.
+"""The `triton` backend: multi-tensor kernels over an address table, one launch a phase whatever the number of tensors.
 
 The table gives each tensor as the elements [begin, end) counted from an address rounded down to 16 bytes, so that every
-tile that lies fully inside a tensor, however the tensor is aligned, is read with unmasked 16-byte loads; only the first
-and the last tile of a tensor carry a mask. A persistent grid walks the chunks. Sums are float32 within a chunk and float64
-across chunks, combined in chunk order by whichever program finishes a tensor last, so results are bitwise repeatable.
+tile that lies fully inside a tensor, however the tensor is aligned, is read with unmasked 16-byte loads; only the edges
+of a tensor carry a mask. A persistent grid walks the chunks. Sums are float32 within a chunk and float64 across chunks,
+combined in chunk order by whichever program finishes a tensor last, so results are bitwise repeatable.
 
 With TRITON_INTERPRET=1 all of this runs on CPU tensors.
 """
@@ -419,7 +419,7 @@ def _table(group: Group) -> _Table:
 
 def _block(table: _Table, norm: Any) -> int:
     # A general power takes float64 logarithms: with a full tile of them the registers would spill.
-    return table.block // 4 if norm == POWER else table.block
+    return table.block // 8 if norm == POWER else table.block
 
 
 def _programs(device: torch.device) -> int:

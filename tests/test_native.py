@@ -1,0 +1,128 @@
+"""Building and loading csrc/, and living without it."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastclip.backends import native
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIP = "import torch, fastclip; p = torch.nn.Parameter(torch.zeros(4)); p.grad = torch.ones(4); {}"
+
+
+def run(*command, **environment):
+    return subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_without_a_compiler_it_works_and_warns_once(tmp_path):
+    program = CLIP.format("[fastclip.clip_norm_([p], 1.0) for _ in range(3)]; print(p.grad.tolist())")
+    result = run(sys.executable, "-c", program, CXX="/nowhere/c++", FASTCLIP_CACHE=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("[0.49")
+    assert result.stderr.count("could not build its C++ backend") == 1
+    assert "there is no C++ compiler: '/nowhere/c++' is not on the PATH" in result.stderr
+
+
+def test_a_broken_compiler_is_reported_by_its_message(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\ncase $1 in -MMD) echo 'x.cpp:1: error: out of luck' >&2; exit 1;; esac\nexec c++ \"$@\"\n"
+    )
+    compiler.chmod(0o755)
+    program = CLIP.format("print(fastclip.clip_norm_([p], 1.0).item())")
+    result = run(sys.executable, "-c", program, CXX=str(compiler), FASTCLIP_CACHE=str(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "2.0\n" and "out of luck" in result.stderr
+
+
+def test_a_backend_asked_for_that_cannot_run_says_why(tmp_path):
+    program = CLIP.format("fastclip.use_backend('cpu'); fastclip.clip_norm_([p], 1.0)")
+    result = run(sys.executable, "-c", program, CXX="/nowhere/c++", FASTCLIP_CACHE=str(tmp_path))
+    assert result.returncode != 0
+    assert "RuntimeError: backend 'cpu' was asked for but cannot run on cpu: there is no C++ compiler" in result.stderr
+
+
+def test_import_alone_neither_builds_nor_warns(tmp_path):
+    result = run(
+        sys.executable, "-W", "error", "-c", "import fastclip", CXX="/nowhere/c++", FASTCLIP_CACHE=str(tmp_path)
+    )
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_eight_processes_at_once(tmp_path):
+    """One builds, seven wait; and the lock of a build that was killed holds nobody up."""
+    folder = tmp_path / native.library_path().parent.name
+    folder.mkdir()
+    (folder / "lock").write_text("left behind")
+    program = CLIP.format("print(fastclip.clip_norm_([p], 1.0).item())")
+    environment = {**os.environ, "FASTCLIP_CACHE": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", program], env=environment, cwd=ROOT, text=True, **pipes)
+        for _ in range(8)
+    ]
+    results = [process.communicate(timeout=300) for process in processes]
+    assert [out for out, _ in results] == ["2.0\n"] * 8, results
+    assert sum("compiling its C++ backend" in err for _, err in results) == 1
+    assert len(list(tmp_path.glob("*/*.so"))) == 1
+
+
+def test_build_command_finds_the_build(tmp_path):
+    result = run(sys.executable, "-m", "fastclip", "build")
+    assert result.returncode == 0, result.stderr
+    path, kernels = result.stdout.splitlines()
+    assert Path(path).is_file() and kernels.startswith("CPU kernels: ")
+
+
+def test_build_command_without_a_compiler(tmp_path):
+    result = run(sys.executable, "-m", "fastclip", "build", CXX="/nowhere/c++", FASTCLIP_CACHE=str(tmp_path))
+    assert result.returncode == 1 and "there is no C++ compiler" in result.stderr
+
+
+def test_info_command():
+    result = run(sys.executable, "-m", "fastclip", "info")
+    assert result.returncode == 0, result.stderr
+    for word in ("fastclip", "python", "torch", "triton", "compiler", "csrc", "build", "on cpu, auto takes cpu"):
+        assert word in result.stdout
+    for name in ("triton", "cpu", "reference"):
+        assert f"\n  {name:10} yes: " in result.stdout or f"\n  {name:10} no:  " in result.stdout
+
+
+def test_info_says_why_a_backend_cannot_run(tmp_path):
+    environment = {"CXX": "/nowhere/c++", "FASTCLIP_CACHE": str(tmp_path), "TRITON_INTERPRET": "0"}
+    result = run(sys.executable, "-m", "fastclip", "info", **environment)
+    assert "on cpu, auto takes reference" in result.stdout
+    assert "cpu        no:  there is no C++ compiler" in result.stdout
+    assert "triton     no:  its kernels run on GPUs, not on cpu" in result.stdout
+
+
+def test_environment_variable_chooses(tmp_path):
+    result = run(sys.executable, "-c", "import fastclip", FASTCLIP_BACKEND="cuda9")
+    assert "ValueError: FASTCLIP_BACKEND must be one of" in result.stderr and "got 'cuda9'" in result.stderr
+    program = "import fastclip.backends as b; print(b.current())"
+    assert run(sys.executable, "-c", program, FASTCLIP_BACKEND="reference").stdout == "reference\n"
+
+
+@pytest.mark.slow
+def test_sources_travel_inside_the_wheel(tmp_path):
+    """An installed wheel builds from the csrc/ it carries."""
+    result = run(
+        sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)
+    )
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for source in (ROOT / "csrc").iterdir():
+        assert f"fastclip/csrc/{source.name}" in names
+    assert "fastclip/py.typed" in names
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    program = "import fastclip; from fastclip.backends import native; print(native.source_folder())"
+    result = subprocess.run([sys.executable, "-c", program], cwd=site, capture_output=True, text=True)
+    assert result.stdout.strip() == str(site / "fastclip" / "csrc"), result.stderr

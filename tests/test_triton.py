@@ -1,0 +1,126 @@
+"""The Triton kernels: what they compile to, their table cache, and a run on a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, DTYPES, assert_scaled, gradients, parameter, total_norm, wide
+
+import fastclip
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+# Runs without the interpreter, so in a process of its own: compiles every kernel for a GPU that need not be there.
+COMPILE = """
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import fastclip.backends.triton as kernels
+
+TYPES = dict(table_ptr="*i64", partial_ptr="*fp64", done_ptr="*i32", result_ptr="*fp64", coef_ptr="*fp64",
+             limits_ptr="*fp64", tensors="i32", chunks="i32", chunk_size="i32", coef_stride="i32", p="fp32",
+             max_norm_high="fp32", max_norm_low="fp32")
+cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+ALL = [(kernels._measure_kernel, norm) for norm in range(4)]
+ALL += [(kernels._apply_kernel, None), (kernels._clamp_kernel, None)]
+rows = []
+for kernel, norm in ALL:
+    for dtype in (tl.float32, tl.bfloat16, tl.float16, tl.float64):
+        block = kernels.TILE_BYTES * 8 // dtype.primitive_bitwidth // (8 if norm == 3 else 1)
+        constants = dict(DTYPE=dtype, BLOCK=block, **({} if norm is None else dict(NORM=norm)))
+        signature = {a: "constexpr" if a in constants else TYPES[a] for a in kernel.arg_names}
+        source, target = ASTSource(kernel, signature, constexprs=constants), GPUTarget("cuda", int(sys.argv[1]), 32)
+        compiled = triton.compile(source, target=target, options=dict(num_warps=kernels.NUM_WARPS))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True)
+        resources = dict(re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage.stdout))
+        # The main loop: a block of instructions that branches back to its own label.
+        blocks = re.findall(r"^(\\$L__BB\\S+):.*?\\n(.*?)(?=^\\$L__BB|\\Z)", compiled.asm["ptx"], re.M | re.S)
+        loops = [body for label, body in blocks if re.search(r"bra(\\.uni)?\\s+" + re.escape(label) + ";", body)]
+        memory = [[re.findall(rf"{op}\\.global[.\\w:]*", loop) for op in ("ld", "st")] for loop in loops]
+        rows.append(dict(kernel=kernel.fn.__name__, dtype=str(dtype), norm=norm, **resources,
+                         loops=[dict(loads=loads, stores=stores) for loads, stores in memory]))
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_compiles_ahead_of_time(arch, monkeypatch):
+    """For sm_80, sm_90 and sm_100: 128-bit loads (and stores, where all is written) in the main loop, no spills."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    result = subprocess.run([sys.executable, "-c", COMPILE, str(arch)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert len(rows) == 24
+    wide = {"fp64": "v2.b64"}
+    for row in rows:
+        where = f"{row['kernel']} {row['dtype']} {row['norm']}"
+        assert int(row["LOCAL"]) == 0, where
+        assert int(row["STACK"]) == 0, where
+        vector = wide.get(row["dtype"], "v4.b32")
+        if row["norm"] == 3:  # a general power waits for float64 logarithms, not for memory
+            continue
+        main = [loop for loop in row["loops"] if loop["loads"] and all(vector in load for load in loop["loads"])]
+        assert any(len(loop["loads"]) >= 4 for loop in main), f"{where}: {row['loops']}"
+        if row["kernel"] == "_apply_kernel":
+            assert any(loop["stores"] and all(vector in s for s in loop["stores"]) for loop in main), where
+
+
+def test_table_is_reused_only_for_the_same_addresses():
+    from fastclip.backends import triton as backend
+
+    if not backend.INTERPRET:
+        pytest.skip("counts tables on CPU tensors")
+    with fastclip.use_backend("triton"):
+        backend._tables.clear()
+        parameters = [parameter(torch.ones(n)) for n in (3, 5000)]
+        for _ in range(3):
+            fastclip.clip_norm_(parameters, 1e9)
+        assert len(backend._tables) == 1
+        first = backend._tables[0]
+        parameters[0].grad = torch.ones(3)
+        fastclip.clip_norm_(parameters, 1e9)
+        assert len(backend._tables) == 2 and backend._tables[0] is not first
+        keep = []
+        for _ in range(2 * backend.CACHED_TABLES):
+            keep.append(parameters[0].grad)
+            parameters[0].grad = torch.ones(3)
+            fastclip.clip_norm_(parameters, 1e9)
+        assert len(backend._tables) == backend.CACHED_TABLES
+
+
+def test_workspace_is_left_clean():
+    """The counters that find the last program are zero again after every launch, or the next one would go wrong."""
+    from fastclip.backends import triton as backend
+
+    if not backend.INTERPRET:
+        pytest.skip("looks at CPU tensors")
+    with fastclip.use_backend("triton"):
+        backend._tables.clear()
+        parameters = CASES["many chunks"](dtype=torch.float32, device="cpu")
+        norms = {fastclip.total_norm(gradients(parameters)).item() for _ in range(3)}
+        assert len(norms) == 1
+        assert all((table.done == 0).all() for table in backend._tables)
+        assert backend._tables[0].chunks > backend._tables[0].programs > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_on_the_gpu(case, dtype):
+    parameters = CASES[case](dtype=dtype, device="cuda")
+    before = wide(gradients(parameters))
+    expected = total_norm([t.cpu() for t in before])
+    with fastclip.use_backend("triton"):
+        norm = fastclip.clip_norm_(parameters, expected / 3)
+    assert norm.device.type == "cuda" and norm.item() == pytest.approx(expected, rel=1e-6)
+    assert_scaled(gradients(parameters), before, [min(1, expected / 3 / (expected + 1e-6))] * len(before), dtype)
