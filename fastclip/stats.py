@@ -20,7 +20,7 @@ class Stats:
 
     Attributes:
         total_norm: [] p-norm of all gradients as one vector, p being the rule's norm type (2 if it has none).
-        coef: [] or [T] what the gradients were multiplied by; -0.0 where an infinite norm made them 0 (and inf NaN).
+        coef: [] or [T] what the gradients were multiplied by; -0.0 where an infinite norm made them 0 (inf: NaN).
         clipped: [] bool, whether any gradient was changed.
         tensor_norms: [T] p-norm of each gradient.
         tensor_absmax: [T] largest magnitude of each gradient; NaN where it holds a NaN.
