@@ -22,7 +22,8 @@ Isa choose() {
   const char* asked = std::getenv("FASTCLIP_CPU_ISA");
   const std::string limit = asked ? asked : "avx512";
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // Whatever has AVX2 has F16C, which not every compiler can ask for.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && limit == "avx512") return {"avx512", &avx512::kernels};
@@ -124,15 +125,14 @@ void apply_(const Group& group, const double* coef, int64_t stride) {
   if (stride == 0 && touch(*coef) == Touch::Keep) return;
   const auto& k = kernels_of(group.dtype);
   const size_t itemsize = c10::elementSize(group.dtype);
-  for_each_chunk(group, [&](size_t i, const Segment&, int64_t, void* data, int64_t n) {
+  for_each_chunk(group, [&](size_t i, const Segment&, int64_t chunk, void* data, int64_t n) {
     switch (touch(coef[i * stride])) {
       case Touch::Keep: return;
-      case Touch::Zero: std::memset(data, 0, n * itemsize); return;
+      case Touch::Zero: std::memset(data, 0, n * itemsize); break;
       case Touch::Scale: k.scale(data, n, coef[i * stride]);
     }
+    if (chunk == 0) group.bump_version(i);
   });
-  for (size_t i = 0; i < group.segments.size(); i++)
-    if (touch(coef[i * stride]) != Touch::Keep) group.bump_version(i);
 }
 
 void clamp_(const Group& group, double low, double high) {

@@ -91,6 +91,10 @@ Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std
   c10::TensorImpl* block[BLOCK];
   for (size_t start = 0; start < tensors.size(); start += BLOCK) {
     const size_t count = std::min(BLOCK, tensors.size() - start);
+    if (gradients_of) {
+      for (size_t i = 0; i < count; i++) __builtin_prefetch(tensors[start + i]);
+      for (size_t i = 0; i < count; i++) __builtin_prefetch(tensors[start + i]->autograd_meta());
+    }
     for (size_t i = 0; i < count; i++) {
       auto* tensor = tensors[start + i];
       block[i] = gradients_of ? tensor->grad().unsafeGetTensorImpl() : tensor;

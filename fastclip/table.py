@@ -24,12 +24,13 @@ PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Group:
     """Gradients of one device and dtype, and the backend that works on them."""
 
-    __slots__ = ("_tensors", "backend", "device", "dtype", "native", "positions")
+    __slots__ = ("_tensors", "backend", "device", "dtype", "native", "positions", "uploaded")
 
     def __init__(self, backend: Any, positions: list[int], tensors: list[Tensor] | None, native: Any = None) -> None:
         self.backend = backend
         self.positions = positions  # of each gradient among all of the table
         self.native = native  # the C++ group, where there is one
+        self.uploaded: Any = None  # what the backend keeps of the group between the verbs of one call
         self._tensors = tensors
         first = native if tensors is None else tensors[0]
         self.device: torch.device = first.device

@@ -378,8 +378,10 @@ def clamp_(group: Group, low: float, high: float) -> None:
 class _Table:
     """A group's addresses on its device, cut into chunks, with the workspace of `measure`."""
 
-    def __init__(self, group: Group, key: tuple[Any, ...], host: Tensor) -> None:
-        self.key, self.host = key, host
+    key: tuple[Any, ...]  # device, dtype and stream: two streams must not share a workspace
+
+    def __init__(self, group: Group, host: Tensor) -> None:
+        self.host = host
         addresses, sizes = host
         self.block = TILE_BYTES // group.dtype.itemsize
         begins = addresses % 16 // group.dtype.itemsize
@@ -405,16 +407,21 @@ _tables: list[_Table] = []  # most recently used first
 
 def _table(group: Group) -> _Table:
     """The table of the group's present addresses: one made before if they are the same, so that nothing is uploaded."""
-    host = group.addresses_and_sizes()
-    stream = torch.get_device_module(group.device.type).current_stream(group.device) if not INTERPRET else None
-    key = (group.device, group.dtype, len(group), stream)
+    if group.uploaded is None:
+        host = group.addresses_and_sizes()
+        stream = None if INTERPRET else torch.get_device_module(group.device.type).current_stream(group.device)
+        group.uploaded = _find((group.device, group.dtype, stream), host) or _Table(group, host)
+        group.uploaded.key = (group.device, group.dtype, stream)
+        _tables.insert(0, group.uploaded)
+        del _tables[CACHED_TABLES:]
+    return group.uploaded
+
+
+def _find(key: tuple[Any, ...], host: Tensor) -> _Table | None:
     for i, table in enumerate(_tables):
         if table.key == key and torch.equal(table.host, host):
-            _tables.insert(0, _tables.pop(i))
-            return table
-    _tables.insert(0, _Table(group, key, host))
-    del _tables[CACHED_TABLES:]
-    return _tables[0]
+            return _tables.pop(i)
+    return None
 
 
 def _block(table: _Table, norm: Any) -> int:
