@@ -173,13 +173,9 @@ def train_all(runs: list[Run], args: argparse.Namespace) -> None:
     """Train once with each clip, adding each run to the list as it begins."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = read_text(device)
-    size = sum(p.numel() for p in GPT().parameters())
-    print(
-        f"A GPT of {size / 1e6:.1f}M parameters reads Python's standard library ({len(text) / 1e6:.1f} MB) on {device}."
-    )
-    print(
-        f"Three runs from the same start: SGD, learning rate {args.lr:g}, gradients clipped to norm {args.max_norm:g}."
-    )
+    size, amount = sum(p.numel() for p in GPT().parameters()) / 1e6, len(text) / 1e6
+    print(f"A GPT of {size:.1f}M parameters learns {amount:.1f} MB of Python's own source on {device}, three times:")
+    print(f"same start, same batches, SGD at learning rate {args.lr:g}, gradients clipped to norm {args.max_norm:g}.")
     sys.stdout.flush()
     warm_up(text)
     with tqdm(total=len(CLIPS) * args.steps, unit="step") as bar:
@@ -214,28 +210,29 @@ def difference(runs: list[Run]) -> str | None:
     return f"Losses with torch and with fastclip differ by {worst:.1e} of their value at most, over {len(pairs)} steps."
 
 
-def smooth(values: list[float], window: int) -> tuple[range, Tensor]:
-    """The step numbers and the means of the last `window` values."""
-    window = min(window, len(values))
-    return range(window, len(values) + 1), torch.tensor(values).unfold(0, window, 1).mean(1)
+def smooth(values: list[float]) -> list[float]:
+    """At each step the mean over the last twentieth of the steps so far."""
+    return [statistics.fmean(values[i - i // 20 : i + 1]) for i in range(len(values))]
 
 
-def draw(runs: list[Run], steps: int, out: pathlib.Path) -> None:
+def draw(runs: list[Run], args: argparse.Namespace) -> None:
     """Save the picture: loss and gradient norm over the steps."""
-    window = max(1, steps // 60)
     figure = Figure(figsize=(9, 7), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
     for run in runs:
-        upper.plot(*smooth(run.losses, window), label=label(run, steps), **STYLES[run.name])
-        lower.plot(*smooth(run.norms, window), **STYLES[run.name])
-    of_steps = f"mean of {window} steps" if window > 1 else "each step"
-    upper.set(title="One GPT, the same start and the same batches", ylabel=f"loss ({of_steps})")
-    lower.set(xlabel="step", ylabel=f"gradient norm before clipping\n({of_steps})", yscale="log")
+        steps = range(1, len(run.steps) + 1)
+        upper.plot(steps, smooth(run.losses), label=label(run, args.steps), **STYLES[run.name])
+        lower.plot(steps, smooth(run.norms), **STYLES[run.name])
+    lower.axhline(args.max_norm, color="gray", linestyle=":", label=f"clipped to {args.max_norm:g}")
+    # The unclipped run goes wrong within the first few of many steps, so the steps are on a log scale.
+    upper.set(title=f"One GPT, same start, same batches: SGD, learning rate {args.lr:g}", ylabel="loss", xscale="log")
     upper.set_ylim(top=min(upper.get_ylim()[1], 2 * runs[0].losses[0]))  # a run that explodes leaves the frame
-    upper.legend()
+    lower.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
     for axes in (upper, lower):
+        axes.legend()
         axes.grid(alpha=0.3)
-    figure.savefig(out, dpi=120)
+    lower.xaxis.set_major_formatter("{x:.0f}")
+    figure.savefig(args.out, dpi=120)
 
 
 def report(runs: list[Run], args: argparse.Namespace) -> None:
@@ -245,7 +242,7 @@ def report(runs: list[Run], args: argparse.Namespace) -> None:
     print(tabulate(rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * 4))
     if line := difference(runs):
         print(line)
-    draw(runs, args.steps, args.out)
+    draw(runs, args)
     print(f"Picture: {args.out}")
 
 

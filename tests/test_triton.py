@@ -1,5 +1,6 @@
 """The Triton kernels: what they compile to, their table cache, and a run on a GPU."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from cases import CASES, DTYPES, assert_scaled, gradients, parameter, total_norm
 
 import fastclip
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+backend = importlib.import_module("fastclip.backends.triton")
+if backend.MISSING:
+    pytest.skip(backend.MISSING, allow_module_level=True)
+interpreted = pytest.mark.skipif(not backend.INTERPRET, reason="looks at the tables of CPU tensors")
 
 # Runs without the interpreter, so in a process of its own: compiles every kernel for a GPU that need not be there.
 COMPILE = """
@@ -75,11 +79,8 @@ def test_compiles_ahead_of_time(arch, monkeypatch):
             assert any(loop["stores"] and all(vector in s for s in loop["stores"]) for loop in main), where
 
 
+@interpreted
 def test_table_is_reused_only_for_the_same_addresses():
-    from fastclip.backends import triton as backend
-
-    if not backend.INTERPRET:
-        pytest.skip("counts tables on CPU tensors")
     with fastclip.use_backend("triton"):
         backend._tables.clear()
         parameters = [parameter(torch.ones(n)) for n in (3, 5000)]
@@ -98,12 +99,9 @@ def test_table_is_reused_only_for_the_same_addresses():
         assert len(backend._tables) == backend.CACHED_TABLES
 
 
+@interpreted
 def test_workspace_is_left_clean():
     """The counters that find the last program are zero again after every launch, or the next one would go wrong."""
-    from fastclip.backends import triton as backend
-
-    if not backend.INTERPRET:
-        pytest.skip("looks at CPU tensors")
     with fastclip.use_backend("triton"):
         backend._tables.clear()
         parameters = CASES["many chunks"](dtype=torch.float32, device="cpu")
@@ -124,3 +122,15 @@ def test_on_the_gpu(case, dtype):
         norm = fastclip.clip_norm_(parameters, expected / 3)
     assert norm.device.type == "cuda" and norm.item() == pytest.approx(expected, rel=1e-6)
     assert_scaled(gradients(parameters), before, [min(1, expected / 3 / (expected + 1e-6))] * len(before), dtype)
+
+
+@pytest.mark.gpu
+def test_mixed_devices():
+    """Norms are gathered on the first gradient's device; every gradient is scaled where it lies."""
+    parameters = [parameter(torch.randn(n, device=d)) for n in (7, 70_000) for d in ("cuda", "cpu")]
+    before = wide(gradients(parameters))
+    expected = total_norm([t.cpu() for t in before])
+    norm = fastclip.clip_norm_(parameters, 1.0)
+    assert norm.device.type == "cuda"
+    assert norm.item() == pytest.approx(expected, rel=1e-6)
+    assert_scaled(gradients(parameters), before, [1 / (expected + 1e-6)] * 4, torch.float32)
