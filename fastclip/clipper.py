@@ -19,8 +19,8 @@ class Clipper:
     Args:
         parameters: as torch.optim takes them: an iterable of tensors, of parameter-group dicts, or of (name, tensor)
             pairs such as ``model.named_parameters()``.
-        rule: a :mod:`fastclip.rules` rule, a function from :class:`Stats` to coefficients, a list of such (run in order,
-            each seeing what those before it leave), or a number, which means ``GlobalNorm(number)``.
+        rule: a :mod:`fastclip.rules` rule, a function from :class:`Stats` to coefficients, a list of such (run in
+            order, each seeing what those before it leave), or a number, which means ``GlobalNorm(number)``.
 
     Raises:
         TypeError, ValueError: an argument of another kind, named with its value.

@@ -28,7 +28,8 @@ for case in CASES:
         fastclip.clip_norm_(parameters, 0.7)
         fastclip.clip_value_(parameters, 0.05)
         masked = fastclip.mask_small_(parameters, 0.01).tolist()
-        out[f"{{case}} {{dtype}}"] = [norms, masked, [g.double().flatten().tolist()[:200] for g in gradients(parameters)]]
+        values = [g.double().flatten().tolist()[:200] for g in gradients(parameters)]
+        out[f"{{case}} {{dtype}}"] = [norms, masked, values]
 special = [0.0, -0.0, 1e-8, 6e-8, 5e-5, 1.0, 65504.0, float("inf"), float("-inf"), float("nan"), 1e-40, 0.1, -3.3]
 for dtype in DTYPES:
     p = parameter(torch.tensor(special * 9).to(dtype))

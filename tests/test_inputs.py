@@ -13,12 +13,20 @@ def ones(*sizes):
     return [parameter(torch.ones(n)) for n in sizes]
 
 
-@pytest.mark.parametrize(
-    "form",
-    [list, tuple, iter, lambda ps: (p for p in ps), lambda ps: [{"params": ps}], lambda ps: torch.optim.SGD(ps).param_groups,
-     lambda ps: [{"params": ps[:1]}, {"params": (p for p in ps[1:])}], lambda ps: [{"params": ps[0]}, *ps[1:]], set],
-    ids=["list", "tuple", "iterator", "generator", "group", "optimizer", "groups", "mixed", "set"],
-)  # fmt: skip
+FORMS = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "iterator": iter,
+    "generator": lambda ps: (p for p in ps),
+    "group": lambda ps: [{"params": ps}],
+    "groups": lambda ps: [{"params": ps[:1]}, {"params": (p for p in ps[1:])}],
+    "group of one tensor": lambda ps: [{"params": ps[0]}, *ps[1:]],
+    "optimizer": lambda ps: torch.optim.SGD(ps).param_groups,
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_forms_of_parameters(backend, form):
     parameters = ones(3, 6, 7)
     assert fastclip.clip_norm_(form(parameters), 2.0).item() == pytest.approx(4)
