@@ -226,8 +226,12 @@ def draw(runs: list[Run], args: argparse.Namespace) -> None:
     lower.axhline(args.max_norm, color="gray", linestyle=":", label=f"clipped to {args.max_norm:g}")
     # The unclipped run goes wrong within the first few of many steps, so the steps are on a log scale.
     upper.set(title=f"One GPT, same start, same batches: SGD, learning rate {args.lr:g}", ylabel="loss", xscale="log")
-    upper.set_ylim(top=min(upper.get_ylim()[1], 2 * runs[0].losses[0]))  # a run that explodes leaves the frame
-    lower.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
+    upper.set_ylim(0, min(upper.get_ylim()[1], 2 * runs[0].losses[0]))  # a run that explodes leaves the frame
+    lower.set(
+        xlabel="step (the curves are means over the last twentieth of the steps so far)",
+        ylabel="gradient norm before clipping",
+        yscale="log",
+    )
     for axes in (upper, lower):
         axes.legend()
         axes.grid(alpha=0.3)
@@ -257,6 +261,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error("--steps must be at least 1")
+    if not args.max_norm > 0:
+        parser.error("--max-norm must be above 0")
     if args.out.suffix not in (".png", ".pdf", ".svg"):
         parser.error("--out must end in .png, .pdf or .svg")
     if not os.access(args.out.parent, os.W_OK):

@@ -101,7 +101,13 @@ def test_interrupt_before_the_first_step(demo, monkeypatch, tmp_path, capsys, ca
 
 
 @pytest.mark.parametrize(
-    ("wrong", "word"), [(["--steps", "0"], "--steps"), (["--out", "no/such/a.png"], "folder"), (["--out", "a"], ".png")]
+    ("wrong", "word"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["--max-norm", "0"], "--max-norm"),
+        (["--out", "no/such/a.png"], "folder"),
+        (["--out", "a"], ".png"),
+    ],
 )
 def test_refuses_before_training(demo, capsys, wrong, word):
     with pytest.raises(SystemExit):
