@@ -4,6 +4,7 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace fastclip {
 namespace {
@@ -11,7 +12,7 @@ namespace {
 constexpr size_t BLOCK = 64;
 constexpr int64_t SEGMENT_COST = 256;  // of starting on a tensor, in elements; balances threads over tiny tensors
 
-constexpr size_t MOST_SPARE = 1 << 15;  // segments
+constexpr size_t MOST_KEPT = 1 << 15;  // segments
 
 // Anything that is not simply memory: wrapper subclasses, lazy conjugates and negatives, vmap, sparse, meta, ...
 const c10::DispatchKeySet ODD_KEYS{
@@ -26,25 +27,27 @@ bool plain(const c10::TensorImpl& g) {
       (g.is_cpu() || g.is_cuda() || g.is_xpu()) && g.is_non_overlapping_and_dense();
 }
 
-// Which gradients share memory: exact repeats through a hash set of addresses, partial overlaps by sorting those few
+// Which gradients share memory: exact repeats through a hash table of addresses, partial overlaps by sorting those few
 // that are views into a larger storage.
 class Overlaps {
  public:
-  void expect(size_t expected) {
+  void expect(size_t tensors) {
     size_t capacity = 16;
-    while (capacity < 2 * expected) capacity *= 2;
+    while (capacity < 2 * tensors) capacity *= 2;
     slots_.assign(capacity, 0);
     views_.clear();
     shift_ = 64 - __builtin_ctzll(capacity);
   }
 
-  bool insert(uintptr_t address) {  // false if it was there
-    size_t i = (address >> 4) * 0x9E3779B97F4A7C15ull >> shift_;
-    while (slots_[i] != 0) {
-      if (slots_[i] == address) return false;
-      i = (i + 1) & (slots_.size() - 1);
-    }
-    slots_[i] = address;
+  // False if the address may have been there before. Slots hold 32 bits of the hash, which keeps the table in the L1
+  // cache; two addresses that agree in them are told apart by the caller, who has to look for the first one anyway.
+  bool insert(uintptr_t address) {
+    const uint64_t hash = (address >> 4) * 0x9E3779B97F4A7C15ull;
+    const uint32_t mark = uint32_t(hash) | 1;
+    size_t i = hash >> shift_;
+    for (; slots_[i] != 0; i = (i + 1) & (slots_.size() - 1))
+      if (slots_[i] == mark) return false;
+    slots_[i] = mark;
     return true;
   }
 
@@ -58,36 +61,37 @@ class Overlaps {
   }
 
  private:
-  std::vector<uintptr_t> slots_;
+  std::vector<uint32_t> slots_;
   std::vector<std::pair<uintptr_t, uintptr_t>> views_;
   int shift_;
 };
 
 // Memory kept from call to call: asking the system for fresh pages costs more than filling them.
-thread_local Overlaps overlaps;
-thread_local Group spare;
+thread_local Overlaps kept_overlaps;
+thread_local std::vector<Segment> kept_segments;
 
 Group& group_of(std::vector<Group>& groups, c10::Device device, at::ScalarType dtype, size_t expected) {
   for (auto& group : groups)
     if (group.device == device && group.dtype == dtype) return group;
+  if (groups.size() == 1) {  // until now a segment's index was its position
+    groups[0].positions.resize(groups[0].segments.size());
+    std::iota(groups[0].positions.begin(), groups[0].positions.end(), 0);
+  }
   auto& group = groups.emplace_back();
   group.device = device;
   group.dtype = dtype;
-  if (groups.size() == 1) {
-    group.segments.swap(spare.segments);
-    group.positions.swap(spare.positions);
-  }
+  if (groups.size() == 1) group.segments.swap(kept_segments);
   group.segments.reserve(expected);
-  group.positions.reserve(expected);
   return group;
 }
 
 }  // namespace
 
 Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std::vector<Group>& groups) {
+  Overlaps& overlaps = kept_overlaps;
   overlaps.expect(tensors.size());
   Group* group = nullptr;
-  int64_t position = 0;
+  size_t position = 0;
   c10::TensorImpl* block[BLOCK];
   for (size_t start = 0; start < tensors.size(); start += BLOCK) {
     const size_t count = std::min(BLOCK, tensors.size() - start);
@@ -115,24 +119,24 @@ Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std
       const auto dtype = c10::typeMetaToScalarType(gradient->dtype());
       if (!group || group->device != device || group->dtype != dtype)
         group = &group_of(groups, device, dtype, tensors.size());
-      void* data = gradient->mutable_data();
+      const size_t itemsize = c10::elementSize(dtype);
       const int64_t numel = gradient->numel();
+      const auto& storage = gradient->unsafe_storage();
+      char* data = static_cast<char*>(storage.mutable_data()) + gradient->storage_offset() * itemsize;
       if (numel > 0) {
         const auto address = reinterpret_cast<uintptr_t>(data);
-        const size_t bytes = numel * gradient->itemsize();
-        const bool view = gradient->storage().nbytes() != bytes;
+        const size_t bytes = numel * itemsize;
         if (!overlaps.insert(address)) {
-          // The same gradient again counts once; anything else that starts at the same address is a partial overlap.
-          const bool same = std::any_of(group->segments.begin(), group->segments.end(), [&](const Segment& s) {
-            return s.data == data && s.numel == numel;
-          });
-          if (!same) return Packed::Odd;
-          continue;
+          const auto first = std::find_if(group->segments.begin(), group->segments.end(),
+                                          [&](const Segment& s) { return s.numel > 0 && s.data == data; });
+          if (first == group->segments.end() || first->numel != numel) return Packed::Odd;
+          continue;  // the same gradient again counts once
         }
-        if (view) overlaps.add_view(address, address + bytes);
+        if (storage.nbytes() != bytes) overlaps.add_view(address, address + bytes);
       }
       group->segments.push_back({data, numel, group->chunks, group->work, gradient});
-      group->positions.push_back(position++);
+      if (groups.size() > 1) group->positions.push_back(position);
+      position++;
       group->chunks += (numel + CPU_CHUNK - 1) / CPU_CHUNK;
       group->work += numel + SEGMENT_COST;
     }
@@ -141,11 +145,9 @@ Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std
 }
 
 void recycle(Group&& group) {
-  if (group.segments.capacity() > MOST_SPARE) return;
+  if (group.segments.capacity() > MOST_KEPT) return;
   group.segments.clear();
-  group.positions.clear();
-  spare.segments.swap(group.segments);
-  spare.positions.swap(group.positions);
+  kept_segments.swap(group.segments);
 }
 
 void Group::own() {

@@ -22,7 +22,7 @@ struct Group {
   c10::Device device{c10::kCPU};
   at::ScalarType dtype{at::kFloat};
   std::vector<Segment> segments;
-  std::vector<int64_t> positions;  // of each segment among all gradients, in the order of the parameters
+  std::vector<int64_t> positions;  // of each segment among all gradients; empty if there is no other group
   int64_t chunks = 0;
   int64_t work = 0;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> owners;  // empty until own()

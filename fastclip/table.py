@@ -28,7 +28,7 @@ class Group:
 
     def __init__(self, backend: Any, positions: list[int], tensors: list[Tensor] | None, native: Any = None) -> None:
         self.backend = backend
-        self.positions = positions  # of each gradient among all of the table
+        self.positions = positions  # of each gradient among all of the table; empty if there is no other group
         self.native = native  # the C++ group, where there is one
         self.uploaded: Any = None  # what the backend keeps of the group between the verbs of one call
         self._tensors = tensors
@@ -37,7 +37,7 @@ class Group:
         self.dtype: torch.dtype = first.dtype
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.native) if self._tensors is None else len(self._tensors)
 
     @property
     def tensors(self) -> list[Tensor]:
