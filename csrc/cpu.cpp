@@ -141,7 +141,10 @@ void apply_(const Group& group, const double* coef, int64_t stride) {
       case Touch::Zero: std::memset(data, 0, n * itemsize); break;
       case Touch::Scale: k.scale(data, n, coef[i * stride]);
     }
-    if (chunk == 0) group.bump_version(i);
+    if (chunk == 0) {
+      if (i + 1 < group.segments.size()) __builtin_prefetch(group.segments[i + 1].gradient);
+      group.bump_version(i);
+    }
   });
 }
 
