@@ -178,7 +178,7 @@ def train_all(runs: list[Run], args: argparse.Namespace) -> None:
     print(f"same start, same batches, SGD at learning rate {args.lr:g}, gradients clipped to norm {args.max_norm:g}.")
     sys.stdout.flush()
     warm_up(text)
-    with tqdm(total=len(CLIPS) * args.steps, unit="step") as bar:
+    with tqdm(total=len(CLIPS) * args.steps, unit="step", mininterval=0.5) as bar:
         for name, clip in CLIPS.items():
             runs.append(Run(name))
             train(runs[-1], clip, text, args, bar)
