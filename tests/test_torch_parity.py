@@ -81,14 +81,21 @@ def test_error_if_nonfinite(backend, value):
 
 
 def test_finite_gradients_whose_squares_overflow(backend):
-    p, q = parameter(torch.full((4,), 1e20)), parameter(torch.full((300,), 70_000.0).half())
+    p = parameter(torch.full((4,), 1e20))
     assert torch_clip([parameter(torch.full((4,), 1e20))], 1.0).isinf()
     assert fastclip.clip_norm_([p], 1.0).item() == pytest.approx(2e20, rel=1e-6)
     torch.testing.assert_close(p.grad, torch.full((4,), 0.5), rtol=1e-6, atol=0)
-    assert q.grad.isinf().all()
-    q.grad = torch.full((300,), 60_000.0).half()
-    assert fastclip.clip_norm_([q], 1.0).item() == pytest.approx(59_968 * math.sqrt(300), rel=1e-3)
-    torch.testing.assert_close(q.grad.float(), torch.full((300,), 300**-0.5), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("shape", "value"), [((300,), 60_000.0), ((300, 70_000), 100.0)])
+def test_float16_norm_beyond_float16(backend, shape, value):
+    """Where the norm is beyond 65504 torch returns inf and zeroes every gradient."""
+    p, twin = (parameter(torch.full(shape, value, dtype=torch.float16)) for _ in range(2))
+    assert torch_clip([twin], 1000.0).isinf()
+    assert not twin.grad.any()
+    expected = p.grad[..., 0].flatten()[0].item() * math.sqrt(p.numel())
+    assert fastclip.clip_norm_([p], 1000.0).item() == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(p.grad.float(), torch.full(shape, 1000 / math.sqrt(p.numel())), rtol=1e-3, atol=0)
 
 
 def test_norm_beyond_float32_still_clips_right(backend):
