@@ -28,7 +28,7 @@ bool plain(const c10::TensorImpl& g) {
 }
 
 // Which gradients share memory: exact repeats through a hash table of addresses, partial overlaps by sorting those few
-// that are views into a larger storage.
+// that are views into a larger storage or share it with somebody.
 class Overlaps {
  public:
   void expect(size_t tensors) {
@@ -40,9 +40,9 @@ class Overlaps {
   }
 
   // False if the address may have been there before. Slots hold 32 bits of the hash, which keeps the table in the L1
-  // cache; two addresses that agree in them are told apart by the caller, who has to look for the first one anyway.
+  // cache; two addresses that agree in them (4 GiB apart) are told apart by the caller, who looks for the first anyway.
   bool insert(uintptr_t address) {
-    const uint64_t hash = (address >> 4) * 0x9E3779B97F4A7C15ull;
+    const uint64_t hash = address * 0x9E3779B97F4A7C15ull;
     const uint32_t mark = uint32_t(hash) | 1;
     size_t i = hash >> shift_;
     for (; slots_[i] != 0; i = (i + 1) & (slots_.size() - 1))
@@ -69,6 +69,12 @@ class Overlaps {
 // Memory kept from call to call: asking the system for fresh pages costs more than filling them.
 thread_local Overlaps kept_overlaps;
 thread_local std::vector<Segment> kept_segments;
+
+const Segment* segment_at(const Group& group, const void* data) {
+  for (const auto& segment : group.segments)
+    if (segment.numel > 0 && segment.data == data) return &segment;
+  return nullptr;
+}
 
 Group& group_of(std::vector<Group>& groups, c10::Device device, at::ScalarType dtype, size_t expected) {
   for (auto& group : groups)
@@ -126,13 +132,14 @@ Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std
       if (numel > 0) {
         const auto address = reinterpret_cast<uintptr_t>(data);
         const size_t bytes = numel * itemsize;
+        if (storage.nbytes() < gradient->storage_offset() * itemsize + bytes) return Packed::Odd;  // freed
         if (!overlaps.insert(address)) {
-          const auto first = std::find_if(group->segments.begin(), group->segments.end(),
-                                          [&](const Segment& s) { return s.numel > 0 && s.data == data; });
-          if (first == group->segments.end() || first->numel != numel) return Packed::Odd;
-          continue;  // the same gradient again counts once
+          const Segment* first = segment_at(*group, data);
+          if (first && first->numel == numel) continue;  // the same gradient again counts once
+          for (const auto& any : groups)
+            if (segment_at(any, data)) return Packed::Odd;
         }
-        if (storage.nbytes() != bytes) overlaps.add_view(address, address + bytes);
+        if (storage.nbytes() != bytes || storage.use_count() > 1) overlaps.add_view(address, address + bytes);
       }
       group->segments.push_back({data, numel, group->chunks, group->work, gradient});
       if (groups.size() > 1) group->positions.push_back(position);

@@ -175,6 +175,8 @@ def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
     if gradient.layout is not torch.strided:
         raise TypeError(f"{label} has the layout {gradient.layout}, which is not supported")
     memory = gradient.detach()
+    if memory.numel() and memory.untyped_storage().nbytes() < (memory.storage_offset() + 1) * memory.itemsize:
+        raise RuntimeError(f"{label} has no memory: its storage was freed")
     if write and torch._debug_has_internal_overlap(memory) == 1:
         raise RuntimeError(
             f"{label} is expanded: several elements (shape {tuple(memory.shape)}, stride {memory.stride()}) share one "
@@ -204,11 +206,8 @@ def _check_not_gradients(items: list[Any], gradients: bool, argument: str) -> No
 def _check_overlaps(tensors: list[Tensor]) -> None:
     """Raise if two tensors share memory: the shared part would be scaled twice."""
 
-    def extent(t: Tensor) -> int:
-        return (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))) * t.itemsize
-
     spans = sorted(
-        (t.device.type, t.device.index or 0, t.data_ptr(), t.data_ptr() + extent(t), i)
+        (t.device.type, t.device.index or 0, t.data_ptr(), t.data_ptr() + _extent(t), i)
         for i, t in enumerate(tensors)
         if t.numel()
     )
@@ -230,17 +229,24 @@ def _check_cluster(cluster: list[Tensor]) -> None:
         return
     start = min(t.data_ptr() for t in cluster)
     size = cluster[0].itemsize
-    last = max(t.data_ptr() + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) * t.itemsize for t in cluster)
-    taken = torch.zeros((last - start) // size + 1, dtype=torch.bool)
+    last = max(t.data_ptr() + _extent(t) for t in cluster)
+    taken = torch.zeros((last - start) // size, dtype=torch.bool)
     for t in cluster:
         offset, rest = divmod(t.data_ptr() - start, size)
-        mine = taken.as_strided(t.shape, t.stride(), offset)
-        if rest or t.itemsize != size or mine.any():
-            raise RuntimeError(
-                f"two gradients overlap in memory (one has shape {tuple(t.shape)} and stride {t.stride()}), so the "
-                f"shared elements would be scaled twice. Clone one of them first"
-            )
-        mine.fill_(True)
+        if not rest and t.itemsize == size:
+            mine = taken.as_strided(t.shape, t.stride(), offset)
+            if not mine.any():
+                mine.fill_(True)
+                continue
+        raise RuntimeError(
+            f"two gradients overlap in memory (one has shape {tuple(t.shape)} and stride {t.stride()}), so the shared "
+            f"elements would be scaled twice. Clone one of them first"
+        )
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    return (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))) * t.itemsize
 
 
 def _shown(value: Any) -> str:

@@ -173,6 +173,35 @@ def test_overlapping_views(backend):
     assert fastclip.clip_norm_(disjoint, 1.0).item() == pytest.approx(math.sqrt(285))
 
 
+@pytest.mark.parametrize(
+    "pair",
+    [lambda w: (w, w[4:]), lambda w: (w[4:], w), lambda w: (w, w[:5]), lambda w: (w, w.view(2, 5)[:, 1:]),
+     lambda w: (w, w.view(torch.bfloat16)), lambda w: (w[2:5], w.view(torch.bfloat16)[8:20])],
+    ids=["whole, tail", "tail, whole", "whole, head", "whole, gaps", "whole, other dtype", "other dtype"],
+)  # fmt: skip
+def test_overlap_with_the_whole(backend, pair):
+    whole = torch.arange(10.0)
+    with pytest.raises(RuntimeError, match="overlap"):
+        fastclip.clip_norm_([parameter(g) for g in pair(whole)], 1.0)
+    assert torch.equal(whole, torch.arange(10.0))
+
+
+def test_neighbours_in_one_storage(backend):
+    """A flat buffer cut into gradients, as data-parallel wrappers do: no overlap, however small the pieces."""
+    flat = torch.randn(60)
+    parameters = [parameter(piece) for piece in flat.split([1, 2, 1, 1, 30, 3, 22])]
+    before = wide([flat])
+    assert fastclip.clip_norm_(parameters, 0.5).item() == pytest.approx(total_norm(before), rel=1e-6)
+    torch.testing.assert_close(flat.double(), before[0] * (0.5 / (total_norm(before) + 1e-6)), rtol=1e-6, atol=0)
+
+
+def test_freed_storage(backend):
+    p = parameter(torch.ones(8))
+    p.grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"the gradient of parameters\[0\] has no memory"):
+        fastclip.clip_norm_([p], 1.0)
+
+
 def test_overlap_through_gaps(backend):
     whole = torch.arange(12.0).reshape(3, 4)
     with pytest.raises(RuntimeError, match="overlap"):
