@@ -67,6 +67,8 @@ PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const bool clip = args[1] == Py_True;
   const double max_norm = clip ? number(args[2]) : 0, p = number(args[3]);
   if (!(max_norm >= 0) || !(p > 0)) Py_RETURN_NONE;
+  const int refuses = PyObject_IsTrue(args[4]);
+  if (refuses < 0) return nullptr;
   const auto* tensors = tensors_of(args[0]);
   if (!tensors || tensors->empty()) Py_RETURN_NONE;
   std::vector<Group> groups;
@@ -81,7 +83,7 @@ PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const auto moments = cpu::measure(group, p, /*absmax=*/false, nullptr);
   const double norm = finish_norm(norm_kind(p), p, moments.power, moments.absmax);
-  const bool refuse = args[4] == Py_True && !std::isfinite(norm);
+  const bool refuse = refuses && !std::isfinite(norm);
   if (clip && !refuse) {
     const double coef = clip_coefficient(norm, max_norm);
     cpu::apply_(group, &coef, 0);
@@ -105,7 +107,7 @@ py::object pack_list(const py::list& list, bool gradients_of) {
 py::list tensors(const Group& group) {
   py::list list;
   for (const auto& owner : group.owners)
-    list.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(at::Tensor(owner))));
+    list.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(at::Tensor(owner).detach())));
   return list;
 }
 

@@ -132,14 +132,17 @@ Moments measure(const Group& group, double p, bool absmax, Moments* per_segment)
 }
 
 void apply_(const Group& group, const double* coef, int64_t stride) {
-  if (stride == 0 && touch(*coef) == Touch::Keep) return;
+  const bool wide = group.dtype == at::kDouble;
+  auto coef_of = [=](size_t i) { return wide ? coef[i * stride] : double(float(coef[i * stride])); };
+  if (stride == 0 && touch(coef_of(0)) == Touch::Keep) return;
   const auto& k = kernels_of(group.dtype);
   const size_t itemsize = c10::elementSize(group.dtype);
   for_each_chunk(group, [&](size_t i, const Segment&, int64_t chunk, void* data, int64_t n) {
-    switch (touch(coef[i * stride])) {
+    const double c = coef_of(i);
+    switch (touch(c)) {
       case Touch::Keep: return;
       case Touch::Zero: std::memset(data, 0, n * itemsize); break;
-      case Touch::Scale: k.scale(data, n, coef[i * stride]);
+      case Touch::Scale: k.scale(data, n, c);
     }
     if (chunk == 0) {
       if (i + 1 < group.segments.size()) __builtin_prefetch(group.segments[i + 1].gradient);
@@ -148,16 +151,20 @@ void apply_(const Group& group, const double* coef, int64_t stride) {
   });
 }
 
-void clamp_(const Group& group, double low, double high) {
+bool clamp_(const Group& group, double low, double high) {
   const auto& k = kernels_of(group.dtype);
   std::vector<char> written(group.chunks);  // one flag a chunk: no two threads share one
   for_each_chunk(group, [&](size_t, const Segment& s, int64_t chunk, void* data, int64_t n) {
     written[s.first_chunk + chunk] = k.clamp(data, n, low, high);
   });
+  bool any = false;
   for (size_t i = 0; i < group.segments.size(); i++) {
     const auto end = written.begin() + end_chunk(group, i);
-    if (std::find(written.begin() + group.segments[i].first_chunk, end, char(1)) != end) group.bump_version(i);
+    if (std::find(written.begin() + group.segments[i].first_chunk, end, char(1)) == end) continue;
+    group.bump_version(i);
+    any = true;
   }
+  return any;
 }
 
 }  // namespace fastclip::cpu

@@ -28,7 +28,7 @@ bool plain(const c10::TensorImpl& g) {
 }
 
 // Which gradients share memory: exact repeats through a hash table of addresses, partial overlaps by sorting those few
-// that are views into a larger storage or share it with somebody.
+// that are views into a larger storage, or share it, or borrowed it (from numpy, say).
 class Overlaps {
  public:
   void expect(size_t tensors) {
@@ -139,7 +139,8 @@ Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std
           for (const auto& any : groups)
             if (segment_at(any, data)) return Packed::Odd;
         }
-        if (storage.nbytes() != bytes || storage.use_count() > 1) overlaps.add_view(address, address + bytes);
+        if (storage.nbytes() != bytes || storage.use_count() > 1 || !storage.unsafeGetStorageImpl()->resizable())
+          overlaps.add_view(address, address + bytes);
       }
       group->segments.push_back({data, numel, group->chunks, group->work, gradient});
       if (groups.size() > 1) group->positions.push_back(position);

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .rules import GlobalNorm, Rule, Value, norm_type_of
+from .backends import upload
+from .rules import GlobalNorm, Rule, Value, clip_coefficient, combined, norm_type_of
 from .stats import Stats, measure
-from .table import GradTable, listed, pack
+from .table import GradTable, identity, listed, pack
 
 
 class Clipper:
@@ -44,7 +46,7 @@ class Clipper:
 
         Raises:
             TypeError, ValueError, RuntimeError, NotImplementedError: a gradient that cannot be clipped, before any is
-                changed.
+                changed; or a rule that returns no coefficients, before anything that comes after the last `Value`.
         """
         table = pack(self.parameters, gradients=False, write=True)
         stats = clip(table, self.rules, self.norm_type)
@@ -56,13 +58,11 @@ class Clipper:
         assert self.names is not None
         if count == len(self.names):
             return self.names
-        seen: set[int] = set()
-        names = []
+        distinct: dict[Any, str] = {}
         for name, parameter in zip(self.names, self.parameters):
-            if parameter.grad is not None and id(parameter.grad) not in seen:
-                seen.add(id(parameter.grad))
-                names.append(name)
-        return tuple(names)
+            if parameter.grad is not None:
+                distinct.setdefault(identity(parameter.grad), name)
+        return tuple(distinct.values())
 
     def __repr__(self) -> str:
         return f"Clipper({len(self.parameters)} parameters, {self.rules})"
@@ -89,22 +89,28 @@ def clip(table: GradTable, rules: list[Any], norm_type: float, check: Callable[[
             if coef is not None:
                 apply_(table, coef)
                 coef = None
-            over = ((stats or before).absmax > rule.high).any()
-            clamped = over if clamped is None else clamped | over
-            clamp_(table, rule.low, rule.high)
+            changed = clamp_(table, rule.low, rule.high)
+            clamped = changed if clamped is None else clamped | changed
             stats = None  # what the next rule needs must be read again
         else:
             if stats is None:
                 stats, _ = measure(table, norm_type)
             factor = _coefficients(rule, stats)
-            coef = factor if coef is None else coef * factor
-            overall = factor if overall is None else overall * factor
+            coef = factor if coef is None else combined(coef, factor)
+            overall = factor if overall is None else combined(overall, factor)
             stats = stats.scaled(factor)
     if coef is not None:
         apply_(table, coef)
     if overall is None:
         overall = torch.ones((), dtype=torch.float64, device=table.device)
     return before.decided(overall, clamped)
+
+
+def clip_by_norm(table: GradTable, norm: Tensor, max_norm: float) -> None:
+    """Scale every gradient by the clip coefficient of a norm measured elsewhere."""
+    if norm.device.type == "cpu":
+        norm = upload(norm.detach(), torch.float64, table.device)
+    apply_(table, clip_coefficient(norm.to(table.device, torch.float64), max_norm))
 
 
 def refuse_nonfinite(stats: Stats) -> None:
@@ -119,14 +125,18 @@ def refuse_nonfinite(stats: Stats) -> None:
 def apply_(table: GradTable, coef: Tensor) -> None:
     """Multiply every gradient by its coefficient: float64, [] or [T], on the table's device."""
     for group in table.groups:
-        mine = coef if len(table.groups) == 1 or coef.dim() == 0 else coef[torch.tensor(group.positions)]
-        group.backend.apply_(group, mine.to(group.device))
+        mine = coef
+        if len(table.groups) > 1 and coef.dim() == 1:
+            mine = coef[upload(group.positions, torch.int64, coef.device)]
+        group.backend.apply_(group, mine.to(group.device).contiguous())
 
 
-def clamp_(table: GradTable, low: float, high: float) -> None:
-    """Limit every element to [low, high]."""
+def clamp_(table: GradTable, low: float, high: float) -> Tensor:
+    """Limit every element to [low, high]; [] bool on the table's device, whether anything was changed."""
+    changed = torch.zeros((), dtype=torch.bool, device=table.device)
     for group in table.groups:
-        group.backend.clamp_(group, low, high)
+        changed = changed | group.backend.clamp_(group, low, high).to(table.device)
+    return changed
 
 
 def _coefficients(rule: Rule, stats: Stats) -> Tensor:
@@ -135,14 +145,14 @@ def _coefficients(rule: Rule, stats: Stats) -> Tensor:
     if not isinstance(factor, Tensor) or factor.shape not in ((), (count,)):
         got = f"a tensor of shape {tuple(factor.shape)}" if isinstance(factor, Tensor) else repr(factor)
         raise TypeError(f"rule {rule!r} must return a tensor of shape [] or [{count}], got {got}")
-    return factor.to(torch.float64)
+    return factor.detach().to(stats.power.device, torch.float64)
 
 
 def _rule(rule: Any) -> Any:
     if isinstance(rule, Value) or (callable(rule) and not isinstance(rule, type)):
         return rule
-    if isinstance(rule, (int, float)) and not isinstance(rule, bool):
-        return GlobalNorm(rule)
+    if isinstance(rule, numbers.Real) and not isinstance(rule, bool):
+        return GlobalNorm(float(rule))
     raise TypeError(f"rule must be a rule, a list of rules or a number, got {type(rule).__name__} {rule!r}")
 
 

@@ -8,6 +8,7 @@ raises before anything is written. `foreach` is accepted for torch's sake and ig
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from . import backends, ops
 from .backends import native
-from .clipper import apply_, clamp_, clip, refuse_nonfinite
-from .rules import GlobalNorm, Mask, TensorNorm, Value, clip_coefficient, nonnegative
-from .table import from_native, listed, pack
+from .clipper import clamp_, clip, clip_by_norm, refuse_nonfinite
+from .rules import GlobalNorm, Mask, TensorNorm, Value, nonnegative
+from .table import check_not_gradients, from_native, listed, pack
 
 Parameters = Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -55,8 +56,9 @@ def clip_norm_(
         NotImplementedError: a gradient is a DTensor or another wrapper subclass.
     """
     if torch.compiler.is_compiling():
-        limit, p, grads = nonnegative(max_norm, "max_norm"), nonnegative(norm_type, "norm_type"), _gradients(parameters)
-        return ops.clip_norm_(grads, limit, p, error_if_nonfinite) if grads else torch.zeros(())
+        limit, p, items = nonnegative(max_norm, "max_norm"), nonnegative(norm_type, "norm_type"), listed(parameters)
+        grads = _gradients(items)
+        return ops.clip_norm_(grads, limit, p, bool(error_if_nonfinite)) if grads else _nothing(items, ())
     return _global_norm(parameters, "parameters", max_norm, norm_type, error_if_nonfinite)
 
 
@@ -71,7 +73,7 @@ def total_norm(
     """
     if torch.compiler.is_compiling():
         p, items = nonnegative(norm_type, "norm_type"), listed(tensors, "tensors")
-        return ops.total_norm([t.detach() for t in items], p, error_if_nonfinite) if items else torch.zeros(())
+        return ops.total_norm([t.detach() for t in items], p, bool(error_if_nonfinite)) if items else _nothing([], ())
     return _global_norm(tensors, "tensors", None, norm_type, error_if_nonfinite)
 
 
@@ -94,16 +96,17 @@ def clip_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor,
         if total_norm.numel() != 1:
             raise ValueError(f"total_norm must be one number, got a tensor of shape {tuple(total_norm.shape)}")
         norm = total_norm.detach().reshape(())
-    elif isinstance(total_norm, (int, float)) and not isinstance(total_norm, bool):
-        norm = torch.tensor(float(total_norm), dtype=torch.float64)
+    elif isinstance(total_norm, numbers.Real) and not isinstance(total_norm, bool):
+        if total_norm < 0:
+            raise ValueError(f"total_norm must be >= 0, got {total_norm!r}")
+        norm = torch.full((), float(total_norm), dtype=torch.float64, device="cpu")
     else:
         raise TypeError(f"total_norm must be a tensor or a number, got {type(total_norm).__name__} {total_norm!r}")
     if torch.compiler.is_compiling():
-        if grads := _gradients(parameters):
+        if grads := _gradients(listed(parameters)):
             ops.clip_with_norm_(grads, limit, norm)
         return
-    table = pack(listed(parameters), gradients=False, write=True)
-    apply_(table, clip_coefficient(norm.to(table.device, torch.float64), limit))
+    clip_by_norm(pack(listed(parameters), gradients=False, write=True), norm, limit)
 
 
 def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None = None) -> None:
@@ -119,9 +122,9 @@ def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None 
     Raises:
         As :func:`clip_norm_`.
     """
-    rule = Value(clip_value)
+    rule = Value(nonnegative(clip_value, "clip_value"))
     if torch.compiler.is_compiling():
-        if grads := _gradients(parameters):
+        if grads := _gradients(listed(parameters)):
             ops.clip_value_(grads, rule.high)
         return
     clamp_(pack(listed(parameters), gradients=False, write=True), rule.low, rule.high)
@@ -141,8 +144,8 @@ def clip_tensor_norm_(parameters: Parameters, max_norm: float, norm_type: float 
     """
     rule = TensorNorm(max_norm, norm_type)
     if torch.compiler.is_compiling():
-        grads = _gradients(parameters)
-        return ops.clip_tensor_norm_(grads, rule.max_norm, rule.norm_type) if grads else torch.zeros(0)
+        grads = _gradients(items := listed(parameters))
+        return ops.clip_tensor_norm_(grads, rule.max_norm, rule.norm_type) if grads else _nothing(items, 0)
     table = pack(listed(parameters), gradients=False, write=True)
     return clip(table, [rule], rule.norm_type).tensor_norms
 
@@ -164,8 +167,8 @@ def mask_small_(parameters: Parameters, threshold: float) -> Tensor:
     """
     rule = Mask(threshold)
     if torch.compiler.is_compiling():
-        grads = _gradients(parameters)
-        return ops.mask_small_(grads, rule.threshold) if grads else torch.zeros(0, dtype=torch.bool)
+        grads = _gradients(items := listed(parameters))
+        return ops.mask_small_(grads, rule.threshold) if grads else _nothing(items, 0).bool()
     table = pack(listed(parameters), gradients=False, write=True)
     return clip(table, [rule], math.inf).coef.expand(len(table)) == 0
 
@@ -188,8 +191,19 @@ def _global_norm(
     return clip(table, [rule], rule.norm_type, refuse_nonfinite if error_if_nonfinite else None).total_norm
 
 
-def _gradients(parameters: Parameters) -> list[Tensor]:
-    return [p.grad for p in listed(parameters) if p.grad is not None]
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    """For a graph: the gradients, each once."""
+    found: list[Tensor] = []
+    for p in parameters:
+        if p.grad is not None and not any(p.grad is g for g in found):
+            found.append(p.grad)
+    if not found:
+        check_not_gradients(parameters, "parameters")
+    return found
+
+
+def _nothing(parameters: list[Tensor], shape: Any) -> Tensor:
+    return torch.zeros(shape, device=parameters[0].device if parameters else "cpu")
 
 
 clip_grad_norm_ = clip_norm_

@@ -11,42 +11,43 @@ import math
 import torch
 from torch import Tensor
 
-from .clipper import apply_, clamp_, clip, refuse_nonfinite
-from .rules import GlobalNorm, Mask, TensorNorm, Value, clip_coefficient
+from .clipper import clamp_, clip, clip_by_norm, refuse_nonfinite
+from .rules import GlobalNorm, Mask, TensorNorm, Value
 from .table import GradTable, pack
 
+TAGS = (torch.Tag.cudagraph_unsafe,)  # the address table is uploaded from the host
 
-@torch.library.custom_op("fastclip::clip_norm_", mutates_args={"grads"})
+
+@torch.library.custom_op("fastclip::clip_norm_", mutates_args={"grads"}, tags=TAGS)
 def clip_norm_(grads: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
     check = refuse_nonfinite if error_if_nonfinite else None
     return clip(_table(grads), [GlobalNorm(max_norm, norm_type)], norm_type, check).total_norm
 
 
-@torch.library.custom_op("fastclip::total_norm", mutates_args=())
+@torch.library.custom_op("fastclip::total_norm", mutates_args=(), tags=TAGS)
 def total_norm(tensors: list[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
     check = refuse_nonfinite if error_if_nonfinite else None
     table = pack(tensors, gradients=True, write=False, argument="tensors")
     return clip(table, [GlobalNorm(math.inf, norm_type)], norm_type, check).total_norm
 
 
-@torch.library.custom_op("fastclip::clip_with_norm_", mutates_args={"grads"})
+@torch.library.custom_op("fastclip::clip_with_norm_", mutates_args={"grads"}, tags=TAGS)
 def clip_with_norm_(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
-    table = _table(grads)
-    apply_(table, clip_coefficient(total_norm.to(table.device, torch.float64), max_norm))
+    clip_by_norm(_table(grads), total_norm, max_norm)
 
 
-@torch.library.custom_op("fastclip::clip_value_", mutates_args={"grads"})
+@torch.library.custom_op("fastclip::clip_value_", mutates_args={"grads"}, tags=TAGS)
 def clip_value_(grads: list[Tensor], clip_value: float) -> None:
     rule = Value(clip_value)
     clamp_(_table(grads), rule.low, rule.high)
 
 
-@torch.library.custom_op("fastclip::clip_tensor_norm_", mutates_args={"grads"})
+@torch.library.custom_op("fastclip::clip_tensor_norm_", mutates_args={"grads"}, tags=TAGS)
 def clip_tensor_norm_(grads: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
     return clip(_table(grads), [TensorNorm(max_norm, norm_type)], norm_type).tensor_norms
 
 
-@torch.library.custom_op("fastclip::mask_small_", mutates_args={"grads"})
+@torch.library.custom_op("fastclip::mask_small_", mutates_args={"grads"}, tags=TAGS)
 def mask_small_(grads: list[Tensor], threshold: float) -> Tensor:
     return clip(_table(grads), [Mask(threshold)], math.inf).coef == 0
 

@@ -110,7 +110,7 @@ class Value:
     norm_type = None
 
     def __init__(self, limit: float) -> None:
-        self.high = nonnegative(limit, "clip_value")
+        self.high = nonnegative(limit, "limit")
         self.low = -self.high
 
     def __repr__(self) -> str:
@@ -125,6 +125,15 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     if math.isinf(max_norm):
         return torch.ones_like(norm)
     return torch.where(norm.isinf(), -0.0, (max_norm / (norm + EPS)).clamp(max=1.0))
+
+
+def combined(coef: Tensor, factor: Tensor) -> Tensor:
+    """The coefficient that does what `coef` and then `factor` do: +0 writes zeros, whatever else multiplies."""
+
+    def zeroes(c: Tensor) -> Tensor:
+        return (c == 0) & ~c.signbit()
+
+    return torch.where(zeroes(factor) | (zeroes(coef) & ~factor.isnan()), 0.0, coef * factor)
 
 
 def norm_type_of(rules: list[Any]) -> float:
@@ -143,7 +152,10 @@ def nonnegative(value: Any, argument: str) -> float:
         raise ValueError(f"{argument} must be one number, got a tensor of shape {tuple(value.shape)}")
     if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__} {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{argument} must fit a float64, got {value!r}") from None
     if not number >= 0:
         raise ValueError(f"{argument} must be >= 0, got {value!r}")
     return number

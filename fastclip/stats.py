@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .backends import upload
 from .table import GradTable
 
 
@@ -85,7 +86,8 @@ class Stats:
     def decided(self, coef: Tensor, clamped: Tensor | None = None) -> Stats:
         """Record what was done."""
         self.coef = coef.to(self._dtype)
-        self.clipped = (coef != 1).any() if clamped is None else (coef != 1).any() | clamped
+        scaled = (self.coef != 1).any()
+        self.clipped = scaled if clamped is None else scaled | clamped
         return self
 
     def __repr__(self) -> str:
@@ -103,7 +105,8 @@ def measure(table: GradTable, norm_type: float, max_norm: float | None = None) -
     if not parts:
         nothing = torch.zeros(0, dtype=torch.float64, device=table.device)
         return Stats(norm_type, nothing, nothing, table.dtype, nothing.sum()), None
-    order = torch.tensor([p for group in table.groups for p in group.positions]).argsort().to(table.device)
+    positions = torch.tensor([p for group in table.groups for p in group.positions], device="cpu")
+    order = upload(positions.argsort(), torch.int64, table.device)
     power = torch.cat([part.power.to(table.device) for part in parts])[order]
     absmax = torch.cat([part.absmax.to(table.device) for part in parts])[order]
     return Stats(norm_type, power, absmax, table.dtype), None

@@ -49,7 +49,8 @@ class Group:
         """int64 [2, T] on the host."""
         if self.native is not None:
             return self.native.addresses_and_sizes()
-        return torch.tensor([[t.data_ptr() for t in self.tensors], [t.numel() for t in self.tensors]])
+        rows = [[t.data_ptr() for t in self.tensors], [t.numel() for t in self.tensors]]
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def bump_version(self) -> None:
         """Tell autograd that the tensors were written."""
@@ -111,8 +112,9 @@ def from_native(packed: list[Any]) -> GradTable:
 
 def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, library: Any) -> GradTable:
     found: list[Tensor] = []
-    plain: list[int] = []
-    seen: set[tuple[Any, ...]] = set()
+    plain: set[int] = set()
+    seen: set[Any] = set()
+    uncoalesced: list[tuple[int, Tensor, Tensor]] = []
     for i, item in enumerate(items):
         label = f"{argument}[{i}]"
         if not isinstance(item, Tensor):
@@ -122,38 +124,59 @@ def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, lib
             continue
         if not gradients:
             label = f"the gradient of {label}"
-        memory = _memory_of(gradient, label, write)
-        key = (memory.data_ptr(), memory.shape, memory.stride(), memory.dtype)
-        if memory.numel() and key in seen:
+        if (same := identity(gradient)) in seen:
             continue
-        seen.add(key)
+        seen.add(same)
+        if gradient.layout is torch.sparse_coo and not gradient.is_coalesced():
+            coalesced = gradient.coalesce()
+            uncoalesced.append((len(found), gradient, coalesced))
+            gradient = coalesced
+        memory = _memory_of(gradient, label, write)
         if _is_plain(memory):
-            plain.append(len(found))
+            plain.add(len(found))
         found.append(memory)
     if not found:
-        _check_not_gradients(items, gradients, argument)
+        if not gradients:
+            check_not_gradients(items, argument)
         devices = [item.device for item in items]
         return GradTable([], devices[0] if devices else torch.device("cpu"))
     if write:
         _check_overlaps(found)
+        for position, gradient, coalesced in uncoalesced:
+            found[position] = gradient.copy_(coalesced)._values().detach()  # the same values, each index once
 
     members: dict[tuple[torch.device, torch.dtype, bool], list[int]] = defaultdict(list)
-    plain_positions = set(plain)
     for position, memory in enumerate(found):
-        members[memory.device, memory.dtype, position in plain_positions].append(position)
+        members[memory.device, memory.dtype, position in plain].append(position)
     groups = []
     for (device, _, is_plain), positions in members.items():
         tensors = [found[p] for p in positions]
         packed = library.pack(tensors, False) if library is not None and is_plain else None
         backend = backends.choose(device) if is_plain else backends.get("reference")
-        if backend.name == "cpu" and not packed:  # overlapping views, to be read only
+        if backend.name == "cpu" and not packed:  # views that overlap, to be read only
             backend = backends.get("reference")
         groups.append(Group(backend, positions, tensors, packed[0] if packed else None))
     return GradTable(groups, found[0].device)
 
 
+def identity(gradient: Tensor) -> Any:
+    """Equal for two gradients that are the same values in memory, such as those of tied weights."""
+    plain = gradient.layout is torch.strided and not _is_wrapped(gradient) and not gradient.is_meta
+    if not plain or not gradient.numel():
+        return id(gradient)
+    dense = torch.ops.aten.is_non_overlapping_and_dense.default(gradient)
+    return gradient.data_ptr(), gradient.numel() if dense else (gradient.shape, gradient.stride()), gradient.dtype
+
+
+def _is_wrapped(gradient: Tensor) -> bool:
+    keys = torch._C._dispatch_keys(gradient)
+    return keys.has(torch._C.DispatchKey.Python) or torch._C._functorch.is_functorch_wrapped_tensor(gradient)
+
+
 def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
-    """The strided tensor whose elements are the gradient's values; an error if there is none to be had."""
+    """The strided tensor whose elements are the (coalesced) gradient's values; an error if there is none to be had."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(gradient):
+        raise NotImplementedError(f"{label} is a tensor inside torch.func.vmap or grad, which is not supported")
     if torch._C._dispatch_keys(gradient).has(torch._C.DispatchKey.Python):
         raise NotImplementedError(
             f"{label} is a {type(gradient).__name__}; DTensor and other wrapper subclasses are not supported yet"
@@ -161,14 +184,8 @@ def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
     if gradient.is_meta:
         raise ValueError(f"{label} is on the meta device and has no values")
     if not (gradient.is_floating_point() or gradient.is_complex()) or gradient.dtype.itemsize < 2:
-        raise TypeError(f"{label} must be a real or complex floating-point tensor, got {gradient.dtype}")
+        raise TypeError(f"{label} must be float32, float64, bfloat16, float16 or complex, got {gradient.dtype}")
     if gradient.layout is torch.sparse_coo:
-        if not gradient.is_coalesced():
-            coalesced = gradient.coalesce()
-            if write:
-                gradient.copy_(coalesced)  # the same values, each index once
-            else:
-                gradient = coalesced
         return gradient._values().detach()
     if gradient.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
         return gradient.values().detach()
@@ -192,9 +209,8 @@ def _is_plain(memory: Tensor) -> bool:
     )
 
 
-def _check_not_gradients(items: list[Any], gradients: bool, argument: str) -> None:
-    if gradients:
-        return
+def check_not_gradients(items: list[Any], argument: str) -> None:
+    """Raise if `items`, none of which has a gradient, look like gradients themselves."""
     for i, item in enumerate(items):
         if not item.requires_grad and not isinstance(item, torch.nn.Parameter):
             raise TypeError(
@@ -230,7 +246,7 @@ def _check_cluster(cluster: list[Tensor]) -> None:
     start = min(t.data_ptr() for t in cluster)
     size = cluster[0].itemsize
     last = max(t.data_ptr() + _extent(t) for t in cluster)
-    taken = torch.zeros((last - start) // size, dtype=torch.bool)
+    taken = torch.zeros((last - start) // size, dtype=torch.bool, device="cpu")
     for t in cluster:
         offset, rest = divmod(t.data_ptr() - start, size)
         if not rest and t.itemsize == size:

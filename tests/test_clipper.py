@@ -189,3 +189,46 @@ def test_repr():
         "Clipper(4 parameters, [Mask(0.1), GlobalNorm(1.0, norm_type=2.0)])"
     )
     assert repr(Value(2)) == "Value(2.0)" and repr(TensorNorm(1, "inf")) == "TensorNorm(1.0, norm_type=inf)"
+
+
+def test_zeroed_stays_zero_whatever_follows(backend):
+    """[zero what is not finite, then the global norm]: 0 * -0 must not bring the NaN back."""
+    parameters = [parameter(torch.tensor([1.0, math.nan])), parameter(torch.tensor([2.0, math.inf]))]
+    keep_infinite = lambda stats: torch.where(stats.tensor_absmax.isnan(), 0.0, 1.0)  # noqa: E731
+    fastclip.Clipper(parameters, [keep_infinite, 1.0]).clip_()
+    assert torch.equal(parameters[0].grad, torch.zeros(2))
+    assert parameters[1].grad[0] == 0 and parameters[1].grad[1].isnan()
+
+
+COEFFICIENTS = {
+    "expanded": torch.tensor([0.5]).expand(2),
+    "strided": torch.tensor([[0.5, 9.0], [0.25, 9.0]])[:, 0],
+    "with history": torch.tensor([0.5, 0.25]).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("coef", COEFFICIENTS.values(), ids=COEFFICIENTS)
+def test_any_layout_of_coefficients(backend, coef):
+    parameters = [parameter(torch.ones(3)), parameter(torch.ones(4))]
+    fastclip.Clipper(parameters, lambda stats: coef).clip_()
+    assert [g[0].item() for g in gradients(parameters)] == coef.tolist()
+
+
+def test_value_reports_what_it_changed(backend):
+    hidden = [parameter(torch.tensor([math.nan, 5.0]))]
+    assert fastclip.Clipper(hidden, Value(1.0)).clip_().clipped.item() is True
+    tenth = [parameter(torch.full((5,), 0.3))]
+    assert fastclip.Clipper(tenth, Value(0.1)).clip_().clipped.item() is True
+    assert fastclip.Clipper(tenth, Value(0.1)).clip_().clipped.item() is False
+
+
+def test_names_where_two_parameters_share_a_gradient(backend):
+    g = torch.ones(3)
+    a, b, c = parameter(g), parameter(g.view(3)), parameter(torch.ones(2))
+    stats = fastclip.Clipper([("a", a), ("b", b), ("c", c)], 1.0).clip_()
+    assert stats.names == ("a", "c") and stats.tensor_norms.shape == (2,)
+
+
+def test_numbers_of_other_libraries():
+    numpy = pytest.importorskip("numpy")
+    assert repr(fastclip.Clipper(model(), numpy.float32(1)).rules) == "[GlobalNorm(1.0, norm_type=2.0)]"

@@ -95,3 +95,17 @@ def test_inductor():
     compiled = torch.compile(lambda: fastclip.clip_norm_([p], 1.0) * 2, fullgraph=True)
     assert compiled().item() == pytest.approx(16)
     assert p.grad.norm().item() == pytest.approx(1, rel=1e-5)
+
+
+def test_a_gradient_twice_in_a_graph():
+    a, b = parameter(torch.ones(4)), parameter(torch.ones(9))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: fastclip.clip_tensor_norm_([a, a, b], 1.0), fullgraph=True, backend="aot_eager")
+    assert compiled().tolist() == [2, 3]
+
+
+def test_gradients_passed_as_parameters_are_refused_in_a_graph():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda g: fastclip.clip_norm_([g], 1.0), backend="aot_eager")
+    with pytest.raises(TypeError, match=r"whose \.grad is clipped"):
+        compiled(torch.ones(3))

@@ -183,3 +183,61 @@ def test_lazy_negatives_and_conjugates(backend):
     assert close(fastclip.clip_norm_(parameters, 1.0).item(), expected)
     for after, old in zip(gradients(parameters), before):
         torch.testing.assert_close(after.to(old.dtype), old / (expected + 1e-6), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 3.0, math.inf])
+@each_dtype
+def test_norm_types_of_misaligned_tensors(backend, p, dtype):
+    tensors = [torch.randn(n + 1, dtype=torch.float64).to(dtype)[1:] for n in (3, 600, 1500, 5000, 20_000)]
+    for t in tensors:
+        assert fastclip.total_norm([t], p).item() == pytest.approx(tensor_norm(t, p), rel=2e-6)
+
+
+def test_complex_value_clip_at_the_ends(backend):
+    inf = math.inf
+    z = torch.tensor([3e38 + 3e38j, complex(inf, 0), complex(0, -inf), complex(1, inf), 3 + 4j, 0.1 + 0.1j])
+    p = parameter(z)
+    fastclip.clip_value_(p, 1.0)
+    half = math.sqrt(0.5)
+    expected = torch.tensor([complex(half, half), 1, -1j, 1j, 0.6 + 0.8j, 0.1 + 0.1j])
+    torch.testing.assert_close(p.grad, expected, rtol=1e-6, atol=1e-7)
+    version = p.grad._version
+    fastclip.clip_value_(p, 2.0)
+    assert p.grad._version == version
+
+
+def test_limit_beyond_float32(backend):
+    p = parameter(torch.full((4,), 1e40, dtype=torch.float64))
+    assert fastclip.clip_norm_([p], 1e39).item() == pytest.approx(2e40)
+    torch.testing.assert_close(p.grad, torch.full((4,), 5e38, dtype=torch.float64))
+
+
+def test_coefficient_that_rounds_to_one_writes_nothing(backend):
+    p = parameter(torch.tensor([1000.0]))
+    version = p.grad._version
+    stats = fastclip.Clipper([p], 1000.0).clip_()
+    assert stats.coef.item() == 1 and stats.clipped.item() is False and p.grad.item() == 1000
+    if backend == "cpu":
+        assert p.grad._version == version
+
+
+def test_default_device_is_left_out_of_it(backend):
+    """torch.set_default_device moves every tensor made without a device: ours must say theirs."""
+    parameters = [
+        parameter(torch.ones(40)),
+        parameter(torch.ones(3, dtype=torch.float64)),
+        parameter(torch.ones(9)[::2]),
+    ]
+    torch.set_default_device("meta")
+    try:
+        norm = fastclip.clip_norm_(parameters, 1.0)
+        fastclip.clip_tensor_norm_(parameters, 0.1)
+        fastclip.clip_value_(parameters, 0.01)
+        fastclip.clip_with_norm_(parameters, 1.0, 2.0)
+        fastclip.clip_with_norm_(parameters, 1.0, torch.tensor(2.0, device="cpu"))
+        masked = fastclip.mask_small_(parameters, 1.0)
+        stats = fastclip.Clipper(parameters[:1], [fastclip.rules.Value(1.0), 1.0]).clip_()
+    finally:
+        torch.set_default_device(None)
+    assert norm.item() == pytest.approx(math.sqrt(48)) and masked.tolist() == [True] * 3
+    assert stats.total_norm.item() == 0

@@ -141,7 +141,9 @@ def test_bad_parameters(backend, bad):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
 def test_bad_dtypes(backend, dtype):
-    with pytest.raises(TypeError, match=rf"tensors\[0\] must be a real or complex floating-point tensor, got {dtype}"):
+    with pytest.raises(
+        TypeError, match=rf"tensors\[0\] must be float32, float64, bfloat16, float16 or complex, got {dtype}"
+    ):
         fastclip.total_norm([torch.ones(3).to(dtype)])
 
 
@@ -208,3 +210,104 @@ def test_dtensor(backend):
         assert torch.equal(p.grad.to_local(), torch.ones(4))
     finally:
         destroy_process_group()
+
+
+def test_truthy_error_if_nonfinite(backend):
+    p = parameter(torch.tensor([1.0, math.nan]))
+    with pytest.raises(RuntimeError, match="nothing was changed"):
+        fastclip.clip_norm_([p], 1.0, error_if_nonfinite=1)
+    assert p.grad[0] == 1
+
+
+def test_the_same_gradient_seen_differently(backend):
+    """Other strides, and a third gradient that takes the general packer: counted once, as without it."""
+    g = torch.arange(6.0).view(2, 3)
+    z = torch.ones(2, dtype=torch.complex64)
+    expected = math.sqrt(55 + 2)
+    assert fastclip.total_norm([g, g.t(), z]).item() == pytest.approx(expected)
+    a = parameter(g)
+    b = torch.nn.Parameter(torch.zeros(3, 2))
+    b.grad = g.t()
+    assert fastclip.clip_norm_([a, b, parameter(z)], 1.0).item() == pytest.approx(expected)
+    assert g[0, 1].item() == pytest.approx(1 / (expected + 1e-6))
+
+
+@pytest.mark.parametrize("how", ["leaf", "history", "inference"])
+def test_gradients_that_autograd_watches(backend, how):
+    p = torch.nn.Parameter(torch.zeros(4))
+    if how == "leaf":
+        p.grad = torch.ones(4, requires_grad=True)
+    elif how == "history":
+        p.grad = torch.ones(4, requires_grad=True) * 1.0
+    else:
+        with torch.inference_mode():
+            gradient = torch.ones(4)
+        p.grad = gradient
+    norm = fastclip.clip_norm_([p], 1.0)
+    assert norm.item() == 2 and not norm.requires_grad
+    assert p.grad[0].item() == pytest.approx(0.5, rel=1e-5)
+    fastclip.clip_value_([p], 0.25)
+    assert p.grad.tolist() == [0.25] * 4
+    assert not fastclip.total_norm([torch.nn.Parameter(torch.ones(4))]).requires_grad
+
+
+def test_sparse_is_left_as_it_was_when_another_gradient_is_refused(backend):
+    p, q = torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(3))
+    p.grad = torch.sparse_coo_tensor([[1, 1]], [2.0, 3.0], (5,), check_invariants=True)
+    q.grad = torch.ones(1).expand(3)
+    with pytest.raises(RuntimeError, match="expanded"):
+        fastclip.clip_norm_([p, q], 1.0)
+    assert not p.grad.is_coalesced() and p.grad._nnz() == 2
+
+
+def test_arrays_over_one_buffer(backend):
+    numpy = pytest.importorskip("numpy")
+    buffer = numpy.ones(40, dtype=numpy.float32)
+    parameters = [parameter(torch.from_numpy(buffer)), parameter(torch.from_numpy(buffer[10:20]))]
+    with pytest.raises(RuntimeError, match="overlap"):
+        fastclip.clip_norm_(parameters, 1.0)
+    assert (buffer == 1).all()
+
+
+def test_vmap():
+    def norm(x):
+        return fastclip.total_norm([x])
+
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.func.vmap(norm)(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda p: fastclip.clip_norm_(p, 10**400), ValueError, "max_norm must fit a float64"),
+        (lambda p: fastclip.rules.Value(-1), ValueError, "limit must be >= 0, got -1"),
+        (lambda p: fastclip.clip_with_norm_(p, 1.0, -5.0), ValueError, "total_norm must be >= 0, got -5.0"),
+    ],
+)
+def test_more_bad_numbers(call, kind, message):
+    parameters = ones(3)
+    with pytest.raises(kind, match=message):
+        call(parameters)
+    assert torch.equal(parameters[0].grad, torch.ones(3))
+
+
+def test_use_backend_in_every_order():
+    from fastclip.backends import current, use_backend
+
+    assert current() == "auto"
+    with use_backend("reference"):
+        assert current() == "reference"
+        with use_backend("cpu"):
+            assert current() == "cpu"
+        assert current() == "reference"
+    assert current() == "auto"
+    later = use_backend("reference")
+    use_backend("auto")
+    for _ in range(2):
+        with later:
+            assert current() == "reference"
+        assert current() == "auto"
+    with pytest.raises(ValueError, match="name must be one of triton, cpu, reference or auto, got 'cuda9'"):
+        use_backend("cuda9")
+    assert current() == "auto"

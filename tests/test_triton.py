@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from triton.compiler import ASTSource
 import fastclip.backends.triton as kernels
 
 TYPES = dict(table_ptr="*i64", partial_ptr="*fp64", done_ptr="*i32", result_ptr="*fp64", coef_ptr="*fp64",
+             clamped_ptr="*i32",
              limits_ptr="*fp64", tensors="i32", chunks="i32", chunk_size="i32", coef_stride="i32", p="fp32",
              max_norm_high="fp32", max_norm_low="fp32")
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -109,6 +111,34 @@ def test_workspace_is_left_clean():
         assert len(norms) == 1
         assert all((table.done == 0).all() for table in backend._tables)
         assert backend._tables[0].chunks > backend._tables[0].programs > 1
+
+
+@interpreted
+def test_threads_share_the_tables_safely():
+    """torch.equal lets other threads run in the middle of a search."""
+    from fastclip.table import pack
+
+    models = [[parameter(torch.ones(3 + k)) for _ in range(4)] for k in range(3)]
+    wrong, interval = [], sys.getswitchinterval()
+
+    def look_up(parameters):
+        expected = torch.tensor([p.grad.data_ptr() for p in parameters])
+        for _ in range(600):
+            (group,) = pack(parameters, gradients=False, write=True).groups
+            if not torch.equal(backend._table(group).host[0], expected):
+                wrong.append(group)
+
+    with fastclip.use_backend("triton"):
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [threading.Thread(target=look_up, args=(model,)) for model in models]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+    assert not wrong
 
 
 @pytest.mark.gpu

@@ -1,8 +1,8 @@
 """The backends, and the choice between them.
 
-A backend is a module with ``name``, ``why_not(device)`` (None if it can run there), ``describe()`` and three verbs
-over a :class:`~fastclip.table.Group`: ``measure``, ``apply_`` and ``clamp_``. Backends know no rule and never import
-each other.
+A backend is a module with ``name``, ``why_not(device)`` (None if it can run there), ``describe()`` and three verbs over
+a :class:`~fastclip.table.Group`: ``measure``, ``apply_`` and ``clamp_`` (which returns, as a [] bool on the group's
+device, whether it changed anything). Backends know no rule and never import each other.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ class Measurement(NamedTuple):
     absmax: Tensor  # [T] max |g| of each tensor, NaN if it holds one
     norm: Tensor | None  # [] p-norm of the whole group, where the backend has it at no extra cost
     coef: Tensor | None  # [] clip coefficient of that norm, where `max_norm` was given
+
+
+def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`values` (a list or a tensor on the host) as a tensor on `device`, without waiting for the device."""
+    host = torch.as_tensor(values, dtype=dtype, device="cpu")
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -70,11 +76,15 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         global _choice
-        _check(name, "name")
+        self._name = _check(name, "name")
         self._before, _choice = _choice, name
+        self._entered = False
 
     def __enter__(self) -> None:
-        return None
+        global _choice
+        if self._entered or _choice != self._name:  # not straight from the constructor
+            self._before, _choice = _choice, self._name
+        self._entered = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -32,5 +32,5 @@ def apply_(group: Group, coef: torch.Tensor) -> None:
     native.load().apply_(group.native, coef)
 
 
-def clamp_(group: Group, low: float, high: float) -> None:
-    native.load().clamp_(group.native, low, high)
+def clamp_(group: Group, low: float, high: float) -> torch.Tensor:
+    return torch.tensor(native.load().clamp_(group.native, low, high), device="cpu")

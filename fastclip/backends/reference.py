@@ -3,6 +3,7 @@ better does: strided views with gaps, sparse values, complex numbers, any device
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -45,26 +46,49 @@ def measure(group: Group, norm_type: float, max_norm: float | None = None) -> Me
 
 
 def apply_(group: Group, coef: Tensor) -> None:
-    coefs = coef.expand(len(group)).tolist()
+    coefs = coef.to(_compute_dtype(group.dtype).to_real()).expand(len(group)).tolist()
     for tensor, c in zip(group.tensors, coefs):
         if c == 1:
             continue
-        if c == 0 and math.copysign(1, c) > 0:
-            tensor.zero_()
-            continue
-        for piece in _slices(tensor):
-            piece.copy_(piece.to(_compute_dtype(piece.dtype)) * c)
+        with _writing(tensor):
+            if c == 0 and math.copysign(1, c) > 0:
+                tensor.zero_()
+                continue
+            for piece in _slices(tensor):
+                piece.copy_(piece.to(_compute_dtype(piece.dtype)) * c)
 
 
-def clamp_(group: Group, low: float, high: float) -> None:
+def clamp_(group: Group, low: float, high: float) -> Tensor:
+    changed = False
+    low, high = torch.tensor([low, high], dtype=_compute_dtype(group.dtype).to_real(), device="cpu").tolist()
     for tensor in group.tensors:
-        for piece in _slices(tensor):
-            if piece.is_complex():
-                # By magnitude: z * limit / |z| where |z| > limit.
-                shrink = high / piece.abs()
-                piece.copy_(torch.where(shrink < 1, piece * shrink, piece))
-            elif ((piece < low) | (piece > high)).any():
-                piece.clamp_(low, high)
+        with _writing(tensor):
+            for piece in _slices(tensor):
+                wide = _accurate(piece)
+                if not (wide.abs() > high).any():
+                    continue
+                changed = True
+                if piece.is_complex():
+                    piece.copy_(_shrunk(wide, high))
+                else:
+                    piece.clamp_(low, high)
+    return torch.tensor(changed, device=group.device)
+
+
+def _shrunk(z: Tensor, limit: float) -> Tensor:
+    """z * limit / |z| where |z| > limit; an infinite part outweighs a finite one."""
+    parts = torch.view_as_real(z)
+    infinite = parts.isinf()
+    parts = torch.where(infinite.any(-1, keepdim=True), infinite * parts.sign(), parts)
+    finite = torch.view_as_complex(torch.where(parts.isnan() & infinite.any(-1, keepdim=True), 0.0, parts))
+    return torch.where(z.abs() > limit, finite * (limit / finite.abs()), z)
+
+
+@contextlib.contextmanager
+def _writing(tensor: Tensor) -> Iterator[None]:
+    """Where autograd lets `tensor` be changed in place: one made in inference mode only there."""
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+        yield
 
 
 def _slices(tensor: Tensor) -> Iterator[Tensor]:

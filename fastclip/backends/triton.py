@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +26,14 @@ try:
 except ImportError as error:  # pragma: no cover - exercised in a subprocess
     MISSING = f"triton cannot be imported ({error})"
 
-from . import Measurement
+from . import Measurement, upload
 
 if TYPE_CHECKING:
     from ..table import Group
 
 name = "triton"
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 NUM_WARPS = 8
 TILE_BYTES = 32 * NUM_WARPS * 64  # four 16-byte loads a thread in flight
 PROGRAMS_PER_SM = 4
@@ -44,7 +46,7 @@ if MISSING is None:
     INTERPRETED = tl.constexpr(INTERPRET)
     L2, L1, MAX, POWER = (tl.constexpr(i) for i in range(4))
     VANISHING = tl.constexpr(1e-24)  # a float32 power sum below this may have lost more than rounding
-    EDGE = tl.constexpr(1024)  # elements of a masked tile
+    MOST_EDGE = tl.constexpr(1024)  # elements of a masked tile, at most
     COMBINE = tl.constexpr(1024)  # chunk or tensor results combined at a time
 
     # ---- measure ----
@@ -63,7 +65,8 @@ if MISSING is None:
 
     @triton.jit
     def _split_chunk(begin, end, BLOCK: tl.constexpr):
-        """[begin, end) as full tiles and, before and after them, edges: tiles of EDGE elements that need a mask."""
+        """[begin, end) as full tiles and, before and after them, edges: smaller tiles that need a mask."""
+        EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
         full_begin = (begin + BLOCK - 1) // BLOCK * BLOCK
         full_end = tl.maximum(end // BLOCK * BLOCK, full_begin)
         head = begin // EDGE * EDGE
@@ -101,6 +104,7 @@ if MISSING is None:
         else:
             SUM: tl.constexpr = tl.float64 if NORM == POWER else tl.float32
             BITS: tl.constexpr = tl.int32
+        EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
         full_begin, full_end, head, heads, tails = _split_chunk(begin, end, BLOCK)
         total = tl.zeros((), SUM)
         bits = tl.zeros((), BITS)
@@ -236,32 +240,37 @@ if MISSING is None:
             return wide.to(DTYPE)
 
     @triton.jit
-    def _rewrite_tile(pointers, mask, a, b, CLAMP: tl.constexpr, MASKED: tl.constexpr):
-        """x * a, or x limited to [a, b]; the latter stores only what lies outside."""
+    def _rewrite_tile(pointers, mask, a, b, clamped_ptr, CLAMP: tl.constexpr, MASKED: tl.constexpr):
+        """x * a; or x limited to [a, b], storing only what lies outside, and 1 to clamped_ptr if anything does."""
         x = tl.load(pointers, mask=mask) if MASKED else tl.load(pointers)
         wide = x.to(a.dtype)
         if CLAMP:
             outside = (wide < a) | (wide > b)
             limited = tl.where(wide < a, a, tl.where(wide > b, b, wide))
-            tl.store(pointers, _narrow(limited, x.dtype), mask=outside & mask if MASKED else outside)
+            outside = outside & mask if MASKED else outside
+            tl.store(pointers, _narrow(limited, x.dtype), mask=outside)
+            tl.store(clamped_ptr + tl.zeros_like(outside).to(tl.int32), 1, mask=outside)
         elif MASKED:
             tl.store(pointers, _narrow(wide * a, x.dtype), mask=mask)
         else:
             tl.store(pointers, _narrow(wide * a, x.dtype))
 
     @triton.jit
-    def _rewrite(base, begin, end, a, b, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+    def _rewrite(base, begin, end, a, b, clamped_ptr, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
         """Rewrite the elements [begin, end)."""
+        EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
         full_begin, full_end, head, heads, tails = _split_chunk(begin, end, BLOCK)
         for offset in range(full_begin, full_end, BLOCK):
-            _rewrite_tile(_tile(base, offset, BLOCK), None, a, b, CLAMP, False)
+            _rewrite_tile(_tile(base, offset, BLOCK), None, a, b, clamped_ptr, CLAMP, False)
         for i in range(0, heads + tails):
             offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
-            _rewrite_tile(_tile(base, offset, EDGE), _inside(offset, begin, end, EDGE), a, b, CLAMP, True)
+            mask = _inside(offset, begin, end, EDGE)
+            _rewrite_tile(_tile(base, offset, EDGE), mask, a, b, clamped_ptr, CLAMP, True)
 
     @triton.jit
     def _zero(base, begin, end, BLOCK: tl.constexpr):
         """Zeros into the elements [begin, end), without reading them."""
+        EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
         full_begin, full_end, head, heads, tails = _split_chunk(begin, end, BLOCK)
         for offset in range(full_begin, full_end, BLOCK):
             tl.store(_tile(base, offset, BLOCK), tl.zeros([BLOCK], base.dtype.element_ty))
@@ -269,6 +278,11 @@ if MISSING is None:
             offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
             zeros = tl.zeros([EDGE], base.dtype.element_ty)
             tl.store(_tile(base, offset, EDGE), zeros, mask=_inside(offset, begin, end, EDGE))
+
+    @triton.jit
+    def _rounded(coef, DTYPE: tl.constexpr):
+        """The coefficient as it will be used: float32 for all but float64 gradients."""
+        return coef if DTYPE == tl.float64 else coef.to(tl.float32).to(tl.float64)
 
     @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size", "coef_stride"])
     def _apply_kernel(
@@ -282,22 +296,23 @@ if MISSING is None:
         BLOCK: tl.constexpr,
     ):
         if coef_stride == 0:
-            if tl.load(coef_ptr) == 1.0:
+            if _rounded(tl.load(coef_ptr), DTYPE) == 1.0:
                 chunks = 0  # nothing is clipped: the launch ends here, without a read
         for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
             tensor, _, _, base, begin, end = _chunk(table_ptr, chunk, tensors, chunk_size, DTYPE)
-            coef = tl.load(coef_ptr + tensor * coef_stride)
+            coef = _rounded(tl.load(coef_ptr + tensor * coef_stride), DTYPE)
             if coef != 1.0:
                 if coef.to(tl.int64, bitcast=True) == 0:  # +0, not -0: zeros without reading
                     _zero(base, begin, end, BLOCK)
                 else:
                     factor = coef if DTYPE == tl.float64 else coef.to(tl.float32)
-                    _rewrite(base, begin, end, factor, factor, False, BLOCK)
+                    _rewrite(base, begin, end, factor, factor, coef_ptr, False, BLOCK)
 
     @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size"])
     def _clamp_kernel(
         table_ptr,
         limits_ptr,  # float64 [2]
+        clamped_ptr,  # int32 []: set to 1 if anything is changed
         tensors,
         chunks,
         chunk_size,
@@ -309,7 +324,7 @@ if MISSING is None:
             low, high = low.to(tl.float32), high.to(tl.float32)
         for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
             _, _, _, base, begin, end = _chunk(table_ptr, chunk, tensors, chunk_size, DTYPE)
-            _rewrite(base, begin, end, low, high, True, BLOCK)
+            _rewrite(base, begin, end, low, high, clamped_ptr, True, BLOCK)
 
     DTYPES = {
         torch.float32: tl.float32,
@@ -341,6 +356,8 @@ def measure(group: Group, norm_type: float, max_norm: float | None = None) -> Me
     norm = {2.0: L2, 1.0: L1, math.inf: MAX}.get(norm_type, POWER)
     count = len(group)
     result = torch.empty(2 * count + 2, dtype=torch.float64, device=group.device)
+    if max_norm is not None and FLOAT32_MAX < max_norm < math.inf:
+        max_norm = None  # does not go through a float32 argument: the caller decides in torch
     high, low = _split(math.inf if max_norm is None else max_norm)
     with _on(group.device):
         _measure_kernel[(table.programs,)](
@@ -364,23 +381,26 @@ def apply_(group: Group, coef: Tensor) -> None:
     group.bump_version()
 
 
-def clamp_(group: Group, low: float, high: float) -> None:
+def clamp_(group: Group, low: float, high: float) -> Tensor:
     table = _table(group)
-    limits = torch.tensor([low, high], dtype=torch.float64).to(group.device, non_blocking=True)
+    limits = upload([low, high], torch.float64, group.device)
+    clamped = torch.zeros((), dtype=torch.int32, device=group.device)
     with _on(group.device):
         _clamp_kernel[(table.programs,)](
-            table.device, limits, len(group), table.chunks, table.chunk_size,
+            table.device, limits, clamped, len(group), table.chunks, table.chunk_size,
             DTYPE=DTYPES[group.dtype], BLOCK=table.block, num_warps=NUM_WARPS,
         )  # fmt: skip
     group.bump_version()
+    return clamped.bool()
 
 
 class _Table:
     """A group's addresses on its device, cut into chunks, with the workspace of `measure`."""
 
-    key: tuple[Any, ...]  # device, dtype and stream: two streams must not share a workspace
-
-    def __init__(self, group: Group, host: Tensor) -> None:
+    def __init__(self, group: Group, key: tuple[Any, ...], host: Tensor) -> None:
+        if group.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("clipping by the triton backend cannot be captured in a CUDA graph yet")
+        self.key = key  # device, dtype and stream: two streams must not share a workspace
         self.host = host
         addresses, sizes = host
         self.block = TILE_BYTES // group.dtype.itemsize
@@ -391,18 +411,17 @@ class _Table:
         self.chunk_size = self.block * min(64, max(1, tiles // (most * CHUNKS_PER_PROGRAM)))
         counts = torch.where(sizes > 0, (ends + self.chunk_size - 1) // self.chunk_size, 0)
         firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        owners = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
         self.chunks = len(owners)
         self.programs = max(1, min(most, self.chunks))
         table = torch.cat([addresses - addresses % 16, begins, ends, firsts, owners])
-        if group.device.type != "cpu":
-            table = table.pin_memory()
-        self.device = table.to(group.device, non_blocking=True)
+        self.device = upload(table, torch.int64, group.device)
         self.partial = torch.empty(2, max(1, self.chunks), dtype=torch.float64, device=group.device)
         self.done = torch.zeros(len(counts) + 1, dtype=torch.int32, device=group.device)
 
 
 _tables: list[_Table] = []  # most recently used first
+_lock = threading.Lock()  # torch.equal lets other threads run in the middle of a search
 
 
 def _table(group: Group) -> _Table:
@@ -410,10 +429,11 @@ def _table(group: Group) -> _Table:
     if group.uploaded is None:
         host = group.addresses_and_sizes()
         stream = None if INTERPRET else torch.get_device_module(group.device.type).current_stream(group.device)
-        group.uploaded = _find((group.device, group.dtype, stream), host) or _Table(group, host)
-        group.uploaded.key = (group.device, group.dtype, stream)
-        _tables.insert(0, group.uploaded)
-        del _tables[CACHED_TABLES:]
+        key = (group.device, group.dtype, stream)
+        with _lock:
+            group.uploaded = _find(key, host) or _Table(group, key, host)
+            _tables.insert(0, group.uploaded)
+            del _tables[CACHED_TABLES:]
     return group.uploaded
 
 
@@ -443,5 +463,5 @@ def _on(device: torch.device) -> Any:
 
 def _split(value: float) -> tuple[float, float]:
     """Two float32 numbers whose sum is `value` to float64's accuracy."""
-    high = torch.tensor(value, dtype=torch.float32).item()
+    high = torch.tensor(value, dtype=torch.float32, device="cpu").item()
     return high, value - high if math.isfinite(high) else 0.0
