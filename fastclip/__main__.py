@@ -18,6 +18,7 @@ from .backends import native
 
 def info() -> int:
     """Versions, devices, and each backend with the reason why it can or cannot run: what a bug report needs."""
+    native.load()
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     rows = [
         ("fastclip", __version__),
@@ -26,7 +27,7 @@ def info() -> int:
         ("triton", _version("triton")),
         ("compiler", _first_line([compiler, "--version"]) if compiler else "none found"),
         ("csrc", str(native.source_folder())),
-        ("build", f"{native.library_path()} ({'there' if native.library_path().is_file() else 'not built yet'})"),
+        ("build", f"{native.library_path()} ({'there' if native.library_path().is_file() else 'could not be built'})"),
         ("choice", f"{backends.current()} (FASTCLIP_BACKEND or use_backend)"),
     ]
     devices = [torch.device("cpu")]

@@ -176,7 +176,7 @@ def mask_small_(parameters: Parameters, threshold: float) -> Tensor:
 def _global_norm(
     tensors: Parameters, argument: str, max_norm: float | None, norm_type: float, error_if_nonfinite: bool
 ) -> Tensor:
-    items = tensors if type(tensors) is list else listed(tensors, argument)
+    items = tensors if type(tensors) is list else listed(tensors, argument, stacklevel=4)
     clips = argument == "parameters"
     packed = None
     if backends.current() in ("auto", "cpu"):
@@ -193,10 +193,7 @@ def _global_norm(
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     """For a graph: the gradients, each once."""
-    found: list[Tensor] = []
-    for p in parameters:
-        if p.grad is not None and not any(p.grad is g for g in found):
-            found.append(p.grad)
+    found = list(dict.fromkeys(p.grad for p in parameters if p.grad is not None))
     if not found:
         check_not_gradients(parameters, "parameters")
     return found

@@ -73,7 +73,7 @@ class GradTable:
         return sum(map(len, self.groups))
 
 
-def listed(parameters: Any, argument: str = "parameters") -> list[Any]:
+def listed(parameters: Any, argument: str = "parameters", stacklevel: int = 3) -> list[Any]:
     """A tensor, an iterable of tensors, or of torch.optim's parameter-group dicts, as a flat list."""
     if isinstance(parameters, Tensor):
         return [parameters]
@@ -81,7 +81,7 @@ def listed(parameters: Any, argument: str = "parameters") -> list[Any]:
         raise TypeError(f"{argument} must be a tensor or an iterable of tensors, got {_shown(parameters)}")
     items = list(parameters)
     if not items and isinstance(parameters, types.GeneratorType):
-        warnings.warn(f"{argument} is an exhausted generator: nothing is clipped", stacklevel=3)
+        warnings.warn(f"{argument} is an exhausted generator: nothing is clipped", stacklevel=stacklevel)
     if not any(isinstance(item, dict) for item in items):
         return items
     flat: list[Any] = []
