@@ -123,10 +123,12 @@ Moments measure(const Group& group, double p, bool absmax, Moments* per_segment)
       per_segment[i] = segment;
     }
   }
-  Moments lanes[4];  // four sums in flight
-  for (int64_t c = 0; c < group.chunks; c++) lanes[c % 4].combine(partial[c]);
-  for (int i = 1; i < 4; i++) lanes[0].combine(lanes[i]);
-  const Moments all = lanes[0];
+  Moments all;
+  double sums[4] = {};  // four additions in flight
+  for (int64_t c = 0; c < group.chunks; c++) sums[c % 4] += partial[c].power;
+  all.power = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  if (kernel != k.l2_sum)
+    for (int64_t c = 0; c < group.chunks; c++) all.absmax = larger_magnitude(all.absmax, partial[c].absmax);
   if (partials.capacity() > (1 << 16)) std::vector<Moments>().swap(partials);
   return all;
 }
