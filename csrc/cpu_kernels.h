@@ -64,12 +64,30 @@ struct BF16 {
   using Bits = int16_t;
   using Compute = float;
   template <int L> static FASTCLIP_FN Vec<float, L> widen(const Bits* p) {
-    auto wide = __builtin_convertvector(load<Vec<uint16_t, L>>(p), Vec<uint32_t, L>);
+    using Wide = Vec<uint32_t, L>;
+    Wide wide;
+    // GCC 12 takes a general __builtin_convertvector apart into halves and quarters.
+#if FASTCLIP_VECTOR_BYTES == 64
+    if constexpr (L == 16) wide = bits_as<Wide>(_mm512_cvtepu16_epi32(load<__m256i>(p)));
+    else wide = bits_as<Wide>(_mm256_cvtepu16_epi32(load<__m128i>(p)));
+#elif FASTCLIP_VECTOR_BYTES == 32
+    if constexpr (L == 8) wide = bits_as<Wide>(_mm256_cvtepu16_epi32(load<__m128i>(p)));
+    else wide = bits_as<Wide>(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(load<long long>(p))));
+#else
+    wide = __builtin_convertvector(load<Vec<uint16_t, L>>(p), Wide);
+#endif
     return bits_as<Vec<float, L>>(wide << 16);
   }
   template <int L> static FASTCLIP_FN void narrow(Bits* p, Vec<float, L> v) {
     auto rounded = round_to_bf16(bits_as<Vec<uint32_t, L>>(v));
+#if FASTCLIP_VECTOR_BYTES == 64
+    store(p, _mm512_cvtepi32_epi16(bits_as<__m512i>(rounded)));
+#elif FASTCLIP_VECTOR_BYTES == 32
+    const __m256i words = bits_as<__m256i>(rounded);
+    store(p, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#else
     store(p, __builtin_convertvector(rounded, Vec<uint16_t, L>));
+#endif
   }
 };
 
