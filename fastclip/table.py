@@ -192,8 +192,9 @@ def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
     if gradient.layout is not torch.strided:
         raise TypeError(f"{label} has the layout {gradient.layout}, which is not supported")
     memory = gradient.detach()
-    if memory.numel() and memory.untyped_storage().nbytes() < (memory.storage_offset() + 1) * memory.itemsize:
-        raise RuntimeError(f"{label} has no memory: its storage was freed")
+    end = memory.storage_offset() * memory.itemsize + _extent(memory)
+    if memory.numel() and memory.untyped_storage().nbytes() < end:
+        raise RuntimeError(f"{label} has no memory: its storage was freed or shrunk")
     if write and torch._debug_has_internal_overlap(memory) == 1:
         raise RuntimeError(
             f"{label} is expanded: several elements (shape {tuple(memory.shape)}, stride {memory.stride()}) share one "

@@ -199,9 +199,10 @@ def test_neighbours_in_one_storage(backend):
     torch.testing.assert_close(flat.double(), before[0] * (0.5 / (total_norm(before) + 1e-6)), rtol=1e-6, atol=0)
 
 
-def test_freed_storage(backend):
+@pytest.mark.parametrize("left", [0, 16])
+def test_freed_storage(backend, left):
     p = parameter(torch.ones(8))
-    p.grad.untyped_storage().resize_(0)
+    p.grad.untyped_storage().resize_(left)
     with pytest.raises(RuntimeError, match=r"the gradient of parameters\[0\] has no memory"):
         fastclip.clip_norm_([p], 1.0)
 
