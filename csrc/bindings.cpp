@@ -55,7 +55,7 @@ py::list wrap(std::vector<Group>&& groups) {
 // global_norm(items: list, clip: bool, max_norm: float, norm_type: float, error_if_nonfinite: bool)
 //
 // The norm of the gradients of parameters, clipped to max_norm; or, unless `clip`, just the norm of tensors.
-// pack -> measure -> decide -> apply in one call for the commonest case: plain gradients of one dtype on the CPU.
+// pack -> measure -> decide -> apply in one call for the commonest case: plain gradients on the CPU.
 // Returns the norm; or the packed groups, untouched, when they are for another path; or None when the list or an
 // argument wants the general path (fastclip/functional.py), which handles it or says what is wrong with it.
 PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -73,26 +73,31 @@ PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!tensors || tensors->empty()) Py_RETURN_NONE;
   std::vector<Group> groups;
   if (pack(*tensors, /*gradients_of=*/clip, groups) == Packed::Odd || groups.empty()) Py_RETURN_NONE;
-  Group& group = groups[0];
-  if (groups.size() > 1 || !group.device.is_cpu()) return wrap(std::move(groups)).release().ptr();
+  int64_t work = 0;
+  bool wide = false;
+  for (const auto& group : groups) {
+    if (!group.device.is_cpu()) return wrap(std::move(groups)).release().ptr();
+    work += group.work;
+    wide |= group.dtype == at::kDouble;
+  }
 
   std::optional<py::gil_scoped_release> released;
-  if (group.work > 1 << 22) {  // long enough for other threads to want the interpreter
-    group.own();
+  if (work > 1 << 22) {  // long enough for other threads to want the interpreter
+    for (auto& group : groups) group.own();
     released.emplace();
   }
-  const auto moments = cpu::measure(group, p, /*absmax=*/false, nullptr);
+  Moments moments;
+  for (const auto& group : groups) moments.combine(cpu::measure(group, p, /*absmax=*/false, nullptr));
   const double norm = finish_norm(norm_kind(p), p, moments.power, moments.absmax);
   const bool refuse = refuses && !std::isfinite(norm);
   if (clip && !refuse) {
     const double coef = clip_coefficient(norm, max_norm);
-    cpu::apply_(group, &coef, 0);
+    for (const auto& group : groups) cpu::apply_(group, &coef, 0);
   }
   released.reset();
   if (refuse) return wrap(std::move(groups)).release().ptr();
-  const auto dtype = group.dtype == at::kDouble ? at::kDouble : at::kFloat;
-  recycle(std::move(group));
-  return THPVariable_Wrap(scalar(norm, dtype));
+  for (auto& group : groups) recycle(std::move(group));
+  return THPVariable_Wrap(scalar(norm, wide ? at::kDouble : at::kFloat));
   END_HANDLE_TH_ERRORS
 }
 
@@ -123,16 +128,18 @@ at::Tensor addresses_and_sizes(const Group& group) {
   return table;
 }
 
-// (power [T], absmax [T], norm of the group [], its clip coefficient [] or None), all float64
-py::tuple measure(const Group& group, double p, std::optional<double> max_norm) {
+// (power [T], absmax [T], norm [], its clip coefficient [] or None, total [2]), all float64; the last three of this group
+// and of `before`, the total of groups measured before it.
+py::tuple measure(const Group& group, double p, std::optional<double> max_norm, const std::optional<at::Tensor>& before) {
   const int64_t n = group.segments.size();
   const auto options = at::TensorOptions().dtype(at::kDouble);
   at::Tensor power = at::detail::empty_cpu({n}, options), absmax = at::detail::empty_cpu({n}, options);
-  double norm;
+  at::Tensor total = at::detail::empty_cpu({2}, options);
+  Moments all;
   {
     py::gil_scoped_release released;
     std::vector<Moments> per_segment(n);
-    const auto all = cpu::measure(group, p, /*absmax=*/true, per_segment.data());
+    all = cpu::measure(group, p, /*absmax=*/true, per_segment.data());
     auto *powers = power.mutable_data_ptr<double>(), *maxima = absmax.mutable_data_ptr<double>();
     int64_t nonzero = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -140,11 +147,15 @@ py::tuple measure(const Group& group, double p, std::optional<double> max_norm) 
       maxima[i] = per_segment[i].absmax;
       nonzero += powers[i] != 0;
     }
-    norm = p == 0 ? double(nonzero) : finish_norm(norm_kind(p), p, all.power, all.absmax);
+    if (p == 0) all.power = double(nonzero);
   }
+  if (before) all.combine({before->const_data_ptr<double>()[0], before->const_data_ptr<double>()[1]});
+  total.mutable_data_ptr<double>()[0] = all.power;
+  total.mutable_data_ptr<double>()[1] = all.absmax;
+  const double norm = finish_norm(norm_kind(p), p, all.power, all.absmax);
   py::object coef = py::none();
   if (max_norm) coef = py::cast(scalar(clip_coefficient(norm, *max_norm), at::kDouble));
-  return py::make_tuple(power, absmax, scalar(norm, at::kDouble), coef);
+  return py::make_tuple(power, absmax, scalar(norm, at::kDouble), coef, total);
 }
 
 // coef: float64 on the host, [] or [T]

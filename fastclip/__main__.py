@@ -18,16 +18,17 @@ from .backends import native
 
 def info() -> int:
     """Versions, devices, and each backend with the reason why it can or cannot run: what a bug report needs."""
-    native.load()
+    native.cpp.load()
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     rows = [
         ("fastclip", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"),
         ("triton", _version("triton")),
-        ("compiler", _first_line([compiler, "--version"]) if compiler else "none found"),
+        ("compiler", _lines([compiler, "--version"])[0] if compiler else "none found"),
+        ("nvcc", _nvcc()),
         ("csrc", str(native.source_folder())),
-        ("build", f"{native.library_path()} ({'there' if native.library_path().is_file() else 'could not be built'})"),
+        ("build", f"{native.cpp.path()} ({'there' if native.cpp.path().is_file() else 'could not be built'})"),
         ("choice", f"{backends.current()} (FASTCLIP_BACKEND or use_backend)"),
     ]
     devices = [torch.device("cpu")]
@@ -50,14 +51,27 @@ def info() -> int:
 
 
 def build(force: bool) -> int:
-    """Compile csrc/ now, showing what the compiler says, instead of on first use."""
+    """Compile csrc/ now, showing what the compilers say, instead of on first use; for CUDA too where there is a GPU, or
+    TORCH_CUDA_ARCH_LIST names one."""
     try:
-        module = native.build(verbose=True, force=force)
+        module = native.cpp.build(verbose=True, force=force)
+        print(f"{native.cpp.path()}\nCPU kernels: {module.isa()}")
+        if torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            native.cuda.build(verbose=True, force=force)
+            print(f"{native.cuda.path()}\nCUDA kernels: sm_{', sm_'.join(native.architectures())}")
+        else:
+            print("CUDA kernels: not built, there is no GPU to compile for; TORCH_CUDA_ARCH_LIST can name one")
     except Exception as error:  # noqa: BLE001 - a command reports what went wrong and fails
         print(error, file=sys.stderr)
         return 1
-    print(f"{native.library_path()}\nCPU kernels: {module.isa()}")
     return 0
+
+
+def _nvcc() -> str:
+    try:
+        return f"{native.nvcc()}, {_lines([native.nvcc(), '--version'])[-1]}"
+    except FileNotFoundError:
+        return "none found"
 
 
 def _version(package: str) -> str:
@@ -67,8 +81,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _first_line(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+def _lines(command: list[str]) -> list[str]:
+    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines() or [""]
 
 
 def main() -> int:

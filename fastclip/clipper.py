@@ -141,11 +141,10 @@ def clamp_(table: GradTable, low: float, high: float) -> Tensor:
 
 def _coefficients(rule: Rule, stats: Stats) -> Tensor:
     factor = rule(stats)
-    count = len(stats.power)
-    if not isinstance(factor, Tensor) or factor.shape not in ((), (count,)):
+    if not isinstance(factor, Tensor) or factor.shape not in ((), (stats.count,)):
         got = f"a tensor of shape {tuple(factor.shape)}" if isinstance(factor, Tensor) else repr(factor)
-        raise TypeError(f"rule {rule!r} must return a tensor of shape [] or [{count}], got {got}")
-    return factor.detach().to(stats.power.device, torch.float64)
+        raise TypeError(f"rule {rule!r} must return a tensor of shape [] or [{stats.count}], got {got}")
+    return factor.detach().to(stats.device, torch.float64)
 
 
 def _rule(rule: Any) -> Any:

@@ -180,7 +180,7 @@ def _global_norm(
     clips = argument == "parameters"
     packed = None
     if backends.current() in ("auto", "cpu"):
-        library = native.load()
+        library = native.cpp.load()
         if library is not None:
             packed = library.global_norm(items, clips, max_norm, norm_type, error_if_nonfinite)
             if isinstance(packed, Tensor):

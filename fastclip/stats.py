@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .backends import upload
+from .backends import Measurement, upload
 from .table import GradTable
 
 
@@ -29,30 +28,52 @@ class Stats:
         names: the T names, where the Clipper was given named parameters, else None.
     """
 
-    coef: Tensor
-    clipped: Tensor
     names: tuple[str, ...] | None = None
 
     def __init__(
-        self, norm_type: float, power: Tensor, absmax: Tensor, dtype: torch.dtype, norm: Tensor | None = None
+        self,
+        norm_type: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        parts: list[Measurement],
+        positions: list[int] | None = None,
+        norm: Tensor | None = None,
     ) -> None:
         self.norm_type = norm_type
-        self.power = power  # [T] float64, sum |g|^p of each tensor
-        self.absmax = absmax  # [T] float64
+        self.device = device
+        self.count = sum(len(part.power) for part in parts)  # T
         self._dtype = dtype
-        if norm is not None:
-            self.norm = norm
+        self._parts = parts
+        self._positions = positions  # of the parts' tensors, one part after the other; None: as they come
+        self._norm = norm
+        self._coef: Tensor | None = None
+        self._clamped: Tensor | None = None
 
-    @cached_property
+    # Computed anew at every look: none of it is paid for by who does not ask, and after a replay of a CUDA graph it is
+    # that replay's.
+
+    @property
+    def power(self) -> Tensor:
+        """[T] float64, sum |g|^p of each gradient."""
+        return self._gathered([part.power for part in self._parts])
+
+    @property
+    def absmax(self) -> Tensor:
+        """[T] float64; what `tensor_absmax` is rounded from."""
+        return self._gathered([part.absmax for part in self._parts])
+
+    @property
     def norm(self) -> Tensor:
         """[] float64; what `total_norm` is rounded from."""
+        if self._norm is not None or not self.count:
+            return torch.zeros((), dtype=torch.float64, device=self.device) if self._norm is None else self._norm
         if math.isinf(self.norm_type):
             return self.absmax.max()
         if self.norm_type == 0:
             return (self.power != 0).sum().double()  # torch's: the number of tensors that are not all zero
         return _root(self.power.sum(), self.norm_type)
 
-    @cached_property
+    @property
     def norms(self) -> Tensor:
         """[T] float64; what `tensor_norms` is rounded from."""
         return self.absmax if math.isinf(self.norm_type) else _root(self.power, self.norm_type)
@@ -73,43 +94,58 @@ class Stats:
     def nonfinite(self) -> Tensor:
         return ~self.absmax.isfinite()
 
+    @property
+    def coef(self) -> Tensor:
+        return self._decision().to(self._dtype)
+
+    @property
+    def clipped(self) -> Tensor:
+        scaled = (self.coef != 1).any()
+        return scaled if self._clamped is None else scaled | self._clamped
+
     def scaled(self, coef: Tensor) -> Stats:
         """The statistics the gradients will have once multiplied by `coef` ([] or [T]): what the next rule sees."""
         factor = coef.abs()
-        absmax = torch.where(factor == 0, 0.0, self.absmax * factor)
+        power, absmax = self.power, torch.where(factor == 0, 0.0, self.absmax * factor)
         if self.norm_type == 0:
-            power = torch.where(factor == 0, 0.0, self.power)
-        else:
-            power = torch.where(factor == 0, 0.0, self.power * factor**self.norm_type)
-        return Stats(self.norm_type, self.power if math.isinf(self.norm_type) else power, absmax, self._dtype)
+            power = torch.where(factor == 0, 0.0, power)
+        elif not math.isinf(self.norm_type):
+            power = torch.where(factor == 0, 0.0, power * factor**self.norm_type)
+        return Stats(self.norm_type, self._dtype, self.device, [Measurement(power, absmax)])
 
     def decided(self, coef: Tensor, clamped: Tensor | None = None) -> Stats:
         """Record what was done."""
-        self.coef = coef.to(self._dtype)
-        scaled = (self.coef != 1).any()
-        self.clipped = scaled if clamped is None else scaled | clamped
+        self._coef, self._clamped = coef, clamped
         return self
 
+    def _decision(self) -> Tensor:
+        if self._coef is None:
+            raise RuntimeError("coef and clipped are known only once the rules have decided")
+        return self._coef
+
+    def _gathered(self, parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            return torch.zeros(0, dtype=torch.float64, device=self.device)
+        order = upload(torch.tensor(self._positions, device="cpu").argsort(), torch.int64, self.device)
+        return torch.cat([part.to(self.device) for part in parts])[order]
+
     def __repr__(self) -> str:
-        return (
-            f"Stats(total_norm={self.total_norm.item():.6g}, clipped={bool(self.clipped)}, tensors={len(self.power)})"
-        )
+        return f"Stats(total_norm={self.total_norm.item():.6g}, clipped={bool(self.clipped)}, tensors={self.count})"
 
 
 def measure(table: GradTable, norm_type: float, max_norm: float | None = None) -> tuple[Stats, Tensor | None]:
-    """One read of the table's gradients; also the clip coefficient of `max_norm` where a backend fuses that."""
-    parts = [group.backend.measure(group, norm_type, max_norm) for group in table.groups]
-    if len(parts) == 1:
-        power, absmax, norm, coef = parts[0]
-        return Stats(norm_type, power, absmax, table.dtype, norm), coef
-    if not parts:
-        nothing = torch.zeros(0, dtype=torch.float64, device=table.device)
-        return Stats(norm_type, nothing, nothing, table.dtype, nothing.sum()), None
-    positions = torch.tensor([p for group in table.groups for p in group.positions], device="cpu")
-    order = upload(positions.argsort(), torch.int64, table.device)
-    power = torch.cat([part.power.to(table.device) for part in parts])[order]
-    absmax = torch.cat([part.absmax.to(table.device) for part in parts])[order]
-    return Stats(norm_type, power, absmax, table.dtype), None
+    """One read of the table's gradients; also the clip coefficient of `max_norm` where the backends fuse that."""
+    parts: list[Measurement] = []
+    chained = len({(group.backend, group.device) for group in table.groups}) == 1
+    before: Tensor | None = None
+    for group in table.groups:
+        parts.append(group.backend.measure(group, norm_type, max_norm, before))
+        before = parts[-1].total if chained else None
+    positions = [p for group in table.groups for p in group.positions] if len(parts) > 1 else None
+    norm, coef = (parts[-1].norm, parts[-1].coef) if chained else (None, None)
+    return Stats(norm_type, table.dtype, table.device, parts, positions, norm), coef
 
 
 def _root(power: Tensor, p: float) -> Tensor:

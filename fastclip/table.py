@@ -97,7 +97,7 @@ def listed(parameters: Any, argument: str = "parameters", stacklevel: int = 3) -
 
 def pack(items: list[Any], *, gradients: bool, write: bool, argument: str = "parameters") -> GradTable:
     """The table of the gradients of `items`, or of the tensors themselves where they are `gradients` already."""
-    library = native.load()
+    library = native.cpp.load()
     packed = library.pack(items, not gradients) if library is not None else None
     if packed:
         return from_native(packed)

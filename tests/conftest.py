@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton's kernels are interpreted, so every test can run through them."""
+"""Where there is no GPU, Triton's kernels are interpreted and CUDA's emulated, so every test can run through them."""
 
 import os
 
@@ -7,12 +7,17 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
+import emulation
 import pytest
 
 import fastclip
+from fastclip.backends import cuda, native
 
-# Triton runs on CPU tensors only when it is interpreted; with a GPU, the tests marked gpu cover it.
-BACKENDS = ("reference", "cpu") if torch.cuda.is_available() else ("reference", "cpu", "triton")
+# Without a GPU, Triton's kernels and CUDA's run on CPU tensors; with one, the tests marked gpu cover them.
+BACKENDS = ("reference", "cpu") if torch.cuda.is_available() else ("reference", "cpu", "triton", "cuda")
+
+if not torch.cuda.is_available():
+    cuda.DEVICE, native.cuda = "cpu", emulation.library
 
 
 def pytest_collection_modifyitems(items):

@@ -19,7 +19,7 @@ sys.path.insert(0, {tests!r})
 import torch, fastclip
 from cases import CASES, DTYPES, EXTREMES, gradients, parameter
 from fastclip.backends import native
-out = {{"isa": native.load().isa()}}
+out = {{"isa": native.cpp.load().isa()}}
 for case in CASES:
     for dtype in DTYPES:
         torch.manual_seed(0)
@@ -59,7 +59,7 @@ def flatten(value):
 def test_instruction_sets_agree():
     """Each instruction set this machine has gives what the portable code gives (which the other tests compare with
     float64 where it is the best there is)."""
-    best = native.load().isa()
+    best = native.cpp.load().isa()
     here = [isa for isa in ("portable", "avx2", "avx512") if isa == "portable" or best == "avx512" or isa == best]
     results = [run_with(isa) for isa in here]
     assert [r.pop("isa") for r in results] == here

@@ -1,5 +1,6 @@
 """Building and loading csrc/, and living without it."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastclip.backends import native
 
@@ -58,7 +60,7 @@ def test_import_alone_neither_builds_nor_warns(tmp_path):
 @pytest.mark.slow
 def test_eight_processes_at_once(tmp_path):
     """One builds, seven wait; and the lock of a build that was killed holds nobody up."""
-    folder = tmp_path / native.library_path().parent.name
+    folder = tmp_path / native.cpp.path().parent.name
     folder.mkdir()
     (folder / "lock").write_text("left behind")
     program = CLIP.format("print(fastclip.clip_norm_([p], 1.0).item())")
@@ -77,8 +79,49 @@ def test_eight_processes_at_once(tmp_path):
 def test_build_command_finds_the_build(tmp_path):
     result = run(sys.executable, "-m", "fastclip", "build")
     assert result.returncode == 0, result.stderr
-    path, kernels = result.stdout.splitlines()
+    path, kernels, cuda = result.stdout.splitlines()[:3]
     assert Path(path).is_file() and kernels.startswith("CPU kernels: ")
+    assert torch.cuda.is_available() or cuda.startswith("CUDA kernels: not built, there is no GPU")
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_build_command_for_a_gpu_that_is_elsewhere(tmp_path):
+    environment = {"TORCH_CUDA_ARCH_LIST": "9.0", "FASTCLIP_CACHE": str(tmp_path)}
+    shutil.copytree(native.cpp.path().parent, tmp_path / native.cpp.path().parent.name)
+    result = run(sys.executable, "-m", "fastclip", "build", **environment)
+    assert result.returncode == 0, result.stderr
+    *_, path, kernels = result.stdout.splitlines()
+    assert kernels == "CUDA kernels: sm_90"
+    library = ctypes.CDLL(path)  # opens without a GPU, and without torch
+    assert library.fastclip_cuda_most_parameters() == 2700
+
+
+def test_build_command_with_a_wrong_architecture(tmp_path):
+    result = run(sys.executable, "-m", "fastclip", "build", TORCH_CUDA_ARCH_LIST="Hopper")
+    assert result.returncode == 1
+    assert "TORCH_CUDA_ARCH_LIST must list architectures such as 9.0, got ['Hopper'] in 'Hopper'" in result.stderr
+
+
+def test_build_command_without_nvcc(tmp_path):
+    """The reason stands in `info`, too, and in the error when the backend is asked for by name."""
+    environment = {"TORCH_CUDA_ARCH_LIST": "9.0", "CUDA_HOME": str(tmp_path), "PATH": _path_without_nvcc(tmp_path)}
+    result = run(sys.executable, "-m", "fastclip", "build", **environment)
+    assert result.returncode == 1
+    assert "there is no CUDA compiler: nvcc is neither in $CUDA_HOME/bin nor on the PATH" in result.stderr
+
+
+def _path_without_nvcc(folder):
+    """A PATH with what a C++ build needs and nothing else."""
+    tools = folder / "tools"
+    tools.mkdir()
+    for tool in ("c++", "g++", "gcc", "as", "ld", "which", "uname", "ninja"):
+        if found := shutil.which(tool):
+            (tools / tool).symlink_to(found)
+    return str(tools)
 
 
 def test_build_command_without_a_compiler(tmp_path):
@@ -89,9 +132,9 @@ def test_build_command_without_a_compiler(tmp_path):
 def test_info_command():
     result = run(sys.executable, "-m", "fastclip", "info")
     assert result.returncode == 0, result.stderr
-    for word in ("fastclip", "python", "torch", "triton", "compiler", "csrc", "build", "on cpu, auto takes cpu"):
+    for word in ("fastclip", "python", "torch", "triton", "compiler", "nvcc", "csrc", "build", "on cpu, auto takes cpu"):
         assert word in result.stdout
-    for name in ("triton", "cpu", "reference"):
+    for name in ("triton", "cuda", "cpu", "reference"):
         assert f"\n  {name:10} yes: " in result.stdout or f"\n  {name:10} no:  " in result.stdout
 
 
@@ -101,6 +144,7 @@ def test_info_says_why_a_backend_cannot_run(tmp_path):
     assert "on cpu, auto takes reference" in result.stdout
     assert "cpu        no:  there is no C++ compiler" in result.stdout
     assert "triton     no:  its kernels run on GPUs, not on cpu" in result.stdout
+    assert "cuda       no:  it runs on NVIDIA GPUs, not on cpu" in result.stdout
 
 
 def test_environment_variable_chooses(tmp_path):

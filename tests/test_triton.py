@@ -29,8 +29,8 @@ import fastclip.backends.triton as kernels
 
 TYPES = dict(table_ptr="*i64", partial_ptr="*fp64", done_ptr="*i32", result_ptr="*fp64", coef_ptr="*fp64",
              clamped_ptr="*i32",
-             limits_ptr="*fp64", tensors="i32", chunks="i32", chunk_size="i32", coef_stride="i32", p="fp32",
-             max_norm_high="fp32", max_norm_low="fp32")
+             limits_ptr="*fp64", tensors="i32", chunks="i32", chunk_size="i32", coef_stride="i32", before_ptr="*fp64",
+             chained="i32", p_high="fp32", p_low="fp32", max_norm_high="fp32", max_norm_low="fp32")
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ALL = [(kernels._measure_kernel, norm) for norm in range(4)]
 ALL += [(kernels._apply_kernel, None), (kernels._clamp_kernel, None)]
@@ -71,7 +71,7 @@ def test_compiles_ahead_of_time(arch, monkeypatch):
     for row in rows:
         where = f"{row['kernel']} {row['dtype']} {row['norm']}"
         assert int(row["LOCAL"]) == 0, where
-        assert int(row["STACK"]) == 0, where
+        assert int(row["STACK"]) == 0 or row["norm"] == 3, where
         vector = wide.get(row["dtype"], "v4.b32")
         if row["norm"] == 3:  # a general power waits for float64 logarithms, not for memory
             continue
@@ -84,33 +84,35 @@ def test_compiles_ahead_of_time(arch, monkeypatch):
 @interpreted
 def test_table_is_reused_only_for_the_same_addresses():
     with fastclip.use_backend("triton"):
-        backend._tables.clear()
+        entries = backend._tables.entries
+        entries.clear()
         parameters = [parameter(torch.ones(n)) for n in (3, 5000)]
         for _ in range(3):
             fastclip.clip_norm_(parameters, 1e9)
-        assert len(backend._tables) == 1
-        first = backend._tables[0]
+        assert len(entries) == 1
+        first = entries[0]
         parameters[0].grad = torch.ones(3)
         fastclip.clip_norm_(parameters, 1e9)
-        assert len(backend._tables) == 2 and backend._tables[0] is not first
+        assert len(entries) == 2 and entries[0] is not first
         keep = []
-        for _ in range(2 * backend.CACHED_TABLES):
+        for _ in range(2 * backend._tables.SIZE):
             keep.append(parameters[0].grad)
             parameters[0].grad = torch.ones(3)
             fastclip.clip_norm_(parameters, 1e9)
-        assert len(backend._tables) == backend.CACHED_TABLES
+        assert len(entries) == backend._tables.SIZE
 
 
 @interpreted
 def test_workspace_is_left_clean():
     """The counters that find the last program are zero again after every launch, or the next one would go wrong."""
     with fastclip.use_backend("triton"):
-        backend._tables.clear()
+        backend._tables.entries.clear()
         parameters = CASES["many chunks"](dtype=torch.float32, device="cpu")
         norms = {fastclip.total_norm(gradients(parameters)).item() for _ in range(3)}
         assert len(norms) == 1
-        assert all((table.done == 0).all() for table in backend._tables)
-        assert backend._tables[0].chunks > backend._tables[0].programs > 1
+        tables = [table for _, _, table in backend._tables.entries]
+        assert all((table.done == 0).all() for table in tables)
+        assert tables[0].chunks > tables[0].programs > 1
 
 
 @interpreted
@@ -122,10 +124,10 @@ def test_threads_share_the_tables_safely():
     wrong, interval = [], sys.getswitchinterval()
 
     def look_up(parameters):
-        expected = torch.tensor([p.grad.data_ptr() for p in parameters])
+        expected = torch.tensor([p.grad.data_ptr() // 16 * 16 for p in parameters])
         for _ in range(600):
             (group,) = pack(parameters, gradients=False, write=True).groups
-            if not torch.equal(backend._table(group).host[0], expected):
+            if not torch.equal(backend._table(group).device[:4], expected):
                 wrong.append(group)
 
     with fastclip.use_backend("triton"):

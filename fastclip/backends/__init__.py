@@ -1,16 +1,19 @@
 """The backends, and the choice between them.
 
 A backend is a module with ``name``, ``why_not(device)`` (None if it can run there), ``describe()`` and three verbs over
-a :class:`~fastclip.table.Group`: ``measure``, ``apply_`` and ``clamp_`` (which returns, as a [] bool on the group's
-device, whether it changed anything). Backends know no rule and never import each other.
+a :class:`~fastclip.table.Group`: ``measure(group, norm_type, max_norm, before)``, where `before` is the ``total`` of a
+group measured before on the same device; ``apply_(group, coef)``; and ``clamp_(group, low, high)``, which returns, as a []
+bool on the group's device, whether it changed anything. Backends know no rule and never import each other.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import threading
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,18 +24,62 @@ class Measurement(NamedTuple):
 
     power: Tensor  # [T] sum of |g|^p of each tensor
     absmax: Tensor  # [T] max |g| of each tensor, NaN if it holds one
-    norm: Tensor | None  # [] p-norm of the whole group, where the backend has it at no extra cost
-    coef: Tensor | None  # [] clip coefficient of that norm, where `max_norm` was given
+    # Where the backend has them at no extra cost, of this group and those measured `before` it:
+    norm: Tensor | None = None  # [] the p-norm
+    coef: Tensor | None = None  # [] the clip coefficient of that norm, where `max_norm` was given
+    total: Tensor | None = None  # [2] sum of the powers (p = 0: the number of tensors that are not all zero), max |g|
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on `device` now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+_captured: list[Tensor] = []  # what CUDA graphs copy from the host at every replay, for as long as the process lives
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`values` (a list or a tensor on the host) as a tensor on `device`, without waiting for the device."""
     host = torch.as_tensor(values, dtype=dtype, device="cpu")
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return host
+    host = host.pin_memory()
+    if capturing(device):
+        _captured.append(host)
+    return host.to(device, non_blocking=True)
 
 
-BACKENDS = ("triton", "cpu", "reference")
-AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference"), "xpu": ("triton", "reference")}
+Made = TypeVar("Made")
+
+
+class Recent(Generic[Made]):
+    """What was made from the most recent tables, so that a call that finds the same addresses again uploads nothing.
+
+    Entries are found by a key (device, dtype, stream) and by all of the table's contents, so none can be stale.
+    """
+
+    SIZE = 16
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Any, Tensor, Made]] = []  # most recently used first
+        self._lock = threading.Lock()  # torch.equal lets other threads run in the middle of a search
+
+    def get(self, device: torch.device, key: Any, host: Tensor, make: Callable[[], Made]) -> Made:
+        """make(), or what it gave for the same key and contents before."""
+        if capturing(device):
+            return make()  # every copy must be in the graph, and memory that it captured must not serve others
+        with self._lock:
+            for i, entry in enumerate(self.entries):
+                if entry[0] == key and torch.equal(entry[1], host):
+                    self.entries.insert(0, self.entries.pop(i))
+                    return entry[2]
+            self.entries.insert(0, (key, host, make()))
+            del self.entries[self.SIZE :]
+            return self.entries[0][2]
+
+
+BACKENDS = ("triton", "cuda", "cpu", "reference")
+AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference"), "xpu": ("triton", "reference")}
 
 _choice = "auto"
 
@@ -67,7 +114,7 @@ class use_backend:
     The environment variable ``FASTCLIP_BACKEND`` sets the choice at import.
 
     Args:
-        name: ``"triton"``, ``"cpu"``, ``"reference"``, or ``"auto"`` (the best that runs on each gradient's device).
+        name: ``"triton"``, ``"cuda"``, ``"cpu"``, ``"reference"``, or ``"auto"`` (the best that runs on each gradient's device).
             Gradients that no kernel handles (complex, sparse, views with gaps) go to ``reference`` all the same.
 
     Raises:

@@ -28,7 +28,9 @@ def describe() -> str:
     return "plain torch"
 
 
-def measure(group: Group, norm_type: float, max_norm: float | None = None) -> Measurement:
+def measure(
+    group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None
+) -> Measurement:
     powers, maxima = [], []
     for tensor in group.tensors:
         power = torch.zeros((), dtype=torch.float64, device=group.device)
@@ -42,7 +44,7 @@ def measure(group: Group, norm_type: float, max_norm: float | None = None) -> Me
                 power += magnitude.pow(norm_type).sum()
         powers.append(power)
         maxima.append(largest)
-    return Measurement(torch.stack(powers), torch.stack(maxima), None, None)
+    return Measurement(torch.stack(powers), torch.stack(maxima))
 
 
 def apply_(group: Group, coef: Tensor) -> None:

@@ -11,8 +11,8 @@ With TRITON_INTERPRET=1 all of this runs on CPU tensors.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ try:
 except ImportError as error:  # pragma: no cover - exercised in a subprocess
     MISSING = f"triton cannot be imported ({error})"
 
-from . import Measurement, upload
+from . import Measurement, Recent, upload
 
 if TYPE_CHECKING:
     from ..table import Group
@@ -38,7 +38,6 @@ NUM_WARPS = 8
 TILE_BYTES = 32 * NUM_WARPS * 64  # four 16-byte loads a thread in flight
 PROGRAMS_PER_SM = 4
 CHUNKS_PER_PROGRAM = 8  # enough for an even end, few enough to keep the bookkeeping small
-CACHED_TABLES = 16
 INTERPRET_PROGRAMS = 3  # more than one, so that the tests see programs share the work
 
 if MISSING is None:
@@ -91,7 +90,7 @@ if MISSING is None:
             sums += magnitude
         elif NORM == POWER:
             wide = magnitude.to(tl.float64)
-            raised = tl.exp2(tl.full((), p, tl.float64) * tl.log2(tl.where(wide == 0, 1.0, wide)))
+            raised = tl.exp2(p * tl.log2(tl.where(wide == 0, 1.0, wide)))
             sums += tl.where(wide == 0, 0.0, tl.where(p == 0, 1.0, raised))
         return sums, tl.maximum(largest, bits)
 
@@ -153,23 +152,27 @@ if MISSING is None:
             largest = tl.maximum(largest, absmax.to(tl.int64, bitcast=True))
         return tl.sum(powers), tl.max(largest).to(tl.float64, bitcast=True)
 
-    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size", "p", "max_norm_high", "max_norm_low"])
+    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size", "p_high", "p_low", "max_norm_high", "max_norm_low", "chained"])
     def _measure_kernel(
         table_ptr,  # int64: addresses [T], begins [T], ends [T], first chunks [T + 1], tensor of each chunk [chunks]
         partial_ptr,  # float64 [2, chunks]: power, absmax
         done_ptr,  # int32 [T + 1]: chunks done per tensor, programs done; zero between launches
-        result_ptr,  # float64 [2 T + 2]: power [T], absmax [T], norm, coefficient
+        result_ptr,  # float64 [2 T + 4]: power [T], absmax [T], total [2], norm, coefficient
+        before_ptr,  # float64 [2]: the total of tensors measured before
+        chained,  # whether there are any
         tensors,
         chunks,
         chunk_size,
-        p,
-        max_norm_high,  # float32 + float32 = float64: a Python float arrives as float32
+        p_high,  # float32 + float32 = float64: a Python float arrives as float32
+        p_low,
+        max_norm_high,
         max_norm_low,
         DTYPE: tl.constexpr,
         NORM: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         program, programs = tl.program_id(0), tl.num_programs(0)
+        p = tl.full((), p_high, tl.float64) + tl.full((), p_low, tl.float64)
         for chunk in range(program, chunks, programs):
             tensor, first, count, base, begin, end = _chunk(table_ptr, chunk, tensors, chunk_size, DTYPE)
             total, bits = _reduce(base, begin, end, 1.0, p, NORM, False, BLOCK)
@@ -207,14 +210,33 @@ if MISSING is None:
             _write_empty(table_ptr, result_ptr, tensors)
             tl.debug_barrier()
             power, absmax = _combine(result_ptr, result_ptr + tensors, 0, tensors)
-            norm = tl.sqrt(power) if NORM == L2 else power if NORM == L1 else absmax
+            if NORM == POWER:
+                if p == 0:
+                    power = _count_nonzero(result_ptr, tensors)
+            if chained != 0:
+                power += tl.load(before_ptr)
+                bits = tl.maximum(absmax.to(tl.int64, bitcast=True), tl.load(before_ptr + 1).to(tl.int64, bitcast=True))
+                absmax = bits.to(tl.float64, bitcast=True)
+            norm = tl.sqrt(power) if NORM == L2 else absmax if NORM == MAX else power  # POWER: the root is torch's
             limit = tl.full((), max_norm_high, tl.float64) + tl.full((), max_norm_low, tl.float64)
             coef = limit / (norm + 1e-6)
             coef = tl.where(coef >= 1.0, 1.0, coef)
             coef = tl.where(norm == float("inf"), coef * -1.0, coef)  # -0: multiplies, where +0 would write zeros
             coef = tl.where(max_norm_high == float("inf"), 1.0, coef)
-            tl.store(result_ptr + 2 * tensors, norm)
-            tl.store(result_ptr + 2 * tensors + 1, coef)
+            tl.store(result_ptr + 2 * tensors, power)
+            tl.store(result_ptr + 2 * tensors + 1, absmax)
+            tl.store(result_ptr + 2 * tensors + 2, norm)
+            tl.store(result_ptr + 2 * tensors + 3, coef)
+
+    @triton.jit
+    def _count_nonzero(power_ptr, tensors):
+        """How many of the float64 results that other programs wrote are not zero."""
+        count = tl.zeros([COMBINE], tl.float64)
+        for i in range(0, tensors, COMBINE):
+            index = i + tl.arange(0, COMBINE)
+            power = tl.load(power_ptr + index, mask=index < tensors, other=0.0, cache_modifier=".cg")
+            count += tl.where(power != 0, 1.0, 0.0)
+        return tl.sum(count)
 
     @triton.jit
     def _write_empty(table_ptr, result_ptr, tensors):
@@ -342,33 +364,47 @@ else:
 def why_not(device: torch.device) -> str | None:
     if MISSING:
         return MISSING
-    if device.type in ("cuda", "xpu") or (INTERPRET and device.type == "cpu"):
+    if INTERPRET and device.type == "cpu":
         return None
+    if device.type in ("cuda", "xpu"):
+        return _no_driver()
     return f"its kernels run on GPUs, not on {device.type} (TRITON_INTERPRET=1 interprets them there, slowly)"
+
+
+@functools.cache
+def _no_driver() -> str | None:
+    """Why Triton cannot launch anything here: it compiles a part of its driver on first use, with a C compiler."""
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # noqa: BLE001 - a missing compiler, header or library: another backend runs instead
+        return f"triton cannot run ({str(error).strip() or type(error).__name__})"
+    return None
 
 
 def describe() -> str:
     return f"triton {triton.__version__}" + (", interpreted" if INTERPRET else "")
 
 
-def measure(group: Group, norm_type: float, max_norm: float | None = None) -> Measurement:
+def measure(
+    group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None
+) -> Measurement:
     table = _table(group)
     norm = {2.0: L2, 1.0: L1, math.inf: MAX}.get(norm_type, POWER)
     count = len(group)
-    result = torch.empty(2 * count + 2, dtype=torch.float64, device=group.device)
+    result = torch.empty(2 * count + 4, dtype=torch.float64, device=group.device)
     if max_norm is not None and FLOAT32_MAX < max_norm < math.inf:
         max_norm = None  # does not go through a float32 argument: the caller decides in torch
-    high, low = _split(math.inf if max_norm is None else max_norm)
     with _on(group.device):
         _measure_kernel[(table.programs,)](
-            table.device, table.partial, table.done, result, count, table.chunks, table.chunk_size,
-            0.0 if norm == MAX else norm_type, high, low,
+            table.device, table.partial, table.done, result, result if before is None else before,
+            int(before is not None), count, table.chunks, table.chunk_size,
+            *_split(0.0 if norm == MAX else norm_type), *_split(math.inf if max_norm is None else max_norm),
             DTYPE=DTYPES[group.dtype], NORM=norm, BLOCK=_block(table, norm), num_warps=NUM_WARPS,
         )  # fmt: skip
-    power, absmax = result[:count], result[count : 2 * count]
-    if norm == POWER:
-        return Measurement(power, absmax, None, None)
-    return Measurement(power, absmax, result[2 * count], None if max_norm is None else result[2 * count + 1])
+    power, absmax, total, norm_of_all, coef = result.split([count, count, 2, 1, 1])
+    if norm == POWER and norm_type != 0:
+        return Measurement(power, absmax, total[0].pow(1 / norm_type), None, total)
+    return Measurement(power, absmax, norm_of_all[0], None if max_norm is None else coef[0], total)
 
 
 def apply_(group: Group, coef: Tensor) -> None:
@@ -397,11 +433,7 @@ def clamp_(group: Group, low: float, high: float) -> Tensor:
 class _Table:
     """A group's addresses on its device, cut into chunks, with the workspace of `measure`."""
 
-    def __init__(self, group: Group, key: tuple[Any, ...], host: Tensor) -> None:
-        if group.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("clipping by the triton backend cannot be captured in a CUDA graph yet")
-        self.key = key  # device, dtype and stream: two streams must not share a workspace
-        self.host = host
+    def __init__(self, group: Group, host: Tensor) -> None:
         addresses, sizes = host
         self.block = TILE_BYTES // group.dtype.itemsize
         begins = addresses % 16 // group.dtype.itemsize
@@ -420,8 +452,7 @@ class _Table:
         self.done = torch.zeros(len(counts) + 1, dtype=torch.int32, device=group.device)
 
 
-_tables: list[_Table] = []  # most recently used first
-_lock = threading.Lock()  # torch.equal lets other threads run in the middle of a search
+_tables: Recent[_Table] = Recent()
 
 
 def _table(group: Group) -> _Table:
@@ -429,19 +460,9 @@ def _table(group: Group) -> _Table:
     if group.uploaded is None:
         host = group.addresses_and_sizes()
         stream = None if INTERPRET else torch.get_device_module(group.device.type).current_stream(group.device)
-        key = (group.device, group.dtype, stream)
-        with _lock:
-            group.uploaded = _find(key, host) or _Table(group, key, host)
-            _tables.insert(0, group.uploaded)
-            del _tables[CACHED_TABLES:]
+        key = (group.device, group.dtype, stream)  # two streams must not share a workspace
+        group.uploaded = _tables.get(group.device, key, host, lambda: _Table(group, host))
     return group.uploaded
-
-
-def _find(key: tuple[Any, ...], host: Tensor) -> _Table | None:
-    for i, table in enumerate(_tables):
-        if table.key == key and torch.equal(table.host, host):
-            return _tables.pop(i)
-    return None
 
 
 def _block(table: _Table, norm: Any) -> int:

@@ -1,0 +1,637 @@
+// The CUDA backend: measure, apply and clamp over a table of gradients, one launch each whatever the number of tensors.
+//
+// The gradients are cut into tiles of 16 KiB, counted through from tensor to tensor, and every block takes a contiguous
+// run of tiles. So a block meets few tensors, accumulates each in registers, and hands over at most two partial results:
+// of the tensor it begins with and of the tensor it ends with. Whichever block comes last for a tensor, or for the launch,
+// combines what the others left, in block order: no float atomics, bitwise repeatable, a workspace of a few KiB.
+//
+// A tensor is addressed from its address rounded down to 16 bytes, so that all but its edges are 16-byte accesses however
+// it is aligned. Raw pointers and a stream come in; nothing here knows torch.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "elementwise.h"
+
+#ifndef FASTCLIP_THREADS
+#define FASTCLIP_THREADS 256
+#endif
+
+namespace fastclip::cuda {
+namespace {
+
+constexpr int THREADS = FASTCLIP_THREADS;
+constexpr int WARP = 32, WARPS = THREADS / WARP;
+constexpr int BLOCKS_PER_SM = 4;
+constexpr int LOADS = 4;  // 16-byte loads a thread has in flight
+constexpr int TILE_BYTES = THREADS * LOADS * 16;
+constexpr double VANISHING = 1e-24;  // a float32 power sum below this may have lost more than rounding
+
+// ---- dtypes ----
+
+// How a gradient's elements are stored, and the type they are computed in.
+struct F32 {
+  using Storage = float;
+  using Wide = float;
+  __device__ static Wide widen(Storage x) { return x; }
+  __device__ static Storage narrow(Wide x) { return x; }
+};
+struct F64 {
+  using Storage = double;
+  using Wide = double;
+  __device__ static Wide widen(Storage x) { return x; }
+  __device__ static Storage narrow(Wide x) { return x; }
+};
+struct BF16 {
+  using Storage = uint16_t;
+  using Wide = float;
+  __device__ static Wide widen(Storage x) { return __uint_as_float(uint32_t(x) << 16); }
+  __device__ static Storage narrow(Wide x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+};
+struct F16 {
+  using Storage = uint16_t;
+  using Wide = float;
+  __device__ static Wide widen(Storage x) { return __half2float(__ushort_as_half(x)); }
+  __device__ static Storage narrow(Wide x) { return __half_as_ushort(__float2half_rn(x)); }
+};
+
+template <class D> constexpr int VECTOR = 16 / sizeof(typename D::Storage);     // elements of 16 bytes
+template <class D> constexpr int TILE = TILE_BYTES / sizeof(typename D::Storage);  // elements of a tile
+
+template <class D>
+__device__ void unpack(const uint4& raw, typename D::Wide (&x)[VECTOR<D>]) {
+  if constexpr (sizeof(typename D::Storage) == 2) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      x[2 * i] = D::widen(uint16_t(words[i] & 0xffff));
+      x[2 * i + 1] = D::widen(uint16_t(words[i] >> 16));
+    }
+  } else {
+    memcpy(x, &raw, 16);
+  }
+}
+
+template <class D>
+__device__ uint4 packed(const typename D::Wide (&x)[VECTOR<D>]) {
+  uint4 raw;
+  if constexpr (sizeof(typename D::Storage) == 2) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = D::narrow(x[2 * i]) | uint32_t(D::narrow(x[2 * i + 1])) << 16;
+    raw = make_uint4(words[0], words[1], words[2], words[3]);
+  } else {
+    memcpy(&raw, x, 16);
+  }
+  return raw;
+}
+
+// ---- table ----
+
+// For tensor t: its address (48 bits) above the element count of its last tile less 1 (16 bits), and the number of tiles
+// of all tensors before it; a tensor of no elements has no tile. In the kernel's parameters, so that nothing is uploaded,
+// or, for more tensors than fit there, in device memory.
+template <int N>
+struct ParameterTable {
+  uint64_t place[N];
+  uint32_t first[N + 1];
+};
+struct DeviceTable {
+  const uint64_t* place;
+  const uint32_t* first;
+};
+
+#if CUDART_VERSION >= 12010
+constexpr int MANY = 2700;  // of 12 bytes each: parameters may take 32,764 bytes
+#else
+constexpr int MANY = 320;  // 4,096 bytes
+#endif
+constexpr int FEW = 320;  // a launch costs host time by the size of its parameters
+static_assert(sizeof(ParameterTable<MANY>) <= (CUDART_VERSION >= 12010 ? 32764 : 4096) - 128);
+
+// A tensor as the elements [begin, end) counted from a 16-byte boundary.
+template <class D>
+struct Span {
+  typename D::Storage* base;
+  int64_t begin, end;
+};
+
+template <class D, class Table>
+__device__ Span<D> span_of(const Table& table, uint32_t tensor) {
+  const uint64_t place = table.place[tensor];
+  const uint64_t address = place >> 16;
+  const int64_t tiles = table.first[tensor + 1] - table.first[tensor];
+  return {reinterpret_cast<typename D::Storage*>(address & ~uint64_t(15)),
+          int64_t(address & 15) / int64_t(sizeof(typename D::Storage)),
+          (tiles - 1) * TILE<D> + int64_t(place & 0xffff) + 1};
+}
+
+// The block whose run of tiles holds this one; `run_begin` is its inverse.
+__device__ uint32_t block_of(uint32_t tile, uint32_t tiles) {
+  return uint32_t(((uint64_t(tile) + 1) * gridDim.x - 1) / tiles);
+}
+__device__ uint32_t run_begin(uint32_t block, uint32_t tiles) {
+  return uint32_t(uint64_t(tiles) * block / gridDim.x);
+}
+
+// body(tensor, its first tile of this block's run, its last tile + 1) for every tensor that the run meets.
+template <class Table, class Body>
+__device__ void for_each_piece(const Table& table, uint32_t tensors, uint32_t tiles, Body body) {
+  uint32_t tile = run_begin(blockIdx.x, tiles);
+  const uint32_t end = run_begin(blockIdx.x + 1, tiles);
+  if (tile == end) return;
+  uint32_t tensor = 0;  // the last one that starts at this tile or before
+  for (uint32_t after = tensors; after - tensor > 1;) {
+    const uint32_t middle = (tensor + after) / 2;
+    if (table.first[middle] <= tile) tensor = middle;
+    else after = middle;
+  }
+  while (tile < end) {
+    const uint32_t next = table.first[tensor + 1];
+    if (next > tile) {
+      body(tensor, tile, min(end, next));
+      tile = min(end, next);
+    }
+    tensor++;
+  }
+}
+
+// The elements [begin, end) of a span, in 16-byte vectors as far as they go: tile(pointer to LOADS vectors, THREADS apart)
+// for whole tiles, and vector(pointer) and element(pointer) for what is left at the edges.
+template <class D, class TileBody, class VectorBody, class ElementBody>
+__device__ void walk(typename D::Storage* base, int64_t begin, int64_t end, TileBody tile, VectorBody vector,
+                     ElementBody element) {
+  const int thread = threadIdx.x;
+  const int64_t full_begin = (begin + TILE<D> - 1) / TILE<D> * TILE<D>;
+  const int64_t full_end = max(end / TILE<D> * TILE<D>, full_begin);
+  for (int64_t offset = full_begin; offset < full_end; offset += TILE<D>)
+    tile(reinterpret_cast<uint4*>(base + offset) + thread);
+#pragma unroll 1
+  for (int edge = 0; edge < 2; edge++) {
+    const int64_t from = edge ? max(full_end, begin) : begin, to = edge ? end : min(full_begin, end);
+    if (from >= to || (edge && full_begin > end)) continue;
+    const int64_t vectors_begin = (from + VECTOR<D> - 1) / VECTOR<D>, vectors_end = to / VECTOR<D>;
+    for (int64_t v = vectors_begin + thread; v < vectors_end; v += THREADS) vector(reinterpret_cast<uint4*>(base) + v);
+    // What is left on either side is less than a vector; if no vector boundary lies between, all of it is on one.
+    const int64_t head_end = min(vectors_begin * VECTOR<D>, to);
+    if (from + thread < head_end) element(base + from + thread);
+    const int64_t tail_begin = max(vectors_end * VECTOR<D>, head_end);
+    if (tail_begin + thread < to) element(base + tail_begin + thread);
+  }
+}
+
+// ---- measure ----
+
+// What one thread, then one block, has of a tensor: sum |x|^p and the bits of max |x|.
+template <class D> using Bits = std::conditional_t<std::is_same_v<D, F64>, int64_t, int32_t>;
+
+template <class D>
+__device__ Bits<D> bits_of(typename D::Wide x) {
+  if constexpr (std::is_same_v<D, F64>) return magnitude_bits<int64_t>(__double_as_longlong(x), int64_t(1) << 63);
+  else return magnitude_bits<int32_t>(__float_as_int(x), int32_t(1) << 31);
+}
+
+template <class D>
+__device__ double absmax_of(Bits<D> bits) {
+  if constexpr (std::is_same_v<D, F64>) return __longlong_as_double(bits);
+  else return double(__int_as_float(bits));
+}
+
+template <class D>
+struct Sum {
+  double power;
+  Bits<D> bits;
+
+  __device__ void combine(double other_power, Bits<D> other_bits) {
+    power += other_power;
+    bits = larger(bits, other_bits);
+  }
+};
+
+// One thread's share of the elements [begin, end). In a tile each load has an accumulator of its own, in the type of the
+// element, and at its end they move into a float64, so that no sum of float32s is longer than a vector.
+template <class D, Norm N>
+__device__ Sum<D> sum_of(typename D::Storage* base, int64_t begin, int64_t end, double p) {
+  using Wide = typename D::Wide;
+  Sum<D> sum{0, 0};
+  if constexpr (N == Norm::Power) {  // waits for float64 logarithms, not for memory
+#pragma unroll 1
+    for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) {
+      const Wide x = D::widen(base[i]);
+      sum.combine(power_of(double(x), p), bits_of<D>(x));
+    }
+  } else {
+    auto add = [&](Wide& total, Wide x) {
+      if constexpr (N != Norm::Max) total = accumulate<N>(total, x);
+      sum.bits = larger(sum.bits, bits_of<D>(x));
+    };
+    auto tile = [&](const uint4* vectors) {
+      uint4 raw[LOADS];
+#pragma unroll
+      for (int i = 0; i < LOADS; i++) raw[i] = vectors[i * THREADS];
+      Wide totals[LOADS] = {};
+#pragma unroll
+      for (int i = 0; i < LOADS; i++) {
+        Wide x[VECTOR<D>];
+        unpack<D>(raw[i], x);
+#pragma unroll
+        for (int j = 0; j < VECTOR<D>; j++) add(totals[i], x[j]);
+      }
+      if constexpr (N != Norm::Max) sum.power += double((totals[0] + totals[1]) + (totals[2] + totals[3]));
+    };
+    auto vector = [&](const uint4* pointer) {
+      Wide total = 0, x[VECTOR<D>];
+      unpack<D>(*pointer, x);
+#pragma unroll
+      for (int j = 0; j < VECTOR<D>; j++) add(total, x[j]);
+      sum.power += double(total);
+    };
+    auto element = [&](const typename D::Storage* pointer) {
+      Wide total = 0;
+      add(total, D::widen(*pointer));
+      sum.power += double(total);
+    };
+    walk<D>(base, begin, end, tile, vector, element);
+  }
+  return sum;
+}
+
+// The same with every square in float64, for squares that float32 cannot hold.
+template <class D, Norm N>
+__device__ double wide_power_of(const typename D::Storage* base, int64_t begin, int64_t end) {
+  double power = 0;
+#pragma unroll 1
+  for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) power = accumulate<N>(power, double(D::widen(base[i])));
+  return power;
+}
+
+// The sum over all threads of the block, in a fixed order, for every thread.
+template <class D>
+__device__ Sum<D> block_sum(Sum<D> mine) {
+  __shared__ double powers[WARPS];
+  __shared__ Bits<D> maxima[WARPS];
+#pragma unroll
+  for (int step = WARP / 2; step > 0; step /= 2)
+    mine.combine(__shfl_xor_sync(0xffffffffu, mine.power, step), __shfl_xor_sync(0xffffffffu, mine.bits, step));
+  __syncthreads();  // the sums of the call before have been read
+  if (threadIdx.x % WARP == 0) {
+    powers[threadIdx.x / WARP] = mine.power;
+    maxima[threadIdx.x / WARP] = mine.bits;
+  }
+  __syncthreads();
+  Sum<D> all{powers[0], maxima[0]};
+#pragma unroll
+  for (int i = 1; i < WARPS; i++) all.combine(powers[i], maxima[i]);
+  return all;
+}
+
+// Between launches all counters are zero.
+struct Workspace {
+  double* power;    // [2 blocks]: what a block has of the tensor it begins with, and of the one it ends with
+  double* absmax;   // [2 blocks]
+  uint32_t* done;   // [blocks + 1]: blocks done with the tensor that ends block i's run; with the launch
+};
+constexpr size_t WORKSPACE_BYTES_PER_BLOCK = 4 * sizeof(double) + sizeof(uint32_t);
+
+// True for every thread of the last of `blocks` blocks that come here; whatever they wrote before is then visible.
+__device__ bool is_last(uint32_t* done, uint32_t blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(done, 1u) == blocks - 1;
+    if (last) *done = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// A block's sum over results that other blocks wrote: get(i) -> {power, absmax} for i < count.
+template <class Get>
+__device__ Sum<F64> gather(uint32_t count, Get get) {
+  Sum<F64> mine{0, 0};
+  for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
+    const Moments m = get(i);
+    mine.combine(m.power, bits_of<F64>(m.absmax));
+  }
+  return block_sum<F64>(mine);
+}
+
+template <class D, Norm N, class Table>
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    measure_kernel(const __grid_constant__ Table table, uint32_t tensors, uint32_t tiles, double p, double max_norm,
+                   const double* before,  // null, or the total [2] of tensors measured before
+                   Workspace work,
+                   double* result)  // power [tensors], absmax [tensors], total [2], norm, clip coefficient
+{
+  const uint32_t block = blockIdx.x, blocks = gridDim.x;
+  for_each_piece(table, tensors, tiles, [&](uint32_t tensor, uint32_t tile, uint32_t tile_end) {
+    const auto span = span_of<D>(table, tensor);
+    const uint32_t first = table.first[tensor], after = table.first[tensor + 1];
+    const int64_t begin = max(span.begin, int64_t(tile - first) * TILE<D>);
+    const int64_t end = min(span.end, int64_t(tile_end - first) * TILE<D>);
+    const auto sum = block_sum<D>(sum_of<D, N>(span.base, begin, end, p));
+    double power = sum.power;
+    const double absmax = absmax_of<D>(sum.bits);
+    if constexpr (!std::is_same_v<D, F64> && (N == Norm::L2 || N == Norm::L1)) {
+      const bool safe = power >= VANISHING && power < INFINITY;
+      if (!safe && absmax > 0 && absmax < INFINITY)
+        power = block_sum<F64>({wide_power_of<D, N>(span.base, begin, end), 0}).power;
+    }
+    const uint32_t first_block = block_of(first, tiles), last_block = block_of(after - 1, tiles);
+    if (first_block < last_block) {
+      const uint32_t slot = 2 * block + (block == first_block);
+      if (threadIdx.x == 0) {
+        work.power[slot] = power;
+        work.absmax[slot] = absmax;
+      }
+      const uint32_t count = last_block - first_block + 1;
+      if (!is_last(work.done + first_block, count)) return;
+      const auto all = gather(count, [&](uint32_t i) -> Moments {
+        const uint32_t other = 2 * (first_block + i) + (i == 0);
+        return {__ldcg(work.power + other), __ldcg(work.absmax + other)};
+      });
+      if (threadIdx.x == 0) {
+        result[tensor] = all.power;
+        result[tensors + tensor] = absmax_of<F64>(all.bits);
+      }
+    } else if (threadIdx.x == 0) {
+      result[tensor] = power;
+      result[tensors + tensor] = absmax;
+    }
+  });
+  if (!is_last(work.done + blocks, blocks)) return;
+  auto all = gather(tensors, [&](uint32_t i) -> Moments {
+    if (table.first[i] == table.first[i + 1]) {  // no elements, so no block came by
+      result[i] = result[tensors + i] = 0;
+      return {};
+    }
+    const double power = __ldcg(result + i);
+    return {N == Norm::Power && p == 0 ? double(power != 0) : power, __ldcg(result + tensors + i)};
+  });
+  if (threadIdx.x == 0) {
+    if (before) all.combine(before[0], bits_of<F64>(before[1]));
+    const double absmax = absmax_of<F64>(all.bits), norm = finish_norm(N, p, all.power, absmax);
+    double* totals = result + 2 * tensors;
+    totals[0] = all.power;
+    totals[1] = absmax;
+    totals[2] = norm;
+    totals[3] = clip_coefficient(norm, max_norm);
+  }
+}
+
+// ---- apply and clamp ----
+
+// f(x&) for the elements [begin, end); a vector is written only if f says of one of its elements that it changed it.
+template <class D, class F>
+__device__ void rewrite(typename D::Storage* base, int64_t begin, int64_t end, F f) {
+  using Wide = typename D::Wide;
+  auto rewritten = [&](uint4 raw, bool& changed) {
+    Wide x[VECTOR<D>];
+    unpack<D>(raw, x);
+#pragma unroll
+    for (int j = 0; j < VECTOR<D>; j++) changed |= f(x[j]);
+    return packed<D>(x);
+  };
+  auto tile = [&](uint4* vectors) {
+    uint4 raw[LOADS];
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) raw[i] = vectors[i * THREADS];
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+      bool changed = false;
+      const uint4 after = rewritten(raw[i], changed);
+      if (changed) vectors[i * THREADS] = after;
+    }
+  };
+  auto vector = [&](uint4* pointer) {
+    bool changed = false;
+    const uint4 after = rewritten(*pointer, changed);
+    if (changed) *pointer = after;
+  };
+  auto element = [&](typename D::Storage* pointer) {
+    Wide x = D::widen(*pointer);
+    if (f(x)) *pointer = D::narrow(x);
+  };
+  walk<D>(base, begin, end, tile, vector, element);
+}
+
+template <class D>
+__device__ void zero(typename D::Storage* base, int64_t begin, int64_t end) {
+  const uint4 zeros = make_uint4(0, 0, 0, 0);
+  walk<D>(
+      base, begin, end,
+      [&](uint4* vectors) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) vectors[i * THREADS] = zeros;
+      },
+      [&](uint4* pointer) { *pointer = zeros; }, [&](typename D::Storage* pointer) { *pointer = 0; });
+}
+
+// body(tensor, base, begin, end) for every tensor of the block's run.
+template <class D, class Table, class Body>
+__device__ void for_each_span(const Table& table, uint32_t tensors, uint32_t tiles, Body body) {
+  for_each_piece(table, tensors, tiles, [&](uint32_t tensor, uint32_t tile, uint32_t tile_end) {
+    const auto span = span_of<D>(table, tensor);
+    const uint32_t first = table.first[tensor];
+    body(tensor, span.base, max(span.begin, int64_t(tile - first) * TILE<D>),
+         min(span.end, int64_t(tile_end - first) * TILE<D>));
+  });
+}
+
+template <class D, class Table>
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    apply_kernel(const __grid_constant__ Table table, uint32_t tensors, uint32_t tiles, const double* coef,
+                 uint32_t stride)  // 0: one coefficient for all; 1: one a tensor
+{
+  using Wide = typename D::Wide;
+  if (stride == 0 && touch(double(Wide(*coef))) == Touch::Keep) return;  // nothing is clipped: no gradient is read
+  for_each_span<D>(table, tensors, tiles, [&](uint32_t tensor, typename D::Storage* base, int64_t begin, int64_t end) {
+    const Wide c = Wide(coef[tensor * stride]);
+    switch (touch(double(c))) {
+      case Touch::Keep: return;
+      case Touch::Zero: return zero<D>(base, begin, end);
+      case Touch::Scale:
+        return rewrite<D>(base, begin, end, [&](Wide& x) { x = scaled(x, c); return true; });
+    }
+  });
+}
+
+template <class D, class Table>
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    clamp_kernel(const __grid_constant__ Table table, uint32_t tensors, uint32_t tiles, double low, double high,
+                 bool* changed)  // [] set if anything is changed
+{
+  using Wide = typename D::Wide;
+  bool any = false;
+  for_each_span<D>(table, tensors, tiles, [&](uint32_t, typename D::Storage* base, int64_t begin, int64_t end) {
+    rewrite<D>(base, begin, end, [&](Wide& x) {
+      const bool outside = x < Wide(low) || x > Wide(high);
+      x = clamped(x, Wide(low), Wide(high));
+      any |= outside;
+      return outside;
+    });
+  });
+  if (__syncthreads_or(any) && threadIdx.x == 0) *changed = true;
+}
+
+// ---- host ----
+
+// Everything a launch needs but the kernel's own arguments.
+struct Launch {
+  const uint64_t* place;  // the table, on the host if `tensors` <= MANY, else on the device
+  const uint32_t* first;
+  uint32_t tensors, tiles;
+  int device;
+  cudaStream_t stream;
+};
+
+cudaError_t blocks_for(int device, uint32_t tiles, uint32_t& blocks) {
+  int units = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, device);
+  blocks = std::max(1u, std::min(tiles, uint32_t(units * BLOCKS_PER_SM)));
+  return error;
+}
+
+// The only place where a kernel is launched: on its device, on its stream, and with the launch checked.
+template <class Table, class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Table, uint32_t, uint32_t, Parameters...), const Launch& to, const Table& table,
+                   const Arguments&... arguments) {
+  int before = to.device;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && before != to.device) error = cudaSetDevice(to.device);
+  cudaLaunchConfig_t config{};
+  uint32_t blocks = 1;
+  if (error == cudaSuccess) error = blocks_for(to.device, to.tiles, blocks);
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(THREADS);
+  config.stream = to.stream;
+  if (error == cudaSuccess)
+    error = cudaLaunchKernelEx(&config, kernel, table, to.tensors, to.tiles, Parameters(arguments)...);
+  if (before != to.device) cudaSetDevice(before);
+  return error;
+}
+
+// use(table) with the table in the smallest form that holds it.
+template <class Use>
+cudaError_t with_table(const Launch& to, Use use) {
+  auto as_parameters = [&](auto table) {
+    std::memcpy(table.place, to.place, to.tensors * sizeof(uint64_t));
+    std::memcpy(table.first, to.first, (to.tensors + 1) * sizeof(uint32_t));
+    return use(table);
+  };
+  if (to.tensors <= FEW) return as_parameters(ParameterTable<FEW>());
+  if constexpr (MANY > FEW) {
+    if (to.tensors <= MANY) return as_parameters(ParameterTable<MANY>());
+  }
+  return use(DeviceTable{to.place, to.first});
+}
+
+template <class Use>
+cudaError_t with_dtype(int dtype, Use use) {
+  switch (dtype) {
+    case 0: return use(F32());
+    case 1: return use(F64());
+    case 2: return use(BF16());
+    default: return use(F16());
+  }
+}
+
+const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+}  // namespace
+}  // namespace fastclip::cuda
+
+// ---- what fastclip/backends/cuda.py calls: null, or what went wrong ----
+
+using namespace fastclip;
+using namespace fastclip::cuda;
+
+extern "C" {
+
+// The most tensors whose table travels in the kernel's parameters; the tables of more are read from device memory.
+int fastclip_cuda_most_parameters() { return MANY; }
+
+// Bytes of the workspace that `measure` needs on a device; zeroed once, then left to it, one for each stream.
+const char* fastclip_cuda_workspace_bytes(int device, int64_t* bytes) {
+  uint32_t blocks = 0;
+  const cudaError_t error = blocks_for(device, UINT32_MAX, blocks);
+  *bytes = int64_t(blocks * WORKSPACE_BYTES_PER_BLOCK + sizeof(uint32_t));
+  return message(error);
+}
+
+// The table of tensors at `addresses` with `sizes` elements of `itemsize` bytes: place [tensors], first [tensors + 1].
+// Returns the number of tiles, or -1 if there is an address or a number of tiles that the table cannot hold.
+int64_t fastclip_cuda_pack(const int64_t* addresses, const int64_t* sizes, int64_t tensors, int itemsize,
+                           uint64_t* place, uint32_t* first) {
+  const int64_t tile = TILE_BYTES / itemsize;
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < tensors; i++) {
+    const uint64_t address = addresses[i];
+    const int64_t end = sizes[i] > 0 ? int64_t(address % 16) / itemsize + sizes[i] : 0;
+    if (address >> 48) return -1;
+    place[i] = address << 16 | (sizes[i] > 0 ? uint64_t((end - 1) % tile) : 0);
+    first[i] = uint32_t(tiles);
+    tiles += (end + tile - 1) / tile;
+    if (tiles > INT32_MAX) return -1;
+  }
+  first[tensors] = uint32_t(tiles);
+  return tiles;
+}
+
+// dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. An infinite max_norm gives the coefficient 1.
+const char* fastclip_cuda_measure(const uint64_t* place, const uint32_t* first, uint32_t tensors, uint32_t tiles,
+                                  int dtype, double p, double max_norm, const double* before, void* workspace,
+                                  double* result, int device, void* stream) {
+  const Launch to{place, first, tensors, tiles, device, static_cast<cudaStream_t>(stream)};
+  uint32_t most = 0;
+  if (const cudaError_t error = blocks_for(device, UINT32_MAX, most); error != cudaSuccess) return message(error);
+  auto* doubles = static_cast<double*>(workspace);
+  const Workspace work{doubles, doubles + 2 * most, reinterpret_cast<uint32_t*>(doubles + 4 * most)};
+  return message(with_dtype(dtype, [&](auto d) {
+    using D = decltype(d);
+    return with_table(to, [&](const auto& table) {
+      using Table = std::decay_t<decltype(table)>;
+      auto kernel = measure_kernel<D, Norm::Power, Table>;
+      switch (norm_kind(p)) {
+        case Norm::L2: kernel = measure_kernel<D, Norm::L2, Table>; break;
+        case Norm::L1: kernel = measure_kernel<D, Norm::L1, Table>; break;
+        case Norm::Max: kernel = measure_kernel<D, Norm::Max, Table>; break;
+        case Norm::Power: break;
+      }
+      return launch(kernel, to, table, p, max_norm, before, work, result);
+    });
+  }));
+}
+
+// coef: float64 on the device, one (stride 0) or one a tensor (stride 1).
+const char* fastclip_cuda_apply(const uint64_t* place, const uint32_t* first, uint32_t tensors, uint32_t tiles,
+                                int dtype, const double* coef, int stride, int device, void* stream) {
+  const Launch to{place, first, tensors, tiles, device, static_cast<cudaStream_t>(stream)};
+  return message(with_dtype(dtype, [&](auto d) {
+    return with_table(to, [&](const auto& table) {
+      using Table = std::decay_t<decltype(table)>;
+      return launch(apply_kernel<decltype(d), Table>, to, table, coef, stride);
+    });
+  }));
+}
+
+// changed: a bool on the device, set where any element was outside [low, high].
+const char* fastclip_cuda_clamp(const uint64_t* place, const uint32_t* first, uint32_t tensors, uint32_t tiles,
+                                int dtype, double low, double high, bool* changed, int device, void* stream) {
+  const Launch to{place, first, tensors, tiles, device, static_cast<cudaStream_t>(stream)};
+  return message(with_dtype(dtype, [&](auto d) {
+    return with_table(to, [&](const auto& table) {
+      using Table = std::decay_t<decltype(table)>;
+      return launch(clamp_kernel<decltype(d), Table>, to, table, low, high, changed);
+    });
+  }));
+}
+
+}  // extern "C"

@@ -1,0 +1,29 @@
+"""csrc/cuda.cu compiled for the CPU: the same library, whose kernels run on host memory, thread by thread."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+from fastclip.backends import native
+
+FOLDER = Path(__file__).parent
+THREADS = 64  # of a block: two warps, so that tests see several, and small enough to run as real threads
+FLAGS = ["-std=c++20", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-DFASTCLIP_THREADS={THREADS}"]
+
+
+def command(*flags):
+    """How to compile cuda.cu and whatever else `flags` name."""
+    source = native.source_folder() / "cuda.cu"
+    return ["g++", *FLAGS, f"-I{FOLDER}", f"-I{source.parent}", "-x", "c++", str(source), *map(str, flags)]
+
+
+def _path():
+    headers = b"".join(header.read_bytes() for header in sorted(FOLDER.glob("*.h")))
+    return native._keyed("libfastclip_cuda_emulated.so", (".cu", ".h"), headers, *FLAGS)
+
+
+def _compile(path, verbose):
+    subprocess.run(command("-O2", "-shared", "-fPIC", "-o", path), check=True, capture_output=not verbose, text=True)
+
+
+library = native.Library("emulated CUDA", "nothing", _path, _compile, lambda path: ctypes.CDLL(str(path)))
