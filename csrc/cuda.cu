@@ -21,6 +21,9 @@
 #ifndef FASTCLIP_THREADS
 #define FASTCLIP_THREADS 256
 #endif
+#ifndef FASTCLIP_MOST_PARAMETERS  // tensors of 12 bytes each: a kernel's parameters may take 32,764 bytes since CUDA 12.1
+#define FASTCLIP_MOST_PARAMETERS (CUDART_VERSION >= 12010 ? 2700 : 320)
+#endif
 
 namespace fastclip::cuda {
 namespace {
@@ -91,6 +94,14 @@ __device__ uint4 packed(const typename D::Wide (&x)[VECTOR<D>]) {
   return raw;
 }
 
+// A thread's vectors of a tile. The empty statements keep the compiler from putting off a load until its value is needed.
+__device__ void load(uint4 (&raw)[LOADS], const uint4* vectors) {
+#pragma unroll
+  for (int i = 0; i < LOADS; i++) raw[i] = vectors[i * THREADS];
+#pragma unroll
+  for (int i = 0; i < LOADS; i++) asm volatile("" : "+r"(raw[i].x), "+r"(raw[i].y), "+r"(raw[i].z), "+r"(raw[i].w));
+}
+
 // ---- table ----
 
 // For tensor t: its address (48 bits) above the element count of its last tile less 1 (16 bits), and the number of tiles
@@ -106,12 +117,7 @@ struct DeviceTable {
   const uint32_t* first;
 };
 
-#if CUDART_VERSION >= 12010
-constexpr int MANY = 2700;  // of 12 bytes each: parameters may take 32,764 bytes
-#else
-constexpr int MANY = 320;  // 4,096 bytes
-#endif
-constexpr int FEW = 320;  // a launch costs host time by the size of its parameters
+constexpr int FEW = 320, MANY = FASTCLIP_MOST_PARAMETERS;  // two sizes: a launch costs host time by its parameters
 static_assert(sizeof(ParameterTable<MANY>) <= (CUDART_VERSION >= 12010 ? 32764 : 4096) - 128);
 
 // A tensor as the elements [begin, end) counted from a 16-byte boundary.
@@ -126,7 +132,8 @@ __device__ Span<D> span_of(const Table& table, uint32_t tensor) {
   const uint64_t place = table.place[tensor];
   const uint64_t address = place >> 16;
   const int64_t tiles = table.first[tensor + 1] - table.first[tensor];
-  return {reinterpret_cast<typename D::Storage*>(address & ~uint64_t(15)),
+  // Said to be an address of global memory: through a pointer made of a mere number the loads would be generic ones.
+  return {static_cast<typename D::Storage*>(__cvta_global_to_generic(address & ~uint64_t(15))),
           int64_t(address & 15) / int64_t(sizeof(typename D::Storage)),
           (tiles - 1) * TILE<D> + int64_t(place & 0xffff) + 1};
 }
@@ -232,8 +239,7 @@ __device__ Sum<D> sum_of(typename D::Storage* base, int64_t begin, int64_t end, 
     };
     auto tile = [&](const uint4* vectors) {
       uint4 raw[LOADS];
-#pragma unroll
-      for (int i = 0; i < LOADS; i++) raw[i] = vectors[i * THREADS];
+      load(raw, vectors);
       Wide totals[LOADS] = {};
 #pragma unroll
       for (int i = 0; i < LOADS; i++) {
@@ -401,8 +407,7 @@ __device__ void rewrite(typename D::Storage* base, int64_t begin, int64_t end, F
   };
   auto tile = [&](uint4* vectors) {
     uint4 raw[LOADS];
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) raw[i] = vectors[i * THREADS];
+    load(raw, vectors);
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
       bool changed = false;

@@ -132,7 +132,17 @@ def test_build_command_without_a_compiler(tmp_path):
 def test_info_command():
     result = run(sys.executable, "-m", "fastclip", "info")
     assert result.returncode == 0, result.stderr
-    for word in ("fastclip", "python", "torch", "triton", "compiler", "nvcc", "csrc", "build", "on cpu, auto takes cpu"):
+    for word in (
+        "fastclip",
+        "python",
+        "torch",
+        "triton",
+        "compiler",
+        "nvcc",
+        "csrc",
+        "build",
+        "on cpu, auto takes cpu",
+    ):
         assert word in result.stdout
     for name in ("triton", "cuda", "cpu", "reference"):
         assert f"\n  {name:10} yes: " in result.stdout or f"\n  {name:10} no:  " in result.stdout

@@ -36,9 +36,7 @@ def describe() -> str:
     return f"nvcc for sm_{', sm_'.join(native.architectures())}"
 
 
-def measure(
-    group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None
-) -> Measurement:
+def measure(group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None) -> Measurement:
     count = len(group)
     result = torch.empty(2 * count + 4, dtype=torch.float64, device=group.device)
     limit = math.inf if max_norm is None else max_norm

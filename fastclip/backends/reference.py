@@ -28,9 +28,7 @@ def describe() -> str:
     return "plain torch"
 
 
-def measure(
-    group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None
-) -> Measurement:
+def measure(group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None) -> Measurement:
     powers, maxima = [], []
     for tensor in group.tensors:
         power = torch.zeros((), dtype=torch.float64, device=group.device)

@@ -152,7 +152,18 @@ if MISSING is None:
             largest = tl.maximum(largest, absmax.to(tl.int64, bitcast=True))
         return tl.sum(powers), tl.max(largest).to(tl.float64, bitcast=True)
 
-    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size", "p_high", "p_low", "max_norm_high", "max_norm_low", "chained"])
+    @triton.jit(
+        do_not_specialize=[
+            "tensors",
+            "chunks",
+            "chunk_size",
+            "p_high",
+            "p_low",
+            "max_norm_high",
+            "max_norm_low",
+            "chained",
+        ]
+    )
     def _measure_kernel(
         table_ptr,  # int64: addresses [T], begins [T], ends [T], first chunks [T + 1], tensor of each chunk [chunks]
         partial_ptr,  # float64 [2, chunks]: power, absmax
@@ -385,9 +396,7 @@ def describe() -> str:
     return f"triton {triton.__version__}" + (", interpreted" if INTERPRET else "")
 
 
-def measure(
-    group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None
-) -> Measurement:
+def measure(group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None) -> Measurement:
     table = _table(group)
     norm = {2.0: L2, 1.0: L1, math.inf: MAX}.get(norm_type, POWER)
     count = len(group)

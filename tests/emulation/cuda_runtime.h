@@ -53,6 +53,8 @@ inline int32_t __float_as_int(float x) { return bits_as<int32_t>(x); }
 inline int64_t __double_as_longlong(double x) { return bits_as<int64_t>(x); }
 inline double __longlong_as_double(int64_t x) { return bits_as<double>(x); }
 
+inline void* __cvta_global_to_generic(size_t address) { return reinterpret_cast<void*>(address); }
+
 template <class T>
 T __ldcg(const T* pointer) { return *pointer; }
 

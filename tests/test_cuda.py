@@ -1,0 +1,269 @@
+"""csrc/cuda.cu without a GPU: what nvcc makes of it, and its kernels run on the CPU (see emulation/)."""
+
+import ctypes
+import importlib
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+from cases import CASES, EXTREMES, assert_scaled, gradients, parameter, tensor_norm, wide
+
+import fastclip
+from fastclip import backends
+from fastclip.backends import native
+
+cuda = importlib.import_module("fastclip.backends.cuda")
+emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="emulated only where there is no GPU")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
+
+NORMS = {0: "L2", 1: "L1", 2: "Max", 3: "Power"}
+
+
+@pytest.fixture(scope="module", params=["80", "90", "100"])
+def compiled(request, tmp_path_factory):
+    """The library for one architecture, and what ptxas said of each kernel."""
+    library = tmp_path_factory.mktemp("nvcc") / "library.so"
+    command = [*native.nvcc_command(library, [request.param]), "-Xptxas", "-v"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr, result.stderr
+    return library, result.stderr
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_registers(compiled):
+    """No kernel spills or has a stack frame, and all leave room for 4 blocks of 256 threads on a multiprocessor."""
+    _, log = compiled
+    rows = re.findall(
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        log,
+        re.S,
+    )
+    assert len(rows) == 3 * (4 * 4 + 4 + 4)  # tables × (dtypes × norms + apply + clamp)
+    for name, *usage in rows:
+        assert usage[:3] == ["0", "0", "0"], f"{name}: {usage}"
+        assert int(usage[3]) <= 64, name
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_loads_are_128_bits_wide(compiled):
+    """The main loops of measure and apply hold four 16-byte loads (and stores, where all is written)."""
+    library, _ = compiled
+    kernels = _disassembled(library)
+    assert len(kernels) == 72
+    seen = set()
+    for name, code in kernels.items():
+        kind = re.search(r"(measure|apply|clamp)_kernel", name).group(1)
+        if kind == "measure" and "NormE3" in name:
+            continue  # a general power waits for float64 logarithms, not for memory
+        loads = [len(re.findall(r"LDG\.E\.128", loop)) for loop in _loops(code)]
+        assert max(loads) >= 4, f"{name}: {loads}"
+        if kind == "apply":
+            assert max(len(re.findall(r"STG\.E\.128", loop)) for loop in _loops(code)) >= 4, name
+        seen.add((kind, re.search(r"cuda\S*?(F32|F64|BF16|F16)E", name).group(1)))
+    assert len(seen) == 3 * 4
+
+
+def _disassembled(library):
+    """Kernel name -> its machine code."""
+    triton = importlib.util.find_spec("triton")
+    inside = [Path(p) / "backends/nvidia/bin/cuobjdump" for p in triton.submodule_search_locations] if triton else []
+    tool = next((str(path) for path in inside if path.is_file()), shutil.which("cuobjdump"))
+    if tool is None:
+        pytest.skip("needs cuobjdump, from CUDA or triton")
+    listing = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^\s*Function : (\S+)$", listing, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def _loops(code):
+    """The innermost loops: from the target of a branch backwards to the branch, with no other such in between."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+    spans = []
+    for at, text in lines:
+        target = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", text)
+        if target and int(target.group(1), 16) < at:
+            spans.append((int(target.group(1), 16), at))
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    return ["\n".join(text for at, text in lines if begin <= at <= end) for begin, end in inner]
+
+
+# ---- the kernels, run ----
+
+
+@pytest.fixture
+def machine():
+    """Sets the number of multiprocessors and the order of the blocks of the emulated GPU."""
+
+    def emulate(units, order):
+        emulation.library.load().fastclip_emulate(units, order)
+        cuda._workspaces.clear()  # their size goes by the multiprocessors, which no real device changes
+
+    yield emulate
+    emulate(2, 0)
+
+
+def clipped(parameters, max_norm, norm_type=2.0):
+    with fastclip.use_backend("cuda"):
+        stats = fastclip.Clipper(parameters, fastclip.rules.GlobalNorm(max_norm, norm_type)).clip_()
+    values = [stats.total_norm, stats.tensor_norms, stats.tensor_absmax, stats.coef]
+    return [torch.as_tensor(v).clone() for v in values] + [g.clone() for g in gradients(parameters)]
+
+
+@emulated
+@pytest.mark.parametrize("p", [2.0, 1.0, math.inf, 3.0, 0.5, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_whatever_the_order_of_the_blocks(machine, dtype, p):
+    """Bitwise: whichever block comes last combines what the others left in one and the same order."""
+    before = CASES["many chunks"](dtype=dtype, device="cpu") + CASES["misaligned"](dtype=dtype, device="cpu")
+    results = []
+    for order in range(4):
+        machine(3, order)
+        results.append(clipped([parameter(q.grad.clone()) for q in before], 0.5, p))
+    for other in results[1:]:
+        for a, b in zip(other, results[0]):
+            assert torch.equal(a, b)
+    expected = torch.tensor([tensor_norm(q.grad, p) for q in before], dtype=torch.float64)
+    torch.testing.assert_close(results[0][1].double(), expected, rtol=1e-6, atol=0)
+
+
+@emulated
+@pytest.mark.parametrize("units", [1, 2, 5, 64])
+def test_any_number_of_multiprocessors(machine, units):
+    machine(units, units)
+    parameters = [parameter(torch.randn(n)) for n in (50_000, 0, 1, 1024, 1023, 7, 4096, 30_000)]
+    before = wide(gradients(parameters))
+    norm, norms, absmax, coef, *after = clipped(parameters, 1.0)
+    expected = torch.tensor([tensor_norm(b) for b in before], dtype=torch.float64)
+    torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=0)
+    assert norm.item() == pytest.approx(expected.norm().item(), rel=1e-6)
+    assert absmax.tolist() == [b.abs().max().item() if b.numel() else 0 for b in before]
+    assert_scaled(after, before, [coef.item()] * len(before), torch.float32)
+
+
+@emulated
+@pytest.mark.parametrize("place", [0, 1023, 1024, 70_001, 99_999])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_nonfinite_element(machine, value, place):
+    machine(3, 1)
+    parameters = [parameter(torch.ones(100_000)), parameter(torch.ones(9))]
+    parameters[0].grad[place] = value
+    norm, norms, absmax, _, *after = clipped(parameters, 1.0)
+    assert torch.equal(norm.isnan(), torch.tensor(math.isnan(value)))
+    assert norms[1] == 3 and absmax[1] == 1
+    assert absmax[0].isnan() if math.isnan(value) else absmax[0] == math.inf
+    assert after[0][place].isnan()
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_squares_that_float32_cannot_hold(machine, extreme, dtype):
+    machine(3, 2)
+    parameters = [parameter(EXTREMES[extreme](dtype)), parameter(torch.full((5,), 0.25, dtype=dtype))]
+    expected = torch.tensor([tensor_norm(g) for g in gradients(parameters)], dtype=torch.float64)
+    norm, norms, *_ = clipped(parameters, math.inf)
+    torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=1e-45)
+    assert norm.item() == pytest.approx(expected.norm().item(), rel=1e-6)
+
+
+@emulated
+def test_more_tensors_than_parameters_hold(machine):
+    """Beyond that the table is read from device memory, uploaded once and again when an address changes."""
+    most = emulation.library.load().fastclip_cuda_most_parameters()
+    assert most == emulation.MOST_PARAMETERS
+    entries = cuda._uploaded.entries
+    entries.clear()
+    for count, uploads in ((most, 0), (most + 1, 1)):
+        parameters = [parameter(torch.full((k % 5,), 0.5)) for k in range(count)]
+        expected = math.sqrt(sum(0.25 * (k % 5) for k in range(count)))
+        for _ in range(2):
+            assert clipped(parameters, math.inf)[0].item() == pytest.approx(expected, rel=1e-6)
+        assert len(entries) == uploads
+    parameters[4].grad = torch.full((4,), 100.0)
+    assert clipped(parameters, math.inf)[0].item() == pytest.approx(math.hypot(expected, 200), rel=1e-2)
+    assert len(entries) == 2
+    clipped(parameters, 1.0)
+    assert fastclip.total_norm(gradients(parameters)).item() == pytest.approx(1, rel=1e-5)
+
+
+@emulated
+def test_workspace_is_left_clean(machine):
+    """The counters that find the last block are zero again, also after fewer blocks than the launch before had."""
+    for units, size in ((3, 200_000), (3, 3000), (1, 100_000), (3, 200_000)):
+        machine(units, 0)
+        for n in (size, 5, size):
+            clipped([parameter(torch.ones(n)), parameter(torch.ones(3))], 1.0)
+        (workspace,) = cuda._workspaces.values()
+        counters = workspace[units * 4 * 32 :].view(torch.int32)
+        assert len(counters) == units * 4 + 1 and not counters.any()
+
+
+@emulated
+def test_an_error_of_cuda_is_raised():
+    with pytest.raises(RuntimeError, match="fastclip_cuda_workspace_bytes: invalid device ordinal"):
+        cuda._check("fastclip_cuda_workspace_bytes", 7, ctypes.byref(ctypes.c_int64()))
+
+
+SANITIZERS = {
+    "thread": (["-fsanitize=thread", "-Wno-tsan"], None, "clean"),
+    "address": (["-fsanitize=address,undefined", "-fno-sanitize-recover"], None, "clean"),
+    "thread, a barrier missing": (
+        ["-fsanitize=thread", "-Wno-tsan"],
+        ("__syncthreads();  // the sums of the call before have been read", ""),
+        "data race",
+    ),
+    "address, a bound missing": (
+        ["-fsanitize=address"],
+        ("min(vectors_begin * VECTOR<D>, to)", "vectors_begin * VECTOR<D>"),
+        "heap-buffer-overflow",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SANITIZERS)
+def test_sanitizers(case, tmp_path):
+    """No race between the threads of a block and no access outside a tensor; and either would be found."""
+    flags, change, expected = SANITIZERS[case]
+    source = (native.source_folder() / "cuda.cu").read_text()
+    if change:
+        assert source.count(change[0]) == 1
+        source = source.replace(*change)
+    (tmp_path / "cuda.cu").write_text(source)
+    program = tmp_path / "program"
+    command = [
+        *("g++", *emulation.FLAGS, f"-I{emulation.FOLDER}", f"-I{native.source_folder()}", "-g", "-O1", *flags),
+        *("-x", "c++", tmp_path / "cuda.cu", emulation.FOLDER / "race.cpp", "-o", program),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert expected in result.stdout + result.stderr, result.stderr[-3000:]
+    assert (result.returncode == 0) == (change is None)
+
+
+# ---- the choice ----
+
+
+@emulated
+def test_auto_takes_cuda_where_triton_cannot_run(monkeypatch):
+    triton = backends.get("triton")
+    monkeypatch.setattr(cuda, "DEVICE", "cuda")
+    monkeypatch.setattr(triton, "_no_driver", lambda: "there is no C compiler")
+    assert backends.choose(torch.device("cuda")).name == "cuda"
+    monkeypatch.setattr(triton, "_no_driver", lambda: None)
+    assert backends.choose(torch.device("cuda")).name == "triton"
+
+
+@emulated
+def test_triton_says_why_it_cannot_run():
+    reason = backends.get("triton").why_not(torch.device("cuda"))
+    assert reason.startswith("triton cannot run (") and "driver" in reason
