@@ -2,8 +2,8 @@
 
 A backend is a module with ``name``, ``why_not(device)`` (None if it can run there), ``describe()`` and three verbs over
 a :class:`~fastclip.table.Group`: ``measure(group, norm_type, max_norm, before)``, where `before` is the ``total`` of a
-group measured before on the same device; ``apply_(group, coef)``; and ``clamp_(group, low, high)``, which returns, as a []
-bool on the group's device, whether it changed anything. Backends know no rule and never import each other.
+group measured before on the same device; ``apply_(group, coef)``; and ``clamp_(group, low, high)``, which returns, as a
+[] bool on the group's device, whether it changed anything. Backends know no rule and never import each other.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class use_backend:
     The environment variable ``FASTCLIP_BACKEND`` sets the choice at import.
 
     Args:
-        name: ``"triton"``, ``"cuda"``, ``"cpu"``, ``"reference"``, or ``"auto"`` (the best that runs on each gradient's device).
-            Gradients that no kernel handles (complex, sparse, views with gaps) go to ``reference`` all the same.
+        name: ``"triton"``, ``"cuda"``, ``"cpu"``, ``"reference"``, or ``"auto"`` (the best that runs on each gradient's
+            device). Gradients that no kernel handles (complex, sparse, views with gaps) go to ``reference`` anyway.
 
     Raises:
         ValueError: no backend has that name. One that cannot run raises RuntimeError, with the reason, when it is used.

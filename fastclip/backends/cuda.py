@@ -42,8 +42,9 @@ def measure(group: Group, norm_type: float, max_norm: float | None = None, befor
     limit = math.inf if max_norm is None else max_norm
     pointers = (_pointer(before), _pointer(_workspace(group.device)), _pointer(result))
     _call("measure", group, _f64(norm_type), _f64(limit), *pointers)
-    power, absmax, total, norm, coef = result.split([count, count, 2, 1, 1])
-    return Measurement(power, absmax, norm[0], None if max_norm is None else coef[0], total)
+    all_of_them = result[2 * count :]  # total [2], norm, coefficient
+    coef = None if max_norm is None else all_of_them[3]
+    return Measurement(result[:count], result[count : 2 * count], all_of_them[2], coef, all_of_them[:2])
 
 
 def apply_(group: Group, coef: Tensor) -> None:

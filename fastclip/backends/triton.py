@@ -410,10 +410,11 @@ def measure(group: Group, norm_type: float, max_norm: float | None = None, befor
             *_split(0.0 if norm == MAX else norm_type), *_split(math.inf if max_norm is None else max_norm),
             DTYPE=DTYPES[group.dtype], NORM=norm, BLOCK=_block(table, norm), num_warps=NUM_WARPS,
         )  # fmt: skip
-    power, absmax, total, norm_of_all, coef = result.split([count, count, 2, 1, 1])
+    power, absmax, all_of_them = result[:count], result[count : 2 * count], result[2 * count :]
+    total = all_of_them[:2]
     if norm == POWER and norm_type != 0:
         return Measurement(power, absmax, total[0].pow(1 / norm_type), None, total)
-    return Measurement(power, absmax, norm_of_all[0], None if max_norm is None else coef[0], total)
+    return Measurement(power, absmax, all_of_them[2], None if max_norm is None else all_of_them[3], total)
 
 
 def apply_(group: Group, coef: Tensor) -> None:

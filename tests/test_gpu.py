@@ -1,0 +1,381 @@
+"""Both GPU backends on a GPU: every case, what a call costs, graphs, streams, several devices."""
+
+import gc
+import math
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DTYPES,
+    EXTREMES,
+    assert_scaled,
+    gradients,
+    parameter,
+    rounding,
+    tensor_norm,
+    total_norm,
+    wide,
+)
+from torch.profiler import ProfilerActivity, profile
+
+import fastclip
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def gpu_backend(request):
+    with fastclip.use_backend(request.param):
+        yield request.param
+
+
+def make(*sizes, dtype=torch.float32, device="cuda"):
+    return [parameter(torch.randn(n, device=device).to(dtype)) for n in sizes]
+
+
+def on_host(tensors):
+    return [t.cpu() for t in wide(tensors)]
+
+
+def factor(limit, norm):
+    return min(1, limit / (norm + 1e-6))
+
+
+# ---- right ----
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0, math.inf, 3.0, 0.5, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_clip_norm(case, dtype, p):
+    parameters = CASES[case](dtype=dtype, device="cuda")
+    before = on_host(gradients(parameters))
+    expected = total_norm(before, p)
+    norm = fastclip.clip_norm_(parameters, expected / 3, p)
+    assert norm.device.type == "cuda" and norm.item() == pytest.approx(expected, rel=1e-6)
+    assert_scaled(on_host(gradients(parameters)), before, [factor(expected / 3, expected)] * len(before), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_every_other_function(case, dtype):
+    make_case = lambda: CASES[case](dtype=dtype, device="cuda")  # noqa: E731
+    before = on_host(gradients(make_case()))
+    if not before:
+        return
+    norms = [tensor_norm(b) for b in before]
+
+    torch.manual_seed(0)
+    parameters = make_case()
+    before = on_host(gradients(parameters))
+    norms = [tensor_norm(b) for b in before]
+    assert fastclip.total_norm(gradients(parameters)).item() == pytest.approx(total_norm(before), rel=1e-6)
+
+    limit = sorted(norms)[len(norms) // 2] / 2
+    actual = fastclip.clip_tensor_norm_(parameters, limit)
+    torch.testing.assert_close(actual.cpu().double(), torch.tensor(norms, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert_scaled(on_host(gradients(parameters)), before, [factor(limit, n) for n in norms], dtype)
+
+    parameters = make_case()
+    before = on_host(gradients(parameters))
+    largest = [b.abs().max().item() if b.numel() else 0.0 for b in before]
+    threshold = sorted(largest)[len(largest) // 2]
+    masked = fastclip.mask_small_(parameters, threshold)
+    assert masked.tolist() == [a < threshold for a in largest]
+    assert_scaled(on_host(gradients(parameters)), before, [float(a >= threshold) for a in largest], dtype)
+
+    parameters = make_case()
+    before = on_host(gradients(parameters))
+    fastclip.clip_value_(parameters, 0.5)
+    for after, b in zip(on_host(gradients(parameters)), before):
+        assert torch.equal(after, b.clamp(-0.5, 0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:1] + DTYPES[2:], ids=str)
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_squares_that_float32_cannot_hold(extreme, dtype):
+    parameters = [parameter(EXTREMES[extreme](dtype).cuda()), parameter(torch.full((5,), 0.25).to(dtype).cuda())]
+    expected = total_norm(on_host(gradients(parameters)))
+    assert fastclip.total_norm(gradients(parameters)).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nonfinite_as_torch(value):
+    ours, theirs = make(70_000, 9), []
+    ours[0].grad[69_999] = value
+    theirs = [parameter(p.grad.clone()) for p in ours]
+    norm, expected = fastclip.clip_norm_(ours, 1.0), torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    torch.testing.assert_close(norm, expected, equal_nan=True)
+    for a, b in zip(gradients(ours), gradients(theirs)):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    with pytest.raises(RuntimeError, match="nothing was changed"):
+        fastclip.clip_norm_(ours, 1.0, error_if_nonfinite=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_shapes_that_come_and_go(dtype):
+    """Addresses are reused by gradients of other sizes: a table from before must not be."""
+    generator = torch.Generator().manual_seed(1)
+    parameters = make(*[1] * 12, dtype=dtype)
+    for _ in range(60):
+        for k in torch.randint(12, (4,), generator=generator).tolist():
+            size = int(torch.randint(0, 40_000, (), generator=generator))
+            parameters[k] = parameter(torch.randn(size, device="cuda").to(dtype))
+        before = on_host(gradients(parameters))
+        expected = total_norm(before)
+        assert fastclip.clip_norm_(parameters, 1.0).item() == pytest.approx(expected, rel=1e-6)
+        assert_scaled(on_host(gradients(parameters)), before, [factor(1.0, expected)] * 12, dtype)
+
+
+@pytest.mark.parametrize("count", [2000, 3000])
+def test_thousands_of_tensors(count):
+    """3,000 are more than fit into the parameters of a kernel."""
+    parameters = make(*[k % 300 for k in range(count)], dtype=torch.bfloat16)
+    for _ in range(3):
+        before = on_host(gradients(parameters))
+        expected = total_norm(before)
+        assert fastclip.clip_norm_(parameters, 1.0).item() == pytest.approx(expected, rel=1e-6)
+        assert_scaled(on_host(gradients(parameters)), before, [factor(1.0, expected)] * count, torch.bfloat16)
+        parameters[7] = make(250, dtype=torch.bfloat16)[0]
+
+
+def test_a_tensor_of_more_than_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    size = 2**31 + 4097
+    p = parameter(torch.ones(size, dtype=torch.bfloat16, device="cuda"))
+    assert fastclip.clip_norm_([p], 1.0).item() == pytest.approx(math.sqrt(size), rel=1e-6)
+    value = torch.tensor(1 / (math.sqrt(size) + 1e-6)).bfloat16().item()
+    assert p.grad[0].item() == p.grad[-1].item() == value
+    assert (p.grad == value).all()
+    p.grad = None
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def test_bitwise_repeatable():
+    parameters = make(1_000_003, 77, 65_536, dtype=torch.bfloat16)
+    norms = {fastclip.total_norm(gradients(parameters)).item() for _ in range(20)}
+    assert len(norms) == 1
+
+
+def test_mixed_dtypes_and_devices():
+    """Norms are gathered on the first gradient's device; every gradient is scaled where it lies."""
+    parameters = [p for d in DTYPES for p in make(7, 70_000, dtype=d)]
+    for _ in range(2):
+        before = on_host(gradients(parameters))
+        expected = total_norm(before)
+        norm = fastclip.clip_norm_(parameters, 1.0)
+        assert norm.device.type == "cuda" and norm.dtype == torch.float64
+        assert norm.item() == pytest.approx(expected, rel=1e-6)
+        for p, b in zip(parameters, before):
+            torch.testing.assert_close(
+                p.grad.cpu().double(), b * factor(1.0, expected), rtol=rounding(p.dtype), atol=1e-7
+            )
+
+
+def test_cpu_and_gpu_together():
+    with fastclip.use_backend("auto"):
+        parameters = [p for n in (7, 70_000) for d in ("cuda", "cpu") for p in make(n, device=d)]
+        before = on_host(gradients(parameters))
+        expected = total_norm(before)
+        norm = fastclip.clip_norm_(parameters, 1.0)
+    assert norm.device.type == "cuda" and norm.item() == pytest.approx(expected, rel=1e-6)
+    assert_scaled(on_host(gradients(parameters)), before, [factor(1.0, expected)] * 4, torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus():
+    parameters = [p for n in (7, 70_000) for d in ("cuda:1", "cuda:0") for p in make(n, device=d)]
+    before = on_host(gradients(parameters))
+    expected = total_norm(before)
+    norm = fastclip.clip_norm_(parameters, 1.0)
+    assert norm.device == torch.device("cuda:1") and norm.item() == pytest.approx(expected, rel=1e-6)
+    assert_scaled(on_host(gradients(parameters)), before, [factor(1.0, expected)] * 4, torch.float32)
+
+
+# ---- what a call costs ----
+
+
+def launches(call):
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
+        call()
+        torch.cuda.synchronize()
+    return [e.name for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e9])
+def test_three_launches_and_no_copy(limit):
+    parameters = make(*[1000] * 300, dtype=torch.bfloat16)
+    names = launches(lambda: fastclip.clip_norm_(parameters, limit))
+    assert 1 <= len(names) <= 3, names
+    assert not [name for name in names if "Mem" in name], names
+
+
+def test_mixed_dtypes_take_as_few():
+    parameters = make(1000, 5) + make(1000, dtype=torch.bfloat16)
+    names = launches(lambda: fastclip.clip_norm_(parameters, 1.0))
+    assert 1 <= len(names) <= 5, names
+
+
+def test_no_call_waits_for_the_device():
+    parameters = make(70_000, 5, 9)
+    clipper = fastclip.Clipper(parameters, [fastclip.rules.Mask(1e-9), fastclip.rules.GlobalNorm(1.0)])
+    calls = [
+        lambda: fastclip.clip_norm_(parameters, 1.0),
+        lambda: fastclip.clip_value_(parameters, 0.5),
+        lambda: fastclip.clip_tensor_norm_(parameters, 1.0),
+        lambda: fastclip.mask_small_(parameters, 1e-9),
+        lambda: fastclip.clip_with_norm_(parameters, 1.0, torch.ones((), device="cuda")),
+        lambda: clipper.clip_().clipped,
+    ]
+    for call in calls:  # first calls compile
+        call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for call in calls:
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_extra_memory():
+    parameters = make(30_000_000, 20_000_000, *[100] * 500, dtype=torch.bfloat16)
+    fastclip.clip_norm_(parameters, 1.0)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fastclip.clip_norm_(parameters, 0.5)
+    assert torch.cuda.max_memory_allocated() - before < 2**20
+
+
+def test_nothing_is_written_when_nothing_is_clipped():
+    """A gradient whose coefficient is 1 is not even rewritten: its NaN payload and -0.0 stay."""
+    p = parameter(torch.tensor([-0.0, 1.0, 2.0], device="cuda"))
+    p.grad.view(torch.int32)[1] = 0x7FC12345
+    bits = p.grad.view(torch.int32).clone()
+    fastclip.clip_norm_([p], math.inf)
+    assert torch.equal(p.grad.view(torch.int32), bits)
+
+
+# ---- graphs and streams ----
+
+
+def captured(call):
+    """`call` as a CUDA graph, after a warm-up on a side stream, and what it returned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
+@pytest.mark.parametrize("count", [3, 3000])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_graph_of_clip_norm(count, mixed):
+    """Replayed three times with new values at the same addresses, while other calls go on outside the graph."""
+    parameters = make(70_000, *[k % 200 for k in range(count)])
+    if mixed:
+        parameters += make(5000, 3, dtype=torch.bfloat16)
+    others = make(50_000, 5)
+    graph, norm = captured(lambda: fastclip.clip_norm_(parameters, 1.0))
+    for scale in (3.0, 0.001, 40.0):
+        for p in parameters:
+            p.grad.copy_(torch.randn(p.shape, device="cuda") * scale)
+        before = on_host(gradients(parameters))
+        expected = total_norm(before)
+        graph.replay()
+        fastclip.clip_norm_(others, 1.0)
+        assert norm.item() == pytest.approx(expected, rel=1e-6)
+        for p, b in zip(parameters, before):
+            wanted = b * factor(1.0, expected)
+            torch.testing.assert_close(p.grad.cpu().double(), wanted, rtol=rounding(p.dtype), atol=1e-6)
+
+
+def test_graph_of_a_clipper():
+    parameters = make(70_000, 9, 500)
+    rules = [fastclip.rules.Mask(1e-2), fastclip.rules.Value(2.0), fastclip.rules.GlobalNorm(1.0)]
+    clipper = fastclip.Clipper(parameters, rules)
+    graph, stats = captured(clipper.clip_)
+    for scale in (3.0, 1e-3, 1.0):
+        for p in parameters:
+            p.grad.copy_(torch.randn(p.shape, device="cuda") * scale)
+        copies = [parameter(p.grad.clone()) for p in parameters]
+        expected = fastclip.Clipper(copies, rules).clip_()
+        graph.replay()
+        for name in ("total_norm", "tensor_norms", "tensor_absmax", "coef", "clipped", "nonfinite"):
+            torch.testing.assert_close(getattr(stats, name), getattr(expected, name), msg=name)
+        for p, copy in zip(parameters, copies):
+            assert torch.equal(p.grad, copy.grad)
+
+
+def test_graph_of_a_whole_step():
+    """Gradients are allocated inside the graph, so the addresses are seen there for the first time."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)).cuda()
+    inputs = torch.randn(32, 64, device="cuda")
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        model(inputs).square().mean().mul(100).backward()
+        return fastclip.clip_norm_(model.parameters(), 0.5)
+
+    graph, norm = captured(step)
+    for scale in (1.0, 5.0, 0.1):
+        inputs.copy_(torch.randn(32, 64, device="cuda") * scale)
+        expected = step().item()
+        graph.replay()
+        assert norm.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_graphs_and_their_end():
+    """Graphs do not share workspace with each other or with calls outside, and may go while others stay."""
+    models = [make(40_000, k) for k in (1, 2, 3)]
+    graphs = [captured(lambda ps=ps: fastclip.clip_norm_(ps, 1e9)) for ps in models]
+    for round_ in range(3):
+        expected = [total_norm(on_host(gradients(ps))) for ps in models]
+        streams = [torch.cuda.Stream() for _ in graphs]
+        torch.cuda.synchronize()
+        for stream, (graph, _) in zip(streams, graphs):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for (_, norm), value in zip(graphs, expected):
+            assert norm.item() == pytest.approx(value, rel=1e-6)
+        if round_ == 1:
+            del graphs[0], models[0]
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def test_streams_at_once():
+    """Each stream has a workspace of its own."""
+    models = [make(3_000_000, 9 + k) for k in range(4)]
+    expected = [total_norm(on_host(gradients(ps))) for ps in models]
+    streams = [torch.cuda.Stream() for _ in models]
+    torch.cuda.synchronize()
+    norms = []
+    for _ in range(10):
+        for stream, parameters in zip(streams, models):
+            with torch.cuda.stream(stream):
+                norms.append(fastclip.clip_norm_(parameters, math.inf))
+    torch.cuda.synchronize()
+    for k, norm in enumerate(norms):
+        assert norm.item() == pytest.approx(expected[k % 4], rel=1e-6)
+
+
+def test_compiled_step():
+    """torch.compile keeps the call in one graph on a GPU too, also where it makes CUDA graphs of its own."""
+    p = parameter(torch.full((16,), 2.0, device="cuda"))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: fastclip.clip_norm_([p], 1.0) * 2, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        p.grad.fill_(2.0)
+        assert compiled().item() == pytest.approx(16)
+        assert p.grad.norm().item() == pytest.approx(1, rel=1e-5)
