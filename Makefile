@@ -24,7 +24,7 @@ bench: .venv/ready
 
 # On a GPU machine, with the system's python3: no install, no network.
 gpu:
-	python3 -m pytest -m gpu
+	python3 -m bench.gpu
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
