@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends import upload
+from .feed import Scaling, check_optimizer, covers, feed
 from .rules import GlobalNorm, Rule, Value, clip_coefficient, combined, norm_type_of
 from .stats import Stats, measure
 from .table import GradTable, identity, listed, pack
 
+NONFINITE = ("propagate", "skip", "zero", "raise")
+
 
 class Clipper:
-    """Clips the gradients of a set of parameters by a rule.
+    """Clips the gradients of a set of parameters by a rule, in place or inside an optimizer's step.
 
     Args:
         parameters: as torch.optim takes them: an iterable of tensors, of parameter-group dicts, or of (name, tensor)
             pairs such as ``model.named_parameters()``.
         rule: a :mod:`fastclip.rules` rule, a function from :class:`Stats` to coefficients, a list of such (run in
             order, each seeing what those before it leave), or a number, which means ``GlobalNorm(number)``.
+        nonfinite: what to do when a gradient holds an inf or a NaN: ``"propagate"`` it as torch does; ``"skip"`` (the
+            gradients stay as they are, and :meth:`step` leaves the parameters as they are); ``"zero"`` the elements
+            concerned before anything else, or ``"raise"`` before anything is changed. The last two read a flag back
+            to the host at every call.
 
     Raises:
         TypeError, ValueError: an argument of another kind, named with its value.
@@ -30,29 +37,114 @@ class Clipper:
     Example:
         >>> clipper = fastclip.Clipper(model.named_parameters(), 1.0)
         >>> loss.backward()
-        >>> stats = clipper.clip_()
-        >>> optimizer.step()
+        >>> stats = clipper.step(optimizer)  # or: stats = clipper.clip_(); optimizer.step()
     """
 
-    def __init__(self, parameters: Iterable[Any] | Tensor, rule: Rule | list[Rule] | float) -> None:
+    def __init__(
+        self, parameters: Iterable[Any] | Tensor, rule: Rule | list[Rule] | float, *, nonfinite: str = "propagate"
+    ) -> None:
         self.parameters, self.names = _named(listed(parameters))
         self.rules = [_rule(r) for r in rule] if isinstance(rule, (list, tuple)) else [_rule(rule)]
         if not self.rules:
             raise ValueError(f"rule must not be an empty list, got {rule!r}")
         self.norm_type = norm_type_of(self.rules)
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        self.nonfinite = nonfinite
 
     def clip_(self) -> Stats:
         """Clip the gradients in place; what they were before, and what was done, as :class:`Stats`.
 
         Raises:
-            TypeError, ValueError, RuntimeError, NotImplementedError: a gradient that cannot be clipped, before any is
-                changed; or a rule that returns no coefficients, before anything that comes after the last `Value`.
+            TypeError, ValueError, RuntimeError, NotImplementedError: a gradient that cannot be clipped, or is not
+                finite where ``nonfinite="raise"``, before any is changed; or a rule that returns no coefficients,
+                before anything that comes after the last `Value`.
         """
         table = pack(self.parameters, gradients=False, write=True)
-        stats = clip(table, self.rules, self.norm_type)
+        stats, pending = self._decide(table)
+        pending.apply_(table)
+        return stats
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+        when: Tensor | bool | None = None,
+        divide_by: Tensor | float = 1,
+    ) -> Stats:
+        r"""Clip and step: what ``clip_()`` and ``optimizer.step()`` do, to rounding, without the clip's own passes.
+
+        The coefficient goes to the optimizer, which multiplies by it as it reads the gradients:
+
+        - ``fused=True`` Adam, AdamW, SGD and Adagrad of torch.optim get it as their ``grad_scale``. (They write the
+          clipped gradients back; gradients with a coefficient of their own are scaled in place before.)
+        - For any other optimizer the gradients are clipped in place.
+
+        Args:
+            optimizer: holds the parameters of this Clipper. With other parameters besides, or without some of them,
+                the gradients are clipped in place and the optimizer steps as it would.
+            scaler: a ``torch.amp.GradScaler`` whose ``scale(loss)`` was differentiated. The unscaling is part of the
+                coefficient; ``scaler.unscale_(optimizer)`` may have been called before, ``scaler.update()`` comes
+                after. A non-finite gradient skips the update, whatever `nonfinite` says.
+            when: False skips the update: [] bool, on any device.
+            divide_by: what the gradients are divided by before anything else, such as the number of backward passes
+                or of tokens that were accumulated; > 0, or such a [] tensor on any device.
+
+        Returns:
+            :class:`Stats` of the gradients, unscaled and divided.
+
+        Raises:
+            TypeError, ValueError: an argument of another kind, or an optimizer that wants a closure (LBFGS).
+            RuntimeError: a second step with `scaler` without its ``update()``.
+            As :meth:`clip_`.
+
+        A skip is decided on the device and read back to the host only for optimizers that are not fused, for the first
+        step of an SGD with momentum, and where the rules have a ``Value``; ``Mask(hold=True)`` reads which are held.
+        """
+        check_optimizer(optimizer)
+        complete = covers(optimizer, self.parameters)
+        table = pack(self.parameters, gradients=False, write=True)
+        scaling = Scaling.of(scaler, optimizer, table.device)
+        factor = scaling.factor(divide_by)
+        if factor is not None and not complete:
+            raise ValueError(
+                "optimizer must hold exactly the parameters of this Clipper where a scaler or divide_by is given: "
+                "the other gradients would be left unscaled"
+            )
+        skip = None if when is None else ~_flag(when, table.device)
+        if scaling.found_inf is not None:
+            skip = scaling.found_inf if skip is None else skip | scaling.found_inf
+        stats, pending = self._decide(table, factor, skip, scaling.active)
+        scaling.record(stats)
+        feed(optimizer, table, pending, complete, self._parameters_of(table))
+        scaling.done()
+        return stats
+
+    def _decide(
+        self, table: GradTable, factor: Tensor | None = None, skip: Tensor | None = None, scaled: bool = False
+    ) -> tuple[Stats, Pending]:
+        policy = "skip" if scaled else self.nonfinite
+        check = self._refuse if policy == "raise" else None
+        stats, pending = decide(table, self.rules, self.norm_type, check, factor, skip, policy)
         if self.names is not None:
             stats.names = self._names_of(len(table))
-        return stats
+        return stats, pending
+
+    def _refuse(self, stats: Stats) -> None:
+        """RuntimeError if a gradient is not finite."""
+        concerned = stats.nonfinite.nonzero().flatten().tolist()
+        if not concerned:
+            return
+        table = pack(self.parameters, gradients=False, write=False)
+        names = self._names_of(len(table)) if self.names else tuple(f"gradient {i}" for i in range(len(table)))
+        counts = [
+            f"{names[i]} ({int((~table.tensors[i].isfinite()).sum())} of {table.tensors[i].numel()})"
+            for i in concerned[:5]
+        ]
+        more = f" and {len(concerned) - 5} more" if len(concerned) > 5 else ""
+        raise RuntimeError(
+            f"gradients hold elements that are not finite: {', '.join(counts)}{more}; nothing was changed"
+        )
 
     def _names_of(self, count: int) -> tuple[str, ...]:
         assert self.names is not None
@@ -64,53 +156,129 @@ class Clipper:
                 distinct.setdefault(identity(parameter.grad), name)
         return tuple(distinct.values())
 
+    def _parameters_of(self, table: GradTable) -> Callable[[], list[list[Tensor]]]:
+        """For each gradient of the table, the parameters that have it; found only when asked for."""
+
+        def find() -> list[list[Tensor]]:
+            distinct: dict[Any, list[Tensor]] = {}
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    distinct.setdefault(identity(parameter.grad), []).append(parameter)
+            return list(distinct.values())
+
+        return find
+
     def __repr__(self) -> str:
         return f"Clipper({len(self.parameters)} parameters, {self.rules})"
+
+
+class Pending(NamedTuple):
+    """What was decided and is still to be done to gradients: multiply all by `common`, each by `each`."""
+
+    coef: Tensor  # float64 [] or [T]: both together
+    common: Tensor  # [] float64
+    each: Tensor | None  # [T] float64
+    held: Tensor | None  # [T] bool: parameters not to be touched at all
+    skip: Tensor | None  # [] bool: do nothing
+
+    def apply_(self, table: GradTable) -> None:
+        if len(table):
+            table.apply_(self.unless_skipped(self.coef))
+
+    def unless_skipped(self, coef: Tensor) -> Tensor:
+        return coef if self.skip is None else torch.where(self.skip, 1.0, coef)
 
 
 def clip(table: GradTable, rules: list[Any], norm_type: float, check: Callable[[Stats], None] | None = None) -> Stats:
     """Run `rules` over the table's gradients: one read, one decision, at most one pass of writing per coefficient rule
     or run of them. `check` sees the statistics before anything is written and may raise."""
-    fused = rules[0] if len(rules) == 1 and type(rules[0]) is GlobalNorm else None
+    stats, pending = decide(table, rules, norm_type, check)
+    pending.apply_(table)
+    return stats
+
+
+def decide(
+    table: GradTable,
+    rules: list[Any],
+    norm_type: float,
+    check: Callable[[Stats], None] | None = None,
+    factor: Tensor | None = None,
+    skip: Tensor | None = None,
+    nonfinite: str = "propagate",
+) -> tuple[Stats, Pending]:
+    """Read the gradients once and let the rules decide. Only what comes before the last `Value` is written.
+
+    `factor` ([] float64) is what the gradients are to be multiplied by before all else; `skip` ([] bool) whether
+    nothing is to be done. The statistics are those of the gradients times `factor`, as they were before any rule.
+    """
+    fused = rules[0] if len(rules) == 1 and type(rules[0]) is GlobalNorm and factor is None else None
     before, coef = measure(table, norm_type, fused.max_norm if fused else None)
+    if nonfinite == "zero" and _zero_nonfinite(table, before):
+        before, coef = measure(table, norm_type, fused.max_norm if fused else None)
+    if factor is not None:
+        before = before.scaled(factor)
     if check:
         check(before)
-    if not len(table):
-        return before.decided(torch.ones((), dtype=torch.float64, device=table.device))
-    if coef is not None:
-        apply_(table, coef)
-        return before.decided(coef)
+    if nonfinite == "skip":
+        broken = before.nonfinite.any()
+        skip = broken if skip is None else skip | broken
+    one = torch.ones((), dtype=torch.float64, device=table.device) if coef is None or not len(table) else coef
+    if coef is not None or not len(table):
+        return before.decided(one, None, skip), Pending(one, one, None, None, skip)
 
+    start = one if factor is None else factor
+    common, each, held = start, None, None  # since the last Value
+    coef, overall, clamped = start, one, None
     stats: Stats | None = before
-    overall: Tensor | None = None
-    clamped: Tensor | None = None
     for rule in rules:
         if isinstance(rule, Value):
-            if coef is not None:
-                apply_(table, coef)
-                coef = None
-            changed = clamp_(table, rule.low, rule.high)
+            if skip is not None and bool(skip):
+                break  # its limits cannot wait on the device
+            if coef is not one:
+                table.apply_(coef)
+                coef, common, each = one, one, None
+            changed = table.clamp_(rule.low, rule.high)
             clamped = changed if clamped is None else clamped | changed
             stats = None  # what the next rule needs must be read again
         else:
             if stats is None:
                 stats, _ = measure(table, norm_type)
-            factor = _coefficients(rule, stats)
-            coef = factor if coef is None else combined(coef, factor)
-            overall = factor if overall is None else combined(overall, factor)
-            stats = stats.scaled(factor)
-    if coef is not None:
-        apply_(table, coef)
-    if overall is None:
-        overall = torch.ones((), dtype=torch.float64, device=table.device)
-    return before.decided(overall, clamped)
+            mine = _coefficients(rule, stats)
+            coef, overall = combined(coef, mine), combined(overall, mine)
+            if mine.dim() == 0:
+                common = combined(common, mine)
+            else:
+                each = mine if each is None else combined(each, mine)
+                if getattr(rule, "hold", False):
+                    held = mine == 0 if held is None else held | (mine == 0)
+            stats = stats.scaled(mine)
+    return before.decided(overall, clamped, skip), Pending(coef, common, each, held, skip)
+
+
+def _zero_nonfinite(table: GradTable, stats: Stats) -> bool:
+    """Set elements that are inf or NaN to 0; whether there were any, which is read back."""
+    concerned = stats.nonfinite.nonzero().flatten().tolist()
+    tensors = table.tensors if concerned else []
+    for i in concerned:
+        with torch.inference_mode() if tensors[i].is_inference() else torch.no_grad():
+            torch.nan_to_num_(tensors[i], 0.0, 0.0, 0.0)
+    return bool(concerned)
+
+
+def _flag(when: Any, device: torch.device) -> Tensor:
+    if not (isinstance(when, bool) or (isinstance(when, Tensor) and when.dtype == torch.bool and when.numel() == 1)):
+        got = f"a {when.dtype} tensor of shape {tuple(when.shape)}" if isinstance(when, Tensor) else repr(when)
+        raise TypeError(f"when must be a bool or a bool tensor of one element, got {got}")
+    if isinstance(when, bool) or when.device.type == "cpu":
+        return upload(when, torch.bool, device).reshape(())
+    return when.detach().reshape(()).to(device)
 
 
 def clip_by_norm(table: GradTable, norm: Tensor, max_norm: float) -> None:
     """Scale every gradient by the clip coefficient of a norm measured elsewhere."""
     if norm.device.type == "cpu":
         norm = upload(norm.detach(), torch.float64, table.device)
-    apply_(table, clip_coefficient(norm.to(table.device, torch.float64), max_norm))
+    table.apply_(clip_coefficient(norm.to(table.device, torch.float64), max_norm))
 
 
 def refuse_nonfinite(stats: Stats) -> None:
@@ -120,23 +288,6 @@ def refuse_nonfinite(stats: Stats) -> None:
             f"the total norm of order {stats.norm_type} of the gradients is {stats.norm.item()}, so they cannot be "
             f"clipped by it; nothing was changed. Set error_if_nonfinite=False to scale by it anyway"
         )
-
-
-def apply_(table: GradTable, coef: Tensor) -> None:
-    """Multiply every gradient by its coefficient: float64, [] or [T], on the table's device."""
-    for group in table.groups:
-        mine = coef
-        if len(table.groups) > 1 and coef.dim() == 1:
-            mine = coef[upload(group.positions, torch.int64, coef.device)]
-        group.backend.apply_(group, mine.to(group.device).contiguous())
-
-
-def clamp_(table: GradTable, low: float, high: float) -> Tensor:
-    """Limit every element to [low, high]; [] bool on the table's device, whether anything was changed."""
-    changed = torch.zeros((), dtype=torch.bool, device=table.device)
-    for group in table.groups:
-        changed = changed | group.backend.clamp_(group, low, high).to(table.device)
-    return changed
 
 
 def _coefficients(rule: Rule, stats: Stats) -> Tensor:

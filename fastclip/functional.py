@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import backends, ops
 from .backends import native
-from .clipper import clamp_, clip, clip_by_norm, refuse_nonfinite
+from .clipper import clip, clip_by_norm, refuse_nonfinite
 from .rules import GlobalNorm, Mask, TensorNorm, Value, nonnegative
 from .table import check_not_gradients, from_native, listed, pack
 
@@ -127,7 +127,7 @@ def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None 
         if grads := _gradients(listed(parameters)):
             ops.clip_value_(grads, rule.high)
         return
-    clamp_(pack(listed(parameters), gradients=False, write=True), rule.low, rule.high)
+    pack(listed(parameters), gradients=False, write=True).clamp_(rule.low, rule.high)
 
 
 def clip_tensor_norm_(parameters: Parameters, max_norm: float, norm_type: float = 2.0) -> Tensor:

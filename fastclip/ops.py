@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .clipper import clamp_, clip, clip_by_norm, refuse_nonfinite
+from .clipper import clip, clip_by_norm, refuse_nonfinite
 from .rules import GlobalNorm, Mask, TensorNorm, Value
 from .table import GradTable, pack
 
@@ -39,7 +39,7 @@ def clip_with_norm_(grads: list[Tensor], max_norm: float, total_norm: Tensor) ->
 @torch.library.custom_op("fastclip::clip_value_", mutates_args={"grads"}, tags=TAGS)
 def clip_value_(grads: list[Tensor], clip_value: float) -> None:
     rule = Value(clip_value)
-    clamp_(_table(grads), rule.low, rule.high)
+    _table(grads).clamp_(rule.low, rule.high)
 
 
 @torch.library.custom_op("fastclip::clip_tensor_norm_", mutates_args={"grads"}, tags=TAGS)

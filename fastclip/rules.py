@@ -77,6 +77,8 @@ class Mask:
 
     Args:
         threshold: in the gradients' unit, >= 0.
+        hold: in :meth:`Clipper.step`, also leave the masked parameters exactly as they are: no momentum, no weight
+            decay, their optimizer state untouched. A gradient of zeros alone does not do that.
 
     Raises:
         ValueError, TypeError: a threshold that is no such number.
@@ -84,14 +86,17 @@ class Mask:
 
     norm_type = None
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: float, hold: bool = False) -> None:
         self.threshold = nonnegative(threshold, "threshold")
+        if not isinstance(hold, bool):
+            raise TypeError(f"hold must be a bool, got {type(hold).__name__} {hold!r}")
+        self.hold = hold
 
     def __call__(self, stats: Stats) -> Tensor:
         return torch.where(stats.absmax < self.threshold, 0.0, 1.0).double()
 
     def __repr__(self) -> str:
-        return f"Mask({self.threshold})"
+        return f"Mask({self.threshold}{', hold=True' if self.hold else ''})"
 
 
 class Value:

@@ -22,6 +22,7 @@ class Stats:
         total_norm: [] p-norm of all gradients as one vector, p being the rule's norm type (2 if it has none).
         coef: [] or [T] what the gradients were multiplied by; -0.0 where an infinite norm made them 0 (inf: NaN).
         clipped: [] bool, whether any gradient was changed.
+        skipped: [] bool, whether nothing was done because of `when`, the GradScaler or ``nonfinite="skip"``.
         tensor_norms: [T] p-norm of each gradient.
         tensor_absmax: [T] largest magnitude of each gradient; NaN where it holds a NaN.
         nonfinite: [T] bool, whether a gradient holds an inf or a NaN.
@@ -48,6 +49,7 @@ class Stats:
         self._norm = norm
         self._coef: Tensor | None = None
         self._clamped: Tensor | None = None
+        self._skip: Tensor | None = None
 
     # Computed anew at every look: none of it is paid for by who does not ask, and after a replay of a CUDA graph it is
     # that replay's.
@@ -100,8 +102,16 @@ class Stats:
 
     @property
     def clipped(self) -> Tensor:
-        scaled = (self.coef != 1).any()
-        return scaled if self._clamped is None else scaled | self._clamped
+        changed = (self.coef != 1).any()
+        if self._clamped is not None:
+            changed = changed | self._clamped
+        return changed if self._skip is None else changed & ~self._skip
+
+    @property
+    def skipped(self) -> Tensor:
+        if self._skip is None:
+            return torch.zeros((), dtype=torch.bool, device=self.device)
+        return self._skip
 
     def scaled(self, coef: Tensor) -> Stats:
         """The statistics the gradients will have once multiplied by `coef` ([] or [T]): what the next rule sees."""
@@ -113,9 +123,9 @@ class Stats:
             power = torch.where(factor == 0, 0.0, power * factor**self.norm_type)
         return Stats(self.norm_type, self._dtype, self.device, [Measurement(power, absmax)])
 
-    def decided(self, coef: Tensor, clamped: Tensor | None = None) -> Stats:
+    def decided(self, coef: Tensor, clamped: Tensor | None = None, skip: Tensor | None = None) -> Stats:
         """Record what was done."""
-        self._coef, self._clamped = coef, clamped
+        self._coef, self._clamped, self._skip = coef, clamped, skip
         return self
 
     def _decision(self) -> Tensor:

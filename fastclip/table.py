@@ -72,6 +72,29 @@ class GradTable:
     def __len__(self) -> int:
         return sum(map(len, self.groups))
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The memory of all gradients, in order."""
+        found: dict[int, Tensor] = {}
+        for group in self.groups:
+            found.update(zip(group.positions or range(len(group)), group.tensors))
+        return [found[position] for position in range(len(found))]
+
+    def apply_(self, coef: Tensor) -> None:
+        """Multiply every gradient by its coefficient: float64, [] or [T], on the table's device."""
+        for group in self.groups:
+            mine = coef
+            if len(self.groups) > 1 and coef.dim() == 1:
+                mine = coef[backends.upload(group.positions, torch.int64, coef.device)]
+            group.backend.apply_(group, mine.to(group.device).contiguous())
+
+    def clamp_(self, low: float, high: float) -> Tensor:
+        """Limit every element to [low, high]; [] bool on the table's device, whether anything was changed."""
+        changed = torch.zeros((), dtype=torch.bool, device=self.device)
+        for group in self.groups:
+            changed = changed | group.backend.clamp_(group, low, high).to(self.device)
+        return changed
+
 
 def listed(parameters: Any, argument: str = "parameters", stacklevel: int = 3) -> list[Any]:
     """A tensor, an iterable of tensors, or of torch.optim's parameter-group dicts, as a flat list."""

@@ -1,0 +1,183 @@
+"""Feed: the decision goes to the optimizer, which multiplies as it reads, so that the clip needs no pass of its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+
+from .backends import upload
+from .table import GradTable
+
+if TYPE_CHECKING:
+    from .clipper import Pending
+    from .stats import Stats
+
+# Their fused step divides the gradients by `grad_scale` and, where `found_inf` is 1, leaves everything as it was.
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """TypeError unless `optimizer` is one whose step needs no closure."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__} {optimizer!r}")
+    if _wants_closure(type(optimizer).step):
+        raise TypeError(
+            f"optimizer must step without a closure; {type(optimizer).__name__} evaluates one several times a step, so "
+            f"call clip_() inside the closure instead"
+        )
+
+
+@functools.cache
+def _wants_closure(step: Callable[..., Any]) -> bool:
+    closure = inspect.signature(step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def covers(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> bool:
+    """Whether the optimizer's parameters are `parameters`, in any order."""
+    theirs = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(theirs) == len(parameters) and all(map(operator.is_, theirs, parameters)):
+        return True
+    return set(map(id, theirs)) == set(map(id, parameters))
+
+
+class Scaling:
+    """What a GradScaler and a divisor ask of a step, and the scaler's books: as after ``scaler.step(optimizer)``."""
+
+    def __init__(self, scaler: GradScaler | None, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.device = device
+        self.active = scaler is not None and scaler.is_enabled()
+        self.found_inf: Tensor | None = None
+        self._scale: Tensor | None = None
+        self._state: dict[str, Any] = {}
+        if scaler is None or not self.active:
+            return
+        if scaler._scale is None:
+            raise RuntimeError("scaler has not scaled a loss yet: call scaler.scale(loss).backward() before the step")
+        self._state = scaler._per_optimizer_states[id(optimizer)]
+        if self._state["stage"] is OptState.STEPPED:
+            raise RuntimeError("this optimizer has already stepped with scaler since its last update()")
+        if self._state["stage"] is OptState.UNSCALED:
+            found = [f.to(device, non_blocking=True) for f in self._state["found_inf_per_device"].values()]
+            self.found_inf = torch.stack(found).sum() > 0 if found else None
+        else:
+            self._scale = scaler._scale.to(device, torch.float64)
+
+    @classmethod
+    def of(cls, scaler: Any, optimizer: torch.optim.Optimizer, device: torch.device) -> Scaling:
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__} {scaler!r}")
+        return cls(scaler, optimizer, device)
+
+    def factor(self, divide_by: Any) -> Tensor | None:
+        """[] float64: what the gradients are to be multiplied by first; None if that is 1."""
+        divisor = self._scale
+        if isinstance(divide_by, Tensor):
+            if divide_by.numel() != 1 or divide_by.is_complex() or divide_by.dtype == torch.bool:
+                shape = tuple(divide_by.shape)
+                raise ValueError(f"divide_by must be one number, got a {divide_by.dtype} tensor of shape {shape}")
+            count = divide_by.detach().reshape(())
+            on_host = count.device.type == "cpu"
+            count = upload(count, torch.float64, self.device) if on_host else count.to(self.device, torch.float64)
+            divisor = count if divisor is None else divisor * count
+        else:
+            if isinstance(divide_by, bool) or not isinstance(divide_by, (int, float)):
+                raise TypeError(f"divide_by must be a number, got {type(divide_by).__name__} {divide_by!r}")
+            if not 0 < divide_by < float("inf"):
+                raise ValueError(f"divide_by must be > 0 and finite, got {divide_by!r}")
+            if divide_by != 1:
+                given = torch.full((), float(divide_by), dtype=torch.float64, device=self.device)
+                divisor = given if divisor is None else divisor * given
+        return None if divisor is None else divisor.reciprocal()
+
+    def record(self, stats: Stats) -> None:
+        """Tell the scaler whether there was a non-finite gradient."""
+        if self.active and self.found_inf is None:
+            self._state["found_inf_per_device"] = {self.device: stats.nonfinite.any().float()}
+
+    def done(self) -> None:
+        if self.active:
+            self._state["stage"] = OptState.STEPPED
+
+
+def feed(
+    optimizer: torch.optim.Optimizer,
+    table: GradTable,
+    pending: Pending,
+    complete: bool,
+    parameters_of: Callable[[], list[list[Tensor]]],
+) -> None:
+    """Step with the gradients as `pending` would leave them, and without what it holds or skips.
+
+    `complete`: the optimizer's parameters are those of the table.
+    """
+    held = [] if pending.held is None else pending.held.nonzero().flatten().tolist()
+    owners = parameters_of() if held else []
+    kept = [(p, p.grad) for i in held for p in owners[i]]
+    if complete and type(optimizer) in FUSED and all(group.get("fused") for group in optimizer.param_groups):
+        if pending.each is not None:
+            table.apply_(pending.unless_skipped(pending.each))
+        if _starts_momentum(optimizer) and pending.skip is not None and bool(pending.skip):
+            return  # the fused SGD would keep momentum buffers that it has not filled
+        skip = torch.zeros((), device=table.device) if pending.skip is None else pending.skip.float()
+        with _without_gradients(kept), _attributes(optimizer, grad_scale=_divisor(pending.common), found_inf=skip):
+            optimizer.step()
+        return
+    pending.apply_(table)
+    if pending.skip is not None and bool(pending.skip):
+        return
+    with _without_gradients(kept):
+        optimizer.step()
+
+
+def _divisor(common: Tensor) -> Tensor:
+    """The float32 that torch divides gradients by, from what they are to be multiplied by."""
+    return common.reciprocal().float()
+
+
+def _starts_momentum(optimizer: torch.optim.Optimizer) -> bool:
+    if type(optimizer) is not torch.optim.SGD:
+        return False
+    return any(
+        group["momentum"] != 0 and p.grad is not None and optimizer.state.get(p, {}).get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+
+
+class _attributes:
+    """Sets attributes of an object, and takes them away whatever happens."""
+
+    def __init__(self, target: Any, **values: Any) -> None:
+        self._target, self._values = target, values
+
+    def __enter__(self) -> None:
+        for name, value in self._values.items():
+            setattr(self._target, name, value)
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._values:
+            if hasattr(self._target, name):
+                delattr(self._target, name)
+
+
+class _without_gradients:
+    """Takes the gradients of parameters away, which makes an optimizer pass over them, and gives them back."""
+
+    def __init__(self, kept: list[tuple[Tensor, Tensor | None]]) -> None:
+        self._kept = kept
+
+    def __enter__(self) -> None:
+        for parameter, _ in self._kept:
+            parameter.grad = None
+
+    def __exit__(self, *_: object) -> None:
+        for parameter, gradient in self._kept:
+            parameter.grad = gradient

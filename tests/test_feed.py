@@ -1,0 +1,447 @@
+"""Clipper.step: the same as clip, then step, for every optimizer, rule and reason to skip."""
+
+import copy
+import math
+
+import pytest
+import torch
+from cases import parameter
+
+import fastclip
+from fastclip import rules
+from fastclip.feed import FUSED
+
+OPTIMIZERS = {
+    "fused AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1, fused=True),
+    "fused Adam": lambda ps: torch.optim.Adam(ps, lr=1e-2, amsgrad=True, fused=True),
+    "fused SGD": lambda ps: torch.optim.SGD(ps, lr=1e-1, momentum=0.9, nesterov=True, weight_decay=0.01, fused=True),
+    "fused Adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1e-2, fused=True),
+    "foreach AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1, foreach=True),
+    "loop SGD": lambda ps: torch.optim.SGD(ps, lr=1e-1, momentum=0.9, foreach=False),
+    "RMSprop": lambda ps: torch.optim.RMSprop(ps, lr=1e-3),
+}
+
+
+def loud_half(stats):
+    return torch.where(stats.tensor_norms > stats.tensor_norms.median(), 0.5, 1.0)
+
+
+RULES = {
+    "GlobalNorm": lambda: rules.GlobalNorm(0.3),
+    "GlobalNorm, L1": lambda: rules.GlobalNorm(1.0, 1.0),
+    "nothing to clip": lambda: rules.GlobalNorm(1e9),
+    "TensorNorm": lambda: rules.TensorNorm(0.1),
+    "Mask": lambda: rules.Mask(0.05),
+    "Value": lambda: rules.Value(0.02),
+    "Mask, GlobalNorm": lambda: [rules.Mask(0.05), rules.GlobalNorm(0.3)],
+    "GlobalNorm, Value, a function": lambda: [rules.GlobalNorm(0.5), rules.Value(0.05), loud_half],
+    "zero": lambda: rules.GlobalNorm(0.0),
+}
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).to(dtype)
+
+
+def batch(step, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 5, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def backward(model, step, scale=1.0):
+    dtype = next(model.parameters()).dtype
+    (model(batch(step, dtype)).square().sum(1).mean() * scale).backward()
+
+
+def optimizer_of(name, model):
+    return OPTIMIZERS[name](list(model.parameters()))
+
+
+def is_clean(optimizer):
+    return not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+
+
+def state_of(model, optimizer):
+    return copy.deepcopy([list(model.parameters()), optimizer.state_dict()["state"]])
+
+
+def assert_same(a, b, **tolerances):
+    torch.testing.assert_close(a, b, **tolerances)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fifty_steps_as_clip_then_step_in_float64(name, rule):
+    models = net(), net(torch.float64)
+    optimizers = [optimizer_of(name, model) for model in models]
+    fed = fastclip.Clipper(models[0].named_parameters(), RULES[rule]())
+    clipped = fastclip.Clipper(models[1].parameters(), RULES[rule]())
+    for step in range(50):
+        for model, optimizer in zip(models, optimizers):
+            optimizer.zero_grad()
+            backward(model, step)
+        stats = fed.step(optimizers[0])
+        with fastclip.use_backend("reference"):
+            expected = clipped.clip_()
+        optimizers[1].step()
+        assert is_clean(optimizers[0]) and not stats.skipped
+        assert_same(stats.total_norm.double(), expected.total_norm, rtol=1e-2, atol=1e-4)
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        # Adam turns rounding of tiny gradients into steps of the size of the learning rate, so some slack.
+        assert_same(a.double(), b, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_step_to_rounding(name):
+    """From the same state, gradients scaled by 1 / grad_scale or by the coefficient differ by an ulp."""
+    a, b = net(), net()
+    first, second = optimizer_of(name, a), optimizer_of(name, b)
+    for model in (a, b):
+        backward(model, 0)
+    fastclip.Clipper(a.parameters(), 0.3).step(first)
+    torch.nn.utils.clip_grad_norm_(b.parameters(), 0.3)
+    second.step()
+    for p, q in zip(a.parameters(), b.parameters()):
+        assert_same(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("when", [False, torch.tensor(False), torch.tensor([False])])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_when_false_leaves_everything(name, when):
+    model = net()
+    optimizer = optimizer_of(name, model)
+    clipper = fastclip.Clipper(model.parameters(), 0.3)
+    backward(model, 0)
+    clipper.step(optimizer)
+    model.zero_grad()
+    backward(model, 1)
+    before = state_of(model, optimizer)
+    stats = clipper.step(optimizer, when=when)
+    assert stats.skipped and not stats.clipped and stats.total_norm > 0
+    assert_same(state_of(model, optimizer), before, rtol=0, atol=0)
+    assert not clipper.step(optimizer, when=torch.tensor(True)).skipped
+    assert not torch.equal(next(model.parameters()), before[0][0])
+    assert is_clean(optimizer)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_first_step(name):
+    """The fused SGD of torch would keep buffers of momentum that were never filled."""
+    model, other = net(), net()
+    optimizer, expected = optimizer_of(name, model), optimizer_of(name, other)
+    clipper = fastclip.Clipper(model.parameters(), 0.3)
+    backward(model, 0)
+    clipper.step(optimizer, when=torch.tensor(False))
+    model.zero_grad()
+    for m in (model, other):
+        backward(m, 1)
+    clipper.step(optimizer, when=torch.tensor(True))
+    fastclip.Clipper(other.parameters(), 0.3).step(expected)
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert_same(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nonfinite_policies(name, value):
+    def broken(policy):
+        model = net()
+        optimizer = optimizer_of(name, model)
+        backward(model, 0)
+        model[0].weight.grad[1, 2] = value
+        return model, optimizer, fastclip.Clipper(model.named_parameters(), 0.3, nonfinite=policy)
+
+    model, optimizer, clipper = broken("propagate")
+    assert not clipper.step(optimizer).skipped
+    assert model[0].weight.isnan().any()
+
+    model, optimizer, clipper = broken("skip")
+    before = state_of(model, optimizer)[0]
+    gradients = [p.grad.clone() for p in model.parameters()]
+    stats = clipper.step(optimizer)
+    assert stats.skipped and stats.nonfinite.tolist() == [True, False, False, False]
+    assert_same(list(model.parameters()), before, rtol=0, atol=0)
+    if "fused" not in name:  # torch's fused steps may write what they do not use
+        assert_same([p.grad for p in model.parameters()], gradients, rtol=0, atol=0, equal_nan=True)
+
+    model, optimizer, clipper = broken("raise")
+    before = state_of(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"not finite: 0\.weight \(1 of 80\); nothing was changed"):
+        clipper.step(optimizer)
+    assert_same(state_of(model, optimizer), before, rtol=0, atol=0)
+    assert is_clean(optimizer)
+
+    model, optimizer, clipper = broken("zero")
+    other = net()
+    backward(other, 0)
+    other[0].weight.grad[1, 2] = 0
+    expected = optimizer_of(name, other)
+    fastclip.Clipper(other.parameters(), 0.3).step(expected)
+    assert clipper.step(optimizer).nonfinite.any().item() is False
+    assert_same(list(model.parameters()), list(other.parameters()))
+
+
+def test_nonfinite_policies_of_clip(backend):
+    def broken():
+        return [parameter(torch.tensor([3.0, math.nan, 4.0])), parameter(torch.tensor([12.0]))]
+
+    parameters = broken()
+    stats = fastclip.Clipper(parameters, 1.0, nonfinite="skip").clip_()
+    assert stats.skipped and not stats.clipped
+    assert parameters[0].grad[0] == 3 and parameters[1].grad[0] == 12
+    parameters = broken()
+    stats = fastclip.Clipper(parameters, 1.3, nonfinite="zero").clip_()
+    assert stats.total_norm.item() == 13 and not stats.skipped
+    assert_same(parameters[0].grad, torch.tensor([0.3, 0.0, 0.4]))
+    parameters = broken()
+    with pytest.raises(RuntimeError, match=r"gradient 0 \(1 of 3\); nothing was changed"):
+        fastclip.Clipper(parameters, 1.0, nonfinite="raise").clip_()
+    assert parameters[1].grad[0] == 12
+    with pytest.raises(ValueError, match="nonfinite must be one of propagate, skip, zero, raise, got 'ignore'"):
+        fastclip.Clipper(parameters, 1.0, nonfinite="ignore")
+
+
+def test_value_with_a_skip_writes_nothing(backend):
+    parameters = [parameter(torch.tensor([3.0, math.nan])), parameter(torch.tensor([12.0]))]
+    stats = fastclip.Clipper(parameters, [rules.Value(1.0), 0.5], nonfinite="skip").clip_()
+    assert stats.skipped and parameters[0].grad[0] == 3 and parameters[1].grad[0] == 12
+
+
+# ---- hold ----
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_hold_leaves_masked_parameters_alone(name):
+    model = net()
+    optimizer = optimizer_of(name, model)
+    backward(model, 0)
+    fastclip.Clipper(model.parameters(), 1e9).step(optimizer)
+    model.zero_grad()
+    backward(model, 1)
+    for p in model[0].parameters():
+        p.grad.mul_(1e-6)
+    before = state_of(model, optimizer)
+    stats = fastclip.Clipper(model.parameters(), rules.Mask(1e-3, hold=True)).step(optimizer)
+    assert stats.coef.tolist() == [0, 0, 1, 1]
+    after = state_of(model, optimizer)
+    assert_same(after[0][:2], before[0][:2], rtol=0, atol=0)
+    assert_same([after[1][k] for k in (0, 1)], [before[1][k] for k in (0, 1)], rtol=0, atol=0)
+    assert not torch.equal(after[0][2], before[0][2])
+    assert all(p.grad is not None for p in model.parameters())
+    model[0].weight.grad.fill_(1.0)
+    model[2].weight.grad.fill_(1e-9)
+    fastclip.Clipper(model.parameters(), rules.Mask(1e-3)).step(optimizer)  # without hold, momentum goes on
+    assert not torch.equal(model[0].weight, before[0][0])
+
+
+def test_hold_gives_gradients_back_when_the_step_fails():
+    model = net()
+    optimizer = optimizer_of("fused AdamW", model)
+    backward(model, 0)
+    optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        fastclip.Clipper(model.parameters(), rules.Mask(1e9, hold=True)).step(optimizer)
+    assert all(p.grad is not None for p in model.parameters()) and is_clean(optimizer)
+
+
+# ---- mixed precision ----
+
+
+def scaled_run(name, feeds, unscale_first=False, steps=30):
+    """Losses scaled by a GradScaler, one batch in five overflowing; through step() or in torch's own three calls."""
+    model = net()
+    optimizer = optimizer_of(name, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    clipper = fastclip.Clipper(model.parameters(), 0.3)
+    scales = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = model(batch(step)).square().sum(1).mean()
+        scaler.scale(loss).backward()
+        if step % 5 == 3:
+            model[0].weight.grad[0, 0] = math.inf
+        if feeds:
+            if unscale_first:
+                scaler.unscale_(optimizer)
+            stats = clipper.step(optimizer, scaler=scaler)
+            assert stats.skipped == (step % 5 == 3)
+            assert is_clean(optimizer)
+        else:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return list(model.parameters()), scales
+
+
+@pytest.mark.parametrize("unscale_first", [False, True])
+@pytest.mark.parametrize("name", ["fused AdamW", "fused SGD", "foreach AdamW", "RMSprop"])
+def test_scaler_as_torch(name, unscale_first):
+    ours, our_scales = scaled_run(name, True, unscale_first)
+    theirs, their_scales = scaled_run(name, False)
+    assert our_scales == their_scales and set(our_scales) == {2.0**10, 2.0**11}
+    assert_same(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_scaler_reports_true_norms():
+    model, plain = net(), net()
+    optimizer = optimizer_of("fused AdamW", model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler.scale(model(batch(0)).square().sum(1).mean()).backward()
+    backward(plain, 0)
+    stats = fastclip.Clipper(model.parameters(), 0.3).step(optimizer, scaler=scaler)
+    expected = fastclip.Clipper(plain.parameters(), 0.3).clip_()
+    for name in ("total_norm", "tensor_norms", "tensor_absmax", "coef", "clipped"):
+        assert_same(getattr(stats, name), getattr(expected, name), rtol=1e-6, atol=0)
+
+
+def test_two_optimizers_under_one_scaler():
+    a, b = net(), net()
+    optimizers = [optimizer_of("fused AdamW", a), optimizer_of("fused SGD", b)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for model in (a, b):
+        scaler.scale(model(batch(0)).square().mean()).backward()
+    b[0].weight.grad[0, 0] = math.nan
+    stats = [fastclip.Clipper(m.parameters(), 1.0).step(o, scaler=scaler) for m, o in zip((a, b), optimizers)]
+    assert [bool(s.skipped) for s in stats] == [False, True]
+    with pytest.raises(RuntimeError, match="already stepped with scaler since its last update"):
+        fastclip.Clipper(a.parameters(), 1.0).step(optimizers[0], scaler=scaler)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_scaler_that_is_disabled_or_unused():
+    model = net()
+    optimizer = optimizer_of("fused AdamW", model)
+    backward(model, 0)
+    clipper = fastclip.Clipper(model.parameters(), 0.3)
+    clipper.step(optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    with pytest.raises(RuntimeError, match="scaler has not scaled a loss yet"):
+        clipper.step(optimizer, scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(TypeError, match=r"scaler must be a torch\.amp.GradScaler, got float 2.0"):
+        clipper.step(optimizer, scaler=2.0)
+
+
+# ---- accumulation ----
+
+
+@pytest.mark.parametrize("name", ["fused AdamW", "foreach AdamW"])
+@pytest.mark.parametrize("divisor", [4, 4.0, torch.tensor(4), torch.tensor([4.0])])
+def test_accumulation(name, divisor):
+    """n backward passes and one step is the step on the mean of the losses."""
+    a, b = net(), net()
+    for step in range(4):
+        backward(a, step)
+        backward(b, step, scale=0.25)
+    first, second = optimizer_of(name, a), optimizer_of(name, b)
+    stats = fastclip.Clipper(a.parameters(), 0.3).step(first, divide_by=divisor)
+    expected = fastclip.Clipper(b.parameters(), 0.3).step(second)
+    assert_same(stats.total_norm, expected.total_norm)
+    assert_same(list(a.parameters()), list(b.parameters()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_accumulation_with_every_rule(rule):
+    a, b = net(), net()
+    for step in range(2):
+        backward(a, step, scale=2.0)
+        backward(b, step)
+    fastclip.Clipper(a.parameters(), RULES[rule]()).step(optimizer_of("fused SGD", a), divide_by=2)
+    fastclip.Clipper(b.parameters(), RULES[rule]()).step(optimizer_of("fused SGD", b))
+    assert_same(list(a.parameters()), list(b.parameters()), rtol=1e-5, atol=1e-6)
+
+
+# ---- which parameters ----
+
+
+def test_optimizer_with_other_parameters_is_clipped_in_place():
+    """The gradients that are not the Clipper's must not be scaled with it."""
+    model = net()
+    optimizer = optimizer_of("fused SGD", model)
+    backward(model, 0)
+    grads = [p.grad.clone() for p in model.parameters()]
+    clipper = fastclip.Clipper(model[0].parameters(), 0.01)
+    clipper.step(optimizer)
+    assert fastclip.total_norm([p.grad for p in model[0].parameters()]).item() == pytest.approx(0.01, rel=1e-4)
+    assert torch.equal(model[2].weight.grad, grads[2])
+    with pytest.raises(ValueError, match="optimizer must hold exactly the parameters of this Clipper"):
+        clipper.step(optimizer, divide_by=2)
+
+
+def test_parameters_without_gradients_and_in_another_order():
+    model = net()
+    optimizer = torch.optim.AdamW(list(model.parameters())[::-1], fused=True)
+    backward(model, 0)
+    model[0].bias.grad = None
+    before = model[0].bias.clone()
+    stats = fastclip.Clipper(model.named_parameters(), 0.3).step(optimizer)
+    assert stats.names == ("0.weight", "2.weight", "2.bias")
+    assert torch.equal(model[0].bias, before) and is_clean(optimizer)
+    model.zero_grad()
+    assert fastclip.Clipper(model.parameters(), 0.3).step(optimizer).total_norm == 0
+
+
+def test_nothing_is_left_after_a_failed_step():
+    model = net()
+    optimizer = optimizer_of("fused AdamW", model)
+    backward(model, 0)
+    optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        fastclip.Clipper(model.parameters(), 0.3).step(optimizer)
+    assert is_clean(optimizer)
+
+
+def test_learning_rate_schedulers_and_hooks_see_the_step():
+    model = net()
+    optimizer = optimizer_of("fused AdamW", model)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(True))
+    backward(model, 0)
+    fastclip.Clipper(model.parameters(), 0.3).step(optimizer)
+    schedule.step()
+    assert seen == [True] and optimizer.param_groups[0]["lr"] == pytest.approx(5e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"when": 1}, TypeError, "when must be a bool or a bool tensor of one element, got 1"),
+        ({"when": torch.ones(2, dtype=torch.bool)}, TypeError, r"got a torch.bool tensor of shape \(2,\)"),
+        ({"divide_by": 0}, ValueError, "divide_by must be > 0 and finite, got 0"),
+        ({"divide_by": -2.0}, ValueError, "divide_by must be > 0 and finite, got -2.0"),
+        ({"divide_by": "4"}, TypeError, "divide_by must be a number, got str '4'"),
+        ({"divide_by": torch.ones(3)}, ValueError, r"divide_by must be one number, got a torch.float32 tensor"),
+    ],
+)
+def test_bad_arguments_change_nothing(arguments, error, message):
+    model = net()
+    optimizer = optimizer_of("fused AdamW", model)
+    backward(model, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(error, match=message):
+        fastclip.Clipper(model.parameters(), 0.3).step(optimizer, **arguments)
+    assert_same([p.detach() for p in model.parameters()], before, rtol=0, atol=0)
+
+
+def test_optimizers_that_cannot_be_stepped():
+    model = net()
+    backward(model, 0)
+    clipper = fastclip.Clipper(model.parameters(), 0.3)
+    with pytest.raises(TypeError, match="must step without a closure; LBFGS evaluates one several times"):
+        clipper.step(torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got Sequential"):
+        clipper.step(model)
+
+
+def test_fused_optimizers_are_fed_not_clipped(monkeypatch):
+    """With one coefficient for all, no gradient is written by the clip."""
+    from fastclip.table import GradTable
+
+    monkeypatch.setattr(GradTable, "apply_", lambda *_: pytest.fail("the gradients were written"))
+    for kind in FUSED:
+        model = net()
+        backward(model, 0)
+        fastclip.Clipper(model.parameters(), 0.3).step(kind(model.parameters(), lr=1e-3, fused=True))
