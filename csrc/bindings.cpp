@@ -167,6 +167,100 @@ void apply_(const Group& group, const at::Tensor& coef) {
   cpu::apply_(group, coef.const_data_ptr<double>(), coef.dim() == 0 ? 0 : 1);
 }
 
+// ---- optimizer steps ----
+
+// Whether an array of a parameter has its elements where the gradient has them.
+bool matches(const c10::TensorImpl& tensor, const c10::TensorImpl& gradient) {
+  if (!plain(tensor) || tensor.dtype() != gradient.dtype() || tensor.device() != gradient.device()) return false;
+  if (tensor.sizes() != gradient.sizes()) return false;
+  return tensor.strides() == gradient.strides() || (tensor.is_contiguous() && gradient.is_contiguous());
+}
+
+void* memory(const c10::TensorImpl& tensor) {
+  return static_cast<char*>(tensor.unsafe_storage().mutable_data()) +
+      tensor.storage_offset() * c10::elementSize(c10::typeMetaToScalarType(tensor.dtype()));
+}
+
+// The group and the states of an optimizer step over parameters, gradients, and each of `states` (a list or None), in
+// the same order; `steps` are float32 counters or None. False if any of them is not as the kernels need it.
+bool pack_step(const py::list& params, const py::list& grads, const std::vector<py::object>& lists, const py::object& steps,
+               Group& group, cpu::States& states, std::vector<c10::TensorImpl*>& written) {
+  std::vector<std::vector<c10::TensorImpl*>> columns;
+  auto add = [&](const py::object& list) {
+    if (list.is_none()) {
+      columns.emplace_back();
+      return true;
+    }
+    const auto* tensors = tensors_of(list.ptr());
+    if (!tensors || tensors->size() != grads.size()) return false;
+    columns.push_back(*tensors);
+    return true;
+  };
+  if (!add(grads) || !add(params) || !add(steps)) return false;
+  for (const auto& list : lists)
+    if (!add(list)) return false;
+  std::vector<Group> groups;
+  if (pack(columns[0], /*gradients_of=*/false, groups) == Packed::Odd || groups.size() != 1) return false;
+  group = std::move(groups[0]);
+  if (!group.device.is_cpu() || group.segments.size() != columns[0].size()) return false;
+  for (size_t i = 0; i < group.segments.size(); i++) {
+    cpu::States::Segment segment{};
+    for (size_t c = 1; c < columns.size(); c++) {
+      if (columns[c].empty()) continue;
+      auto& tensor = *columns[c][i];
+      if (c == 2) {
+        if (!plain(tensor) || !tensor.is_cpu() || tensor.numel() != 1 ||
+            c10::typeMetaToScalarType(tensor.dtype()) != at::kFloat)
+          return false;
+        segment.step = static_cast<float*>(memory(tensor));
+      } else {
+        if (!matches(tensor, *columns[0][i])) return false;
+        (c == 1 ? segment.param : segment.state[c - 3]) = memory(tensor);
+      }
+    }
+    states.segments.push_back(segment);
+  }
+  written = columns[1];
+  return true;
+}
+
+// coef: float64 on the host, [] or [T]
+template <class Options, class Step>
+bool take_step(Step step, const py::list& params, const py::list& grads, const std::vector<py::object>& lists,
+               const py::object& steps, const at::Tensor& coef, const Options& options, bool maximize,
+               bool zero_grad, std::optional<uint32_t> seed) {
+  Group group;
+  cpu::States states;
+  std::vector<c10::TensorImpl*> written;
+  if (!pack_step(params, grads, lists, steps, group, states, written)) return false;
+  states.maximize = maximize;
+  states.zero_grad = zero_grad;
+  states.stochastic = seed.has_value();
+  states.seed = seed.value_or(0);
+  group.own();
+  {
+    py::gil_scoped_release released;
+    step(group, states, options, coef.const_data_ptr<double>(), coef.dim() == 0 ? 0 : 1);
+  }
+  for (auto* tensor : written)
+    if (!tensor->is_inference()) tensor->bump_version();
+  return true;
+}
+
+bool adamw_(const py::list& params, const py::list& grads, const std::vector<py::object>& states, const py::object& steps,
+            const at::Tensor& coef, double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
+            bool zero_grad, std::optional<uint32_t> seed) {
+  return take_step(cpu::adamw_, params, grads, states, steps, coef,
+                   cpu::AdamWOptions{lr, beta1, beta2, eps, weight_decay}, maximize, zero_grad, seed);
+}
+
+bool sgd_(const py::list& params, const py::list& grads, const std::vector<py::object>& states, const at::Tensor& coef,
+          double lr, double momentum, double rest, double weight_decay, bool nesterov, bool maximize, bool zero_grad,
+          std::optional<uint32_t> seed) {
+  return take_step(cpu::sgd_, params, grads, states, py::none(), coef,
+                   cpu::SgdOptions{lr, momentum, rest, weight_decay, nesterov}, maximize, zero_grad, seed);
+}
+
 PyMethodDef fastcall[] = {
     {"global_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(global_norm)), METH_FASTCALL,
      "pack, measure, decide and apply in one call"},
@@ -188,6 +282,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("measure", &measure);
   m.def("apply_", &apply_, Released());
   m.def("clamp_", &cpu::clamp_, Released());
+  m.def("adamw_", &adamw_);
+  m.def("sgd_", &sgd_);
   m.def("isa", &cpu::isa);
   PyModule_AddFunctions(m.ptr(), fastcall);
 }

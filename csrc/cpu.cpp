@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -167,6 +168,53 @@ bool clamp_(const Group& group, double low, double high) {
     any = true;
   }
   return any;
+}
+
+namespace {
+
+// Read in place of a gradient whose coefficient is +0: NaN and inf must not survive it.
+alignas(64) const char ZEROS[CPU_CHUNK * sizeof(double)] = {};
+
+// run(arrays of a chunk, its segment) for every chunk of the group.
+template <class Run>
+void for_each_step(const Group& group, const States& states, const double* coef, int64_t stride, Run run) {
+  const size_t itemsize = c10::elementSize(group.dtype);
+  for_each_chunk(group, [&](size_t i, const Segment&, int64_t chunk, void* data, int64_t n) {
+    const auto& s = states.segments[i];
+    auto part = [&](void* array) { return array ? static_cast<char*>(array) + chunk * CPU_CHUNK * itemsize : nullptr; };
+    const void* grad = touch(coef[i * stride]) == Touch::Zero ? ZEROS : data;
+    StepArrays arrays{part(s.param), {part(s.state[0]), part(s.state[1]), part(s.state[2])},
+                      grad, n, chunk * CPU_CHUNK, states.stochastic, 0};
+    if (states.stochastic) arrays.key = random_bits(uint32_t(i), states.seed) * 8;  // 8 keys apart, one for each array
+    run(arrays, i);
+    if (states.zero_grad) std::memset(data, 0, n * itemsize);
+  });
+}
+
+}  // namespace
+
+void adamw_(const Group& group, const States& states, const AdamWOptions& o, const double* coef, int64_t stride) {
+  std::vector<AdamW<double>> constants(group.segments.size());
+  double last_step = -1, bias1 = 1, root_bias2 = 1;
+  for (size_t i = 0; i < constants.size(); i++) {
+    const double step = *states.segments[i].step += 1;
+    if (step != last_step) {  // as a rule all have the same
+      bias1 = 1 - std::pow(o.beta1, step);
+      root_bias2 = std::sqrt(1 - std::pow(o.beta2, step));
+      last_step = step;
+    }
+    constants[i] = {states.maximize ? -coef[i * stride] : coef[i * stride], 1 - o.lr * o.weight_decay, 1 - o.beta1, o.beta2, 1 - o.beta2,
+                    o.lr / bias1, 1 / root_bias2, o.eps};
+  }
+  const auto& k = kernels_of(group.dtype);
+  for_each_step(group, states, coef, stride, [&](const StepArrays& arrays, size_t i) { k.adamw(arrays, constants[i]); });
+}
+
+void sgd_(const Group& group, const States& states, const SgdOptions& o, const double* coef, int64_t stride) {
+  const auto& k = kernels_of(group.dtype);
+  for_each_step(group, states, coef, stride, [&](const StepArrays& arrays, size_t i) {
+    k.sgd(arrays, {states.maximize ? -coef[i * stride] : coef[i * stride], o.weight_decay, o.momentum, o.rest, o.lr}, o.nesterov);
+  });
 }
 
 }  // namespace fastclip::cpu

@@ -18,4 +18,21 @@ void apply_(const Group& group, const double* coef, int64_t stride);
 // Every element limited to [low, high]; memory that needs no change is not written. True if any was.
 bool clamp_(const Group& group, double low, double high);
 
+// What an optimizer keeps beside the gradients of a group, segment by segment.
+struct States {
+  struct Segment { void *param, *state[3]; float* step; };
+  std::vector<Segment> segments;
+  bool maximize = false;
+  bool zero_grad = false;   // afterwards
+  bool stochastic = false;  // round bfloat16 by chance, with random numbers from `seed`, another one for each step
+  uint32_t seed = 0;
+};
+
+// One step of torch.optim.AdamW (lr, betas, eps, weight decay; `step` counts) and of torch.optim.SGD, the gradient of
+// segment i multiplied by coef[i * stride] first. Parameters and states have the gradients' dtype, size and layout.
+struct AdamWOptions { double lr, beta1, beta2, eps, weight_decay; };
+struct SgdOptions { double lr, momentum, rest, weight_decay; bool nesterov; };
+void adamw_(const Group& group, const States& states, const AdamWOptions& options, const double* coef, int64_t stride);
+void sgd_(const Group& group, const States& states, const SgdOptions& options, const double* coef, int64_t stride);
+
 }  // namespace fastclip::cpu

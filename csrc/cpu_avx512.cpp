@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
 #else

@@ -4,7 +4,9 @@
 //
 // Squares are summed in float32 for RUN steps, then moved into a float64 total: no count of elements saturates it. Where
 // squares of a chunk may have overflowed or vanished in float32, the chunk (still in cache) is summed again in float64.
+#include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu_kernels_table.h"
 #include "elementwise.h"
@@ -315,11 +317,141 @@ bool clamp(void* data, int64_t n, double low, double high) {
   return written;
 }
 
+// ---- optimizer steps: all arrays read once and written once ----
+
+template <int L>
+FASTCLIP_FN Vec<float, L> root(Vec<float, L> x) {
+#if FASTCLIP_VECTOR_BYTES == 64
+  return bits_as<Vec<float, L>>(_mm512_sqrt_ps(bits_as<__m512>(x)));
+#elif FASTCLIP_VECTOR_BYTES == 32
+  return bits_as<Vec<float, L>>(_mm256_sqrt_ps(bits_as<__m256>(x)));
+#else
+  for (int i = 0; i < L; i++) x[i] = sqrtf(x[i]);
+  return x;
+#endif
+}
+template <int L>
+FASTCLIP_FN Vec<double, L> root(Vec<double, L> x) {
+#if FASTCLIP_VECTOR_BYTES == 64
+  return bits_as<Vec<double, L>>(_mm512_sqrt_pd(bits_as<__m512d>(x)));
+#elif FASTCLIP_VECTOR_BYTES == 32
+  return bits_as<Vec<double, L>>(_mm256_sqrt_pd(bits_as<__m256d>(x)));
+#else
+  for (int i = 0; i < L; i++) x[i] = sqrt(x[i]);
+  return x;
+#endif
+}
+
+// What the arrays of a step hold at one place, in the order param, grad, states.
+template <class T, int COUNT>
+struct Lanes {
+  using Bits = typename T::Bits;
+  using Compute = typename T::Compute;
+  static constexpr int L = BYTES / sizeof(Compute);
+  using V = Vec<Compute, L>;
+  V x[COUNT];
+
+  FASTCLIP_FN void load(Bits* const (&at)[COUNT], int64_t i) {
+#pragma GCC unroll 5
+    for (int k = 0; k < COUNT; k++) x[k] = T::template widen<L>(at[k] + i);
+  }
+  // Everything but the gradient.
+  FASTCLIP_FN void store(Bits* const (&at)[COUNT], int64_t i, const StepArrays& arrays) const {
+#pragma GCC unroll 5
+    for (int k = 0; k < COUNT; k++) {
+      if (k == 1) continue;
+      if constexpr (std::is_same_v<T, BF16>) {
+        if (arrays.stochastic) {
+          narrow_stochastically(at[k] + i, x[k], uint32_t(arrays.first + i), arrays.key + k);
+          continue;
+        }
+      }
+      T::template narrow<L>(at[k] + i, x[k]);
+    }
+  }
+  static FASTCLIP_FN void narrow_stochastically(Bits* to, V value, uint32_t first, uint32_t key) {
+    using U = Vec<uint32_t, L>;
+    U index;
+    for (int i = 0; i < L; i++) index[i] = first + i;
+    const U noise = random_bits(index, key) >> 16;
+    const U rounded = round_to_bf16_stochastically(bits_as<U>(value), noise);
+    for (int i = 0; i < L; i++) to[i] = Bits(rounded[i]);
+  }
+};
+
+// op(lanes) for all elements of the arrays.
+template <class T, int COUNT, class Op>
+FASTCLIP_FN void step_over(const StepArrays& arrays, Op op) {
+  using Bits = typename T::Bits;
+  constexpr int L = Lanes<T, COUNT>::L;
+  void* const all[5] = {arrays.param, const_cast<void*>(arrays.grad), arrays.state[0], arrays.state[1], arrays.state[2]};
+  Bits* at[COUNT];
+  for (int k = 0; k < COUNT; k++) at[k] = static_cast<Bits*>(all[k]);
+  Lanes<T, COUNT> lanes;
+  int64_t i = 0;
+  for (; i + L <= arrays.n; i += L) {
+    lanes.load(at, i);
+    op(lanes.x);
+    lanes.store(at, i, arrays);
+  }
+  if (i < arrays.n) {
+    const size_t bytes = (arrays.n - i) * sizeof(Bits);
+    Bits rest[COUNT][L] = {};
+    Bits* there[COUNT];
+    for (int k = 0; k < COUNT; k++) {
+      memcpy(rest[k], at[k] + i, bytes);
+      there[k] = rest[k] - i;
+    }
+    lanes.load(there, i);
+    op(lanes.x);
+    lanes.store(there, i, arrays);
+    for (int k = 0; k < COUNT; k++)
+      if (k != 1) memcpy(at[k] + i, rest[k], bytes);
+  }
+}
+
+template <class T>
+void adamw(const StepArrays& arrays, const AdamW<double>& c) {
+  using S = typename T::Compute;
+  const AdamW<S> h{S(c.coef), S(c.decay), S(c.beta1_rest), S(c.beta2), S(c.beta2_rest), S(c.step_size),
+                   S(c.inv_root_bias2), S(c.eps)};
+  constexpr int L = BYTES / sizeof(S);
+  auto square_root = [](Vec<S, L> x) __attribute__((always_inline)) { return root<L>(x); };
+  if (arrays.state[2]) {
+    step_over<T, 5>(arrays, [=](auto (&x)[5]) __attribute__((always_inline)) {
+      h.template operator()<true>(x[0], x[1], x[2], x[3], x[4], square_root);
+    });
+  } else {
+    step_over<T, 4>(arrays, [=](auto (&x)[4]) __attribute__((always_inline)) {
+      h.template operator()<false>(x[0], x[1], x[2], x[3], x[3], square_root);
+    });
+  }
+}
+
+template <class T>
+void sgd(const StepArrays& arrays, const Sgd<double>& c, bool nesterov) {
+  using S = typename T::Compute;
+  const Sgd<S> h{S(c.coef), S(c.weight_decay), S(c.momentum), S(c.rest), S(c.lr)};
+  if (!arrays.state[0]) {
+    step_over<T, 2>(arrays, [=](auto (&x)[2]) __attribute__((always_inline)) {
+      h.template operator()<false, false>(x[0], x[1], x[1]);
+    });
+  } else if (nesterov) {
+    step_over<T, 3>(arrays, [=](auto (&x)[3]) __attribute__((always_inline)) {
+      h.template operator()<true, true>(x[0], x[1], x[2]);
+    });
+  } else {
+    step_over<T, 3>(arrays, [=](auto (&x)[3]) __attribute__((always_inline)) {
+      h.template operator()<true, false>(x[0], x[1], x[2]);
+    });
+  }
+}
+
 template <class T>
 constexpr DtypeKernels kernels_of() {
   return {
       measure<T, Norm::L2, false>, measure<T, Norm::L2, true>,    measure<T, Norm::L1, true>,
-      measure<T, Norm::Max, true>, measure<T, Norm::Power, true>, scale<T>, clamp<T>};
+      measure<T, Norm::Max, true>, measure<T, Norm::Power, true>, scale<T>, clamp<T>, adamw<T>, sgd<T>};
 }
 
 }  // namespace

@@ -96,6 +96,56 @@ FASTCLIP_FN V scaled(V x, S coef) { return x * coef; }
 template <class V>
 FASTCLIP_FN V clamped(V x, V low, V high) { return x < low ? low : (x > high ? high : x); }
 
+// ---- optimizers ----
+
+// One tensor's constants of a step of torch.optim.AdamW; S is the type it is computed in.
+template <class S>
+struct AdamW {
+  S coef;             // the gradient is multiplied by it first; negative to maximize
+  S decay;            // 1 - lr * weight_decay
+  S beta1_rest;       // 1 - beta1
+  S beta2, beta2_rest;
+  S step_size;        // lr / (1 - beta1^t)
+  S inv_root_bias2;   // 1 / sqrt(1 - beta2^t)
+  S eps;
+  // v is the running square, `largest` (AMSGrad) the largest it was; root(x) is the square root.
+  template <bool AMSGRAD, class V, class Root>
+  FASTCLIP_FN void operator()(V& p, V g, V& m, V& v, V& largest, Root root) const {
+    g = g * coef;
+    m = m + (g - m) * beta1_rest;
+    v = v * beta2 + g * g * beta2_rest;
+    V square = v;
+    if constexpr (AMSGRAD) square = largest = largest > v ? largest : v;
+    p = p * decay - m * step_size / (root(square) * inv_root_bias2 + eps);
+  }
+};
+
+// The same of torch.optim.SGD.
+template <class S>
+struct Sgd {
+  S coef, weight_decay, momentum;
+  S rest;  // 1 - dampening; 1 in the first step, which starts from no momentum
+  S lr;
+  template <bool MOMENTUM, bool NESTEROV, class V>
+  FASTCLIP_FN void operator()(V& p, V g, V& buffer) const {
+    g = g * coef + p * weight_decay;
+    if constexpr (MOMENTUM) {
+      buffer = buffer * momentum + g * rest;
+      g = NESTEROV ? g + buffer * momentum : buffer;
+    }
+    p = p - g * lr;
+  }
+};
+
+// 32 random bits for each index, by a key (C. Wellons' lowbias32).
+template <class U>
+FASTCLIP_FN U random_bits(U index, uint32_t key) {
+  U h = index * 0x9E3779B9u ^ key;
+  h = (h ^ h >> 16) * 0x7FEB352Du;
+  h = (h ^ h >> 15) * 0x846CA68Bu;
+  return h ^ h >> 16;
+}
+
 // ---- storage ----
 
 // float32 bits rounded to bfloat16 bits, to nearest even; NaN stays a (quiet) NaN.
@@ -104,6 +154,13 @@ FASTCLIP_FN U round_to_bf16(U bits) {
   U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   U quiet = (bits >> 16) | 0x40u;
   return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+}
+
+// The same rounded up or down by chance, so that the mean is right: `noise` has 16 random bits.
+template <class U>
+FASTCLIP_FN U round_to_bf16_stochastically(U bits, U noise) {
+  U exponent = bits & 0x7f800000u;
+  return exponent == 0x7f800000u ? round_to_bf16(bits) : (bits + noise) >> 16;
 }
 
 }  // namespace fastclip

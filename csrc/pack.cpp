@@ -20,13 +20,6 @@ const c10::DispatchKeySet ODD_KEYS{
     c10::DispatchKey::ZeroTensor, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
     c10::DispatchKey::Functionalize};
 
-bool plain(const c10::TensorImpl& g) {
-  const auto dtype = c10::typeMetaToScalarType(g.dtype());
-  const bool real = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
-  return real && g.layout() == c10::kStrided && !g.key_set().has_any(ODD_KEYS) && g.unsafe_storage() &&
-      (g.is_cpu() || g.is_cuda() || g.is_xpu()) && g.is_non_overlapping_and_dense();
-}
-
 // Which gradients share memory: exact repeats through a hash table of addresses, partial overlaps by sorting those few
 // that are views into a larger storage, or share it, or borrowed it (from numpy, say).
 class Overlaps {
@@ -92,6 +85,13 @@ Group& group_of(std::vector<Group>& groups, c10::Device device, at::ScalarType d
 }
 
 }  // namespace
+
+bool plain(const c10::TensorImpl& g) {
+  const auto dtype = c10::typeMetaToScalarType(g.dtype());
+  const bool real = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+  return real && g.layout() == c10::kStrided && !g.key_set().has_any(ODD_KEYS) && g.unsafe_storage() &&
+      (g.is_cpu() || g.is_cuda() || g.is_xpu()) && g.is_non_overlapping_and_dense();
+}
 
 Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std::vector<Group>& groups) {
   Overlaps& overlaps = kept_overlaps;

@@ -33,6 +33,9 @@ struct Group {
   void bump_version(size_t i) const;
 };
 
+// Dense real memory of a dtype that the kernels know, and nothing else: no wrapper, no lazy negation.
+bool plain(const c10::TensorImpl& tensor);
+
 // Why a list of gradients needs the general packer (fastclip/table.py), which handles or names the odd one.
 enum class Packed { Plain, Odd };
 

@@ -3,10 +3,11 @@
     fastclip.clip_norm_(model.parameters(), 1.0)
 
 takes the place of ``torch.nn.utils.clip_grad_norm_``. See :mod:`fastclip.functional` for the functions,
-:class:`fastclip.Clipper` for the object, :mod:`fastclip.rules` for what it can do.
+:class:`fastclip.Clipper` for the object, :mod:`fastclip.rules` for what it can do, :mod:`fastclip.optim` for optimizers
+that clip as they step.
 """
 
-from . import rules
+from . import optim, rules
 from .backends import use_backend
 from .clipper import Clipper
 from .functional import (
@@ -37,6 +38,7 @@ __all__ = [
     "clip_with_norm_",
     "get_total_norm",
     "mask_small_",
+    "optim",
     "rules",
     "total_norm",
     "use_backend",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import upload
-from .feed import Scaling, check_optimizer, covers, feed
+from .feed import Fed, Scaling, check_optimizer, covers, feed
 from .rules import GlobalNorm, Rule, Value, clip_coefficient, combined, norm_type_of
 from .stats import Stats, measure
 from .table import GradTable, identity, listed, pack
@@ -61,7 +61,7 @@ class Clipper:
                 before anything that comes after the last `Value`.
         """
         table = pack(self.parameters, gradients=False, write=True)
-        stats, pending = self._decide(table)
+        stats, pending = self.decide(table)
         pending.apply_(table)
         return stats
 
@@ -76,6 +76,7 @@ class Clipper:
 
         The coefficient goes to the optimizer, which multiplies by it as it reads the gradients:
 
+        - :mod:`fastclip.optim`'s take coefficients and skips into their single pass.
         - ``fused=True`` Adam, AdamW, SGD and Adagrad of torch.optim get it as their ``grad_scale``. (They write the
           clipped gradients back; gradients with a coefficient of their own are scaled in place before.)
         - For any other optimizer the gradients are clipped in place.
@@ -94,7 +95,8 @@ class Clipper:
             :class:`Stats` of the gradients, unscaled and divided.
 
         Raises:
-            TypeError, ValueError: an argument of another kind, or an optimizer that wants a closure (LBFGS).
+            TypeError, ValueError: an argument of another kind, or an optimizer that wants a closure (LBFGS) or clips
+                by itself.
             RuntimeError: a second step with `scaler` without its ``update()``.
             As :meth:`clip_`.
 
@@ -114,15 +116,16 @@ class Clipper:
         skip = None if when is None else ~_flag(when, table.device)
         if scaling.found_inf is not None:
             skip = scaling.found_inf if skip is None else skip | scaling.found_inf
-        stats, pending = self._decide(table, factor, skip, scaling.active)
+        stats, pending = self.decide(table, factor, skip, scaling.active)
         scaling.record(stats)
-        feed(optimizer, table, pending, complete, self._parameters_of(table))
+        feed(optimizer, table, Fed(pending, self.owners), complete)
         scaling.done()
         return stats
 
-    def _decide(
+    def decide(
         self, table: GradTable, factor: Tensor | None = None, skip: Tensor | None = None, scaled: bool = False
     ) -> tuple[Stats, Pending]:
+        """What the rules say of the gradients of `table`; see :func:`decide`. `scaled`: by a GradScaler."""
         policy = "skip" if scaled else self.nonfinite
         check = self._refuse if policy == "raise" else None
         stats, pending = decide(table, self.rules, self.norm_type, check, factor, skip, policy)
@@ -156,17 +159,13 @@ class Clipper:
                 distinct.setdefault(identity(parameter.grad), name)
         return tuple(distinct.values())
 
-    def _parameters_of(self, table: GradTable) -> Callable[[], list[list[Tensor]]]:
-        """For each gradient of the table, the parameters that have it; found only when asked for."""
-
-        def find() -> list[list[Tensor]]:
-            distinct: dict[Any, list[Tensor]] = {}
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    distinct.setdefault(identity(parameter.grad), []).append(parameter)
-            return list(distinct.values())
-
-        return find
+    def owners(self) -> list[list[Tensor]]:
+        """For each distinct gradient, in order, the parameters that have it."""
+        distinct: dict[Any, list[Tensor]] = {}
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                distinct.setdefault(identity(parameter.grad), []).append(parameter)
+        return list(distinct.values())
 
     def __repr__(self) -> str:
         return f"Clipper({len(self.parameters)} parameters, {self.rules})"
@@ -177,7 +176,7 @@ class Pending(NamedTuple):
 
     coef: Tensor  # float64 [] or [T]: both together
     common: Tensor  # [] float64
-    each: Tensor | None  # [T] float64
+    each: Tensor | None  # [] or [T] float64
     held: Tensor | None  # [T] bool: parameters not to be touched at all
     skip: Tensor | None  # [] bool: do nothing
 
@@ -244,14 +243,17 @@ def decide(
             if stats is None:
                 stats, _ = measure(table, norm_type)
             mine = _coefficients(rule, stats)
-            coef, overall = combined(coef, mine), combined(overall, mine)
+            coef, overall, stats = combined(coef, mine), combined(overall, mine), stats.scaled(mine)
             if mine.dim() == 0:
+                if type(rule) is not GlobalNorm:  # +0 writes zeros, which no factor for all does to a NaN
+                    zeroes = torch.where((mine == 0) & ~mine.signbit(), 0.0, 1.0).double()
+                    each = zeroes if each is None else combined(each, zeroes)
+                    mine = torch.where(zeroes == 0, 1.0, mine)
                 common = combined(common, mine)
             else:
                 each = mine if each is None else combined(each, mine)
                 if getattr(rule, "hold", False):
                     held = mine == 0 if held is None else held | (mine == 0)
-            stats = stats.scaled(mine)
     return before.decided(overall, clamped, skip), Pending(coef, common, each, held, skip)
 
 

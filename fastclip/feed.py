@@ -6,7 +6,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(
             f"optimizer must step without a closure; {type(optimizer).__name__} evaluates one several times a step, so "
             f"call clip_() inside the closure instead"
+        )
+    if getattr(optimizer, "_clipper", None) is not None:
+        raise ValueError(
+            "optimizer has a max_norm of its own, so its gradients would be clipped twice: call its step()"
         )
 
 
@@ -107,20 +111,36 @@ class Scaling:
             self._state["stage"] = OptState.STEPPED
 
 
-def feed(
-    optimizer: torch.optim.Optimizer,
-    table: GradTable,
-    pending: Pending,
-    complete: bool,
-    parameters_of: Callable[[], list[list[Tensor]]],
-) -> None:
-    """Step with the gradients as `pending` would leave them, and without what it holds or skips.
+class Fed(NamedTuple):
+    """A decision on the gradients of a table, for an optimizer to carry out."""
+
+    pending: Pending
+    owners: Callable[[], list[list[Tensor]]]  # for each gradient of the table, the parameters that have it
+
+    def held(self) -> list[Tensor]:
+        """The parameters not to be touched at all. Read back from the device, if a rule holds any."""
+        if self.pending.held is None:
+            return []
+        positions = self.pending.held.nonzero().flatten().tolist()
+        owners = self.owners() if positions else []
+        return [p for i in positions for p in owners[i]]
+
+    def positions(self) -> dict[int, int]:
+        """id of a parameter -> the position of its gradient in the table."""
+        return {id(p): i for i, parameters in enumerate(self.owners()) for p in parameters}
+
+
+def feed(optimizer: torch.optim.Optimizer, table: GradTable, fed: Fed, complete: bool) -> None:
+    """Step with the gradients as `fed` would leave them, and without what it holds or skips.
 
     `complete`: the optimizer's parameters are those of the table.
     """
-    held = [] if pending.held is None else pending.held.nonzero().flatten().tolist()
-    owners = parameters_of() if held else []
-    kept = [(p, p.grad) for i in held for p in owners[i]]
+    if complete and hasattr(optimizer, "_fed"):  # one of fastclip.optim
+        with _attributes(optimizer, _fed=fed):
+            optimizer.step()
+        return
+    pending = fed.pending
+    kept = [(p, p.grad) for p in fed.held()]
     if complete and type(optimizer) in FUSED and all(group.get("fused") for group in optimizer.param_groups):
         if pending.each is not None:
             table.apply_(pending.unless_skipped(pending.each))
@@ -164,8 +184,7 @@ class _attributes:
 
     def __exit__(self, *_: object) -> None:
         for name in self._values:
-            if hasattr(self._target, name):
-                delattr(self._target, name)
+            self._target.__dict__.pop(name, None)
 
 
 class _without_gradients:

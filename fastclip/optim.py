@@ -1,0 +1,406 @@
+"""AdamW and SGD that clip as they step: torch.optim's, with the clip inside the optimizer's own pass.
+
+One read of the gradients for their norm, and one pass over everything for the step, in which each gradient is
+multiplied by its coefficient as it is read: no gradient is written back. Arguments, ``state_dict`` and checkpoints are
+torch.optim's, both ways.
+
+On CPUs the step is one multi-tensor C++ kernel; elsewhere it is torch's own fused kernel, fed with the coefficient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .clipper import Clipper, Pending
+from .feed import Fed
+from .rules import Rule
+from .stats import Stats
+from .table import pack
+
+
+class Arrays(NamedTuple):
+    """What a step works on: tensors of one device and dtype, in the same order."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[list[Tensor]]
+    steps: list[Tensor]  # float32 [] counters; empty for SGD
+    first: bool  # the first step of SGD with dampening, which starts from no momentum
+
+
+class _Optimizer(torch.optim.Optimizer):
+    """What AdamW and SGD share: the decision, and the pass over all parameters."""
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf, see step()
+    _fed: Fed | None = None
+    stats: Stats | None = None
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], max_norm: Any, nonfinite: str, stochastic_rounding: int | None
+    ) -> None:
+        if defaults["foreach"] or defaults["fused"] is False:
+            raise ValueError("foreach=True and fused=False are not supported: this optimizer is always fused")
+        if defaults["differentiable"]:
+            raise ValueError("differentiable=True is not supported")
+        for name in ("lr", "weight_decay"):
+            value = defaults[name]
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
+            if not isinstance(value, Tensor) and not value >= 0:
+                raise ValueError(f"{name} must be >= 0, got {value!r}")
+        if stochastic_rounding is not None and (
+            isinstance(stochastic_rounding, bool) or not isinstance(stochastic_rounding, int)
+        ):
+            raise TypeError(f"stochastic_rounding must be a seed (an int) or None, got {stochastic_rounding!r}")
+        self._rule, self._nonfinite = max_norm, nonfinite
+        self._clipper: Clipper | None = None
+        if max_norm is not None:
+            Clipper([], max_norm, nonfinite=nonfinite)  # complains now rather than at the first step
+        elif nonfinite != "propagate":
+            raise ValueError(f"nonfinite={nonfinite!r} needs a max_norm; float('inf') only measures")
+        defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "rounding_step": 0}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if not p.is_floating_point():
+                raise TypeError(f"params must be floating-point tensors, got one of {p.dtype}")
+        if self._rule is not None:
+            self._clipper = Clipper(
+                [p for group in self.param_groups for p in group["params"]], self._rule, nonfinite=self._nonfinite
+            )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
+        """One step; clipped first, if the optimizer was given a `max_norm`.
+
+        Args:
+            closure: evaluated first, with gradients enabled; its result is returned.
+            zero_grad: set the gradients to zero in the same pass.
+
+        `stats` is then the :class:`~fastclip.Stats` of the gradients, if they were clipped.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        fed = self._fed or self._decided()
+        if not _skipped_on_host(fed):
+            self._advance(fed, zero_grad)
+        elif zero_grad:
+            for group in self.param_groups:
+                torch._foreach_zero_([p.grad for p in group["params"] if p.grad is not None])
+        return loss
+
+    def _decided(self) -> Fed | None:
+        """The decision of the optimizer's own rule, and of a GradScaler whose ``step`` called this one's."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        factor = None if scale is None else scale.double().reciprocal()
+        skip = None if found_inf is None else found_inf > 0
+        if self._clipper is not None:
+            clipper = self._clipper
+            table = pack(clipper.parameters, gradients=False, write=True)
+            if not len(table):
+                return None
+            factor = None if factor is None else factor.to(table.device)
+            skip = None if skip is None else skip.to(table.device)
+            self.stats, pending = clipper.decide(table, factor, skip, scale is not None)
+            return Fed(pending, clipper.owners)
+        if factor is None and skip is None:
+            return None
+        one = torch.ones((), dtype=torch.float64, device=(found_inf if factor is None else factor).device)  # type: ignore[union-attr]
+        factor = one if factor is None else factor
+        return Fed(Pending(factor, factor, None, None, skip), list)
+
+    def _advance(self, fed: Fed | None, zero_grad: bool) -> None:
+        positions = fed.positions() if fed and fed.pending.coef.dim() else {}
+        held = set(map(id, fed.held())) if fed else set()
+        for group in self.param_groups:
+            seed = _seed(group)
+            for arrays in self._arrays(group, held):
+                device = arrays.params[0].device
+                coef = torch.ones((), dtype=torch.float64, device="cpu")
+                if fed is not None:
+                    coef = fed.pending.coef.to(device)
+                    if coef.dim():
+                        order = [positions[id(p)] for p in arrays.params]
+                        coef = coef[backends.upload(order, torch.int64, device)]
+                backend = backends.choose(device)
+                native = getattr(backend, self._verb, None)
+                if native and native(arrays, coef, group, zero_grad, seed):
+                    continue
+                if seed is not None and arrays.params[0].dtype == torch.bfloat16:
+                    raise NotImplementedError(
+                        f"stochastic_rounding is supported by the cpu backend on plain tensors, not yet on {device}"
+                    )
+                scaling = _divisor(arrays, coef, fed)
+                plain, copies = _for_torch(arrays)
+                self._by_torch(plain, group, *scaling)
+                for original, copy in copies:
+                    original.copy_(copy)
+                torch.autograd.graph.increment_version(arrays.params)
+                if zero_grad:
+                    torch._foreach_zero_(arrays.grads)
+            if held and zero_grad:
+                torch._foreach_zero_([p.grad for p in group["params"] if p.grad is not None])
+            if group["stochastic_rounding"] is not None:
+                group["rounding_step"] += 1
+
+    def _arrays(self, group: dict[str, Any], held: set[int]) -> list[Arrays]:
+        """The group's parameters that have a gradient and are not held, by device and dtype."""
+        found: dict[Any, Arrays] = {}
+        for p in group["params"]:
+            gradient = p.grad
+            if gradient is None or id(p) in held:
+                continue
+            if gradient.layout is not torch.strided:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            states, step, first = self._state_of(p, group)
+            key = (p.device, p.dtype, first)
+            arrays = found.get(key)
+            if arrays is None:
+                arrays = found[key] = Arrays([], [], [[] for _ in states], [], first)
+            arrays.params.append(p)
+            arrays.grads.append(gradient)
+            for column, state in zip(arrays.states, states):
+                column.append(state)
+            if step is not None:
+                arrays.steps.append(step)
+        return list(found.values())
+
+    _verb: str
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, bool]:
+        raise NotImplementedError
+
+    def _by_torch(
+        self, arrays: Arrays, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        raise NotImplementedError
+
+
+class AdamW(_Optimizer):
+    r"""``torch.optim.AdamW``, with the clip inside.
+
+    .. math::
+        g &\leftarrow c\,g,\quad
+        m \leftarrow \beta_1 m + (1-\beta_1) g,\quad
+        v \leftarrow \beta_2 v + (1-\beta_2) g^2 \\
+        p &\leftarrow (1 - lr\,\lambda)\,p
+            - lr\,\frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \epsilon}
+
+    with c the coefficient of the rule. Loshchilov and Hutter, "Decoupled Weight Decay Regularization".
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as torch's.
+        foreach, fused, differentiable: accepted for torch's sake; the step is always fused, never differentiable.
+        max_norm: what :class:`~fastclip.Clipper` takes as its rule: a number (the limit of the global norm), a rule, or
+            a list of rules. None: the gradients are taken as they are.
+        nonfinite: as :class:`~fastclip.Clipper`'s.
+        stochastic_rounding: a seed. bfloat16 parameters and states are then rounded up or down by chance, right on
+            average, so that updates too small for bfloat16 are not lost and no float32 copy is needed. The same seed
+            gives the same numbers, also after a checkpoint. Other dtypes round as ever.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, named with its value.
+    """
+
+    _verb = "adamw_"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_norm: float | Rule | list[Rule] | None = None,
+        nonfinite: str = "propagate",
+        stochastic_rounding: int | None = None,
+    ) -> None:
+        if not eps >= 0:
+            raise ValueError(f"eps must be >= 0, got {eps!r}")
+        if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+        defaults = {
+            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
+            "fused": fused, "decoupled_weight_decay": True,
+        }  # fmt: skip
+        super().__init__(params, defaults, max_norm, nonfinite, stochastic_rounding)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            for p in group["params"]:
+                if mine := self.state.get(p):
+                    mine["step"] = torch.as_tensor(mine["step"], dtype=torch.float32).to(p.device)
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, bool]:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        states = [state["exp_avg"], state["exp_avg_sq"]]
+        if group["amsgrad"]:
+            if "max_exp_avg_sq" not in state:
+                state["max_exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            states.append(state["max_exp_avg_sq"])
+        return states, state["step"], False
+
+    def _by_torch(
+        self, arrays: Arrays, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        torch._foreach_add_(arrays.steps, 1)
+        torch._fused_adamw_(  # type: ignore[call-overload]
+            arrays.params, arrays.grads, *arrays.states[:2], arrays.states[2] if group["amsgrad"] else [], arrays.steps,
+            lr=group["lr"], beta1=float(group["betas"][0]), beta2=float(group["betas"][1]), eps=group["eps"],
+            weight_decay=group["weight_decay"], amsgrad=group["amsgrad"], maximize=group["maximize"],
+            grad_scale=grad_scale, found_inf=found_inf,
+        )  # fmt: skip
+        if found_inf is not None:
+            torch._foreach_sub_(arrays.steps, [found_inf] * len(arrays.steps))
+
+
+class SGD(_Optimizer):
+    r"""``torch.optim.SGD``, with the clip inside.
+
+    .. math::
+        g \leftarrow c\,g + \lambda p,\quad b \leftarrow \mu b + (1-\tau) g,\quad
+        p \leftarrow p - lr\,(g + \mu b \text{ with Nesterov momentum, else } b)
+
+    with c the coefficient of the rule, and b = g in the first step.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as torch's.
+        foreach, fused, differentiable: accepted for torch's sake; the step is always fused, never differentiable.
+        max_norm, nonfinite, stochastic_rounding: as :class:`AdamW`'s.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, named with its value.
+    """
+
+    _verb = "sgd_"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_norm: float | Rule | list[Rule] | None = None,
+        nonfinite: str = "propagate",
+        stochastic_rounding: int | None = None,
+    ) -> None:
+        if not momentum >= 0:
+            raise ValueError(f"momentum must be >= 0, got {momentum!r}")
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError(
+                f"nesterov needs a momentum and no dampening, got momentum={momentum!r}, dampening={dampening!r}"
+            )
+        defaults = {
+            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
+            "maximize": maximize, "foreach": foreach, "differentiable": differentiable, "fused": fused,
+        }  # fmt: skip
+        super().__init__(params, defaults, max_norm, nonfinite, stochastic_rounding)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, bool]:
+        if group["momentum"] == 0:
+            return [], None, False
+        state = self.state[p]
+        first = state.get("momentum_buffer") is None
+        if first:  # from zeros, the first step gives torch's b = g, unless there is dampening
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return [state["momentum_buffer"]], None, first and group["dampening"] != 0
+
+    def _by_torch(
+        self, arrays: Arrays, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        torch._fused_sgd_(
+            arrays.params, arrays.grads, arrays.states[0] if arrays.states else [],
+            weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
+            dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
+            is_first_step=arrays.first, grad_scale=grad_scale, found_inf=found_inf,
+        )  # fmt: skip
+
+
+def _skipped_on_host(fed: Fed | None) -> bool:
+    """Whether nothing is to be done; on a GPU False, since the kernels find out by themselves."""
+    skip = None if fed is None else fed.pending.skip
+    return skip is not None and skip.device.type == "cpu" and bool(skip)
+
+
+def _divisor(arrays: Arrays, coef: Tensor, fed: Fed | None) -> tuple[Tensor | None, Tensor | None]:
+    """grad_scale and found_inf for torch's fused kernels; gradients with coefficients of their own are scaled here."""
+    if fed is None:
+        return None, None
+    device = arrays.params[0].device
+    skip = None if fed.pending.skip is None else fed.pending.skip.to(device)
+    zeroes = (coef == 0) & ~coef.signbit()  # zeros are written, for no division turns NaN into 0
+    here = coef if coef.dim() else torch.where(zeroes, 0.0, 1.0).double()
+    here = here if skip is None else torch.where(skip, 1.0, here)
+    pack(arrays.grads, gradients=True, write=True, argument="grads").apply_(here)
+    common = torch.ones((), dtype=torch.float64, device=device) if coef.dim() else torch.where(zeroes, 1.0, coef)
+    found_inf = torch.zeros((), device=device) if skip is None else skip.float()
+    return common.reciprocal().float(), found_inf
+
+
+def _for_torch(arrays: Arrays) -> tuple[Arrays, list[tuple[Tensor, Tensor]]]:
+    """The arrays as torch's fused kernels take them, and which of them are copies to be copied back (original, copy).
+
+    The kernels go through memory, whatever the strides; and on CPUs they step wrongly with momentum in 16 bits.
+    """
+    copies: list[tuple[Tensor, Tensor]] = []
+    plain = Arrays([], [], [[] for _ in arrays.states], arrays.steps, arrays.first)
+    for p, gradient, *states in zip(arrays.params, arrays.grads, *arrays.states):
+        narrow = p.device.type == "cpu" and p.itemsize < 4
+        dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)
+        mine = [p.detach(), gradient.detach(), *states]
+        if narrow or not dense or any(t.stride() != p.stride() for t in mine):
+            mine = [t.to(torch.float32 if narrow else p.dtype, copy=True).contiguous() for t in mine]
+            copies += [(p, mine[0]), *zip(states, mine[2:])]
+        plain.params.append(mine[0])
+        plain.grads.append(mine[1])
+        for column, state in zip(plain.states, mine[2:]):
+            column.append(state)
+    return plain, copies
+
+
+def _seed(group: dict[str, Any]) -> int | None:
+    """32 bits for this step's random numbers, from the seed and the count of steps."""
+    if group["stochastic_rounding"] is None:
+        return None
+    mixed = (group["stochastic_rounding"] * 0x9E3779B97F4A7C15 + group["rounding_step"] * 0xD1B54A32D192ED03) % 2**64
+    return (mixed ^ mixed >> 32) % 2**32
+
+
+__all__ = ["SGD", "AdamW"]

@@ -1,0 +1,496 @@
+"""fastclip.optim: torch's results, torch's checkpoints, and the clip inside."""
+
+import copy
+import math
+
+import pytest
+import torch
+from cases import parameter
+
+import fastclip
+from fastclip import rules
+from fastclip.optim import SGD, AdamW
+from fastclip.table import GradTable
+
+ADAMW = {
+    "default": {},
+    "no decay": {"weight_decay": 0.0, "lr": 1e-2},
+    "amsgrad": {"amsgrad": True, "lr": 3e-2},
+    "maximize": {"maximize": True, "betas": (0.8, 0.95), "eps": 1e-6},
+    "lr tensor": {"lr": torch.tensor(2e-2, dtype=torch.float64)},
+}
+SGDS = {
+    "plain": {"lr": 0.1},
+    "momentum": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05},
+    "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+    "dampening": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5},
+    "maximize": {"lr": 0.1, "momentum": 0.5, "maximize": True, "weight_decay": 0.1},
+}
+PAIRS = {
+    **{f"AdamW {name}": (AdamW, torch.optim.AdamW, options) for name, options in ADAMW.items()},
+    **{f"SGD {name}": (SGD, torch.optim.SGD, options) for name, options in SGDS.items()},
+}
+SIZES = ((3, 5), (70_001,), (1,), (), (0,), (16,), (33, 2))
+
+
+def parameters(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in SIZES
+    ]
+
+
+def give_gradients(ps, step, scale=1.0):
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in ps:
+        p.grad = (torch.randn(p.shape, generator=generator, dtype=torch.float64) * scale).to(p.dtype)
+
+
+def assert_same(a, b, **tolerances):
+    torch.testing.assert_close(a, b, **tolerances)
+
+
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def step_backend(request):
+    """The C++ kernel, and torch's fused one that stands in for it elsewhere."""
+    with fastclip.use_backend(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_same_as_torch(step_backend, pair, dtype):
+    ours, theirs, options = PAIRS[pair]
+    a, b = parameters(dtype), parameters(dtype)
+    mine, torchs = ours(a, **options), theirs(b, **options, foreach=False)
+    for step in range(20):
+        for ps in (a, b):
+            give_gradients(ps, step)
+            ps[step % 4].grad = None
+        mine.step()
+        torchs.step()
+    for p, q in zip(a, b):
+        assert_same(p, q, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pair", ["AdamW default", "SGD nesterov"])
+def test_one_step_in_half_precision(step_backend, pair, dtype):
+    """To a rounding of the exact step from the same state."""
+    ours, theirs, options = PAIRS[pair]
+    a = parameters(dtype)
+    give_gradients(a, 0)
+    b = [parameter(p.grad.double(), p.detach().double().clone()) for p in a]
+    ours(a, **options).step()
+    theirs(b, **options).step()
+    for p, q in zip(a, b):
+        assert_same(p.double(), q, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("limit", [0.5, 1e9, 0.0])
+def test_fifty_clipped_steps_as_clip_then_step_in_float64(step_backend, pair, limit):
+    ours, theirs, options = PAIRS[pair]
+    a, b = parameters(), parameters(torch.float64)
+    mine, torchs = ours(a, **options, max_norm=limit), theirs(b, **options)
+    for step in range(50):
+        give_gradients(a, step, 10.0)
+        for p, q in zip(a, b):
+            q.grad = p.grad.double()
+        before = [p.grad.clone() for p in a]
+        mine.step()
+        expected = torch.nn.utils.clip_grad_norm_(b, limit)
+        torchs.step()
+        assert mine.stats.total_norm.item() == pytest.approx(expected.item(), rel=1e-6)
+        if step_backend == "cpu":  # no gradient is written back
+            assert_same([p.grad for p in a], before, rtol=0, atol=0)
+    for p, q in zip(a, b):
+        assert_same(p.double(), q, rtol=1e-4, atol=1e-4)
+
+
+RULES = {
+    "TensorNorm": lambda: rules.TensorNorm(0.5),
+    "Mask": lambda: rules.Mask(2.0),
+    "Mask, GlobalNorm": lambda: [rules.Mask(2.0), rules.GlobalNorm(1.0)],
+    "Value, GlobalNorm": lambda: [rules.Value(0.1), rules.GlobalNorm(1.0)],
+    "a function": lambda: lambda stats: torch.where(stats.tensor_norms > 1, 0.5, 1.0),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("pair", ["AdamW default", "SGD momentum"])
+def test_every_rule(step_backend, pair, rule):
+    ours, theirs, options = PAIRS[pair]
+    a, b, c = parameters(), parameters(), parameters()
+    alone, fed = ours(a, **options, max_norm=RULES[rule]()), ours(b, **options)
+    feeder = fastclip.Clipper(b, RULES[rule]())
+    torchs, clipper = theirs(c, **options), fastclip.Clipper(c, RULES[rule]())
+    for step in range(10):
+        for ps in (a, b, c):
+            give_gradients(ps, step)
+        alone.step()
+        feeder.step(fed)
+        clipper.clip_()
+        torchs.step()
+    for p, q, r in zip(a, b, c):
+        assert torch.equal(p, q)
+        assert_same(p, r, rtol=1e-5, atol=1e-5)
+
+
+def test_a_masked_nan_does_not_reach_the_parameter(step_backend):
+    """A coefficient of 0 means a gradient of zeros, whatever is in it."""
+    p = parameter(torch.tensor([math.nan, math.inf]), torch.ones(2))
+    AdamW([p], weight_decay=0.5, lr=0.1, max_norm=lambda stats: torch.zeros(())).step()
+    assert_same(p.detach(), torch.full((2,), 0.95))
+
+
+@pytest.mark.parametrize("pair", ["AdamW default", "AdamW amsgrad", "SGD momentum", "SGD nesterov", "SGD plain"])
+def test_hold(step_backend, pair):
+    ours, _, options = PAIRS[pair]
+    ps = parameters()
+    optimizer = ours(ps, **{"weight_decay": 0.1, **options}, max_norm=rules.Mask(1e-3, hold=True))
+    for step in range(2):
+        give_gradients(ps, step)
+        optimizer.step()
+    give_gradients(ps, 3)
+    ps[1].grad.mul_(1e-6)
+    before = copy.deepcopy([ps[1].detach(), optimizer.state.get(ps[1])])
+    other = ps[0].detach().clone()
+    optimizer.step(zero_grad=True)
+    assert_same([ps[1].detach(), optimizer.state.get(ps[1])], before, rtol=0, atol=0)
+    assert not torch.equal(ps[0], other)
+    assert not any(p.grad.any() for p in ps)
+
+
+@pytest.mark.parametrize("pair", ["AdamW default", "SGD dampening"])
+def test_skip(step_backend, pair):
+    ours, theirs, options = PAIRS[pair]
+    a, b = parameters(), parameters()
+    optimizer, torchs = ours(a, **options), theirs(b, **options)
+    clipper = fastclip.Clipper(a, 1e9, nonfinite="skip")
+    for step in range(6):
+        for ps in (a, b):
+            give_gradients(ps, step)
+        if step in (0, 3):
+            a[0].grad[0, 0] = math.nan
+        if step == 4:
+            stats = clipper.step(optimizer, when=torch.tensor(False))
+        else:
+            stats = clipper.step(optimizer)
+        assert bool(stats.skipped) == (step in (0, 3, 4))
+        if step not in (0, 3, 4):
+            torchs.step()
+    for p, q in zip(a, b):
+        assert_same(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_own_policy_for_nonfinite_gradients():
+    ps = parameters()
+    optimizer = AdamW(ps, max_norm=1.0, nonfinite="skip")
+    give_gradients(ps, 0)
+    ps[0].grad[0, 0] = math.inf
+    before = [p.detach().clone() for p in ps]
+    optimizer.step()
+    assert optimizer.stats.skipped
+    assert_same([p.detach() for p in ps], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_gradient_scaler(step_backend, max_norm):
+    """scaler.step(optimizer) and clipper.step(optimizer, scaler) give what torch's three calls give."""
+
+    def run(kind):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 3)
+        optimizer = (torch.optim.AdamW if kind == "torch" else AdamW)(
+            model.parameters(), lr=1e-2, **({"max_norm": max_norm} if kind == "own" else {})
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
+        clipper = fastclip.Clipper(model.parameters(), math.inf if max_norm is None else max_norm)
+        for step in range(12):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.full((2, 5), 0.1 * step)).square().sum()).backward()
+            if step % 4 == 2:
+                model.weight.grad[0, 0] = math.inf
+            if kind == "torch":
+                scaler.unscale_(optimizer)
+                if max_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+                scaler.step(optimizer)
+            elif kind == "own":
+                scaler.step(optimizer)
+            else:
+                clipper.step(optimizer, scaler=scaler)
+            scaler.update()
+        return [p.detach() for p in model.parameters()], scaler.get_scale()
+
+    expected = run("torch")
+    assert_same(run("own"), expected, rtol=1e-5, atol=1e-6)
+    assert_same(run("fed"), expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- one pass ----
+
+
+def test_zero_grad_in_the_same_pass(step_backend):
+    a, b = parameters(), parameters()
+    mine, other = AdamW(a, max_norm=0.5), AdamW(b, max_norm=0.5)
+    for step in range(3):
+        give_gradients(a, step)
+        give_gradients(b, step)
+        mine.step(zero_grad=True)
+        other.step()
+        assert not any(p.grad.any() for p in a)
+    assert_same([p.detach() for p in a], [p.detach() for p in b], rtol=1e-6, atol=1e-7)
+
+
+def test_no_gradient_is_written(monkeypatch):
+    monkeypatch.setattr(GradTable, "apply_", lambda *_: pytest.fail("the gradients were written"))
+    ps = parameters()
+    for optimizer in (AdamW(ps, max_norm=rules.TensorNorm(0.1)), SGD(ps, momentum=0.9, max_norm=0.1)):
+        give_gradients(ps, 0)
+        versions = [p.grad._version for p in ps]
+        optimizer.step()
+        assert [p.grad._version for p in ps] == versions
+
+
+def test_parameters_are_marked_as_changed(step_backend):
+    p = parameter(torch.ones(3), torch.ones(3))
+    loss = (p * p).sum()
+    SGD([p], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_with_any_number_of_threads(threads):
+    torch.set_num_threads(threads)
+    ps = parameters()
+    optimizer = AdamW(ps, max_norm=0.5, stochastic_rounding=1)
+    for step in range(3):
+        give_gradients(ps, step)
+        optimizer.step()
+    torch.set_num_threads(2)
+    again = parameters()
+    optimizer = AdamW(again, max_norm=0.5, stochastic_rounding=1)
+    for step in range(3):
+        give_gradients(again, step)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(ps, again))
+
+
+# ---- layouts ----
+
+
+def test_layouts_the_kernel_does_not_take(step_backend):
+    """Gradients laid out otherwise than their parameters, views, misaligned and shared memory."""
+
+    def make():
+        torch.manual_seed(0)
+        whole = torch.randn(100)
+        ps = [
+            torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)),
+            torch.nn.Parameter(torch.randn(6, 5)),
+            torch.nn.Parameter(torch.randn(41)[1:]),
+            torch.nn.Parameter(torch.randn(7)),
+        ]
+        for p in ps[:3]:
+            p.grad = torch.randn(p.shape)
+        ps[1].grad = torch.randn(5, 6).t()
+        ps[3].grad = whole[3:10]
+        return ps
+
+    a, b = make(), make()
+    mine, torchs = AdamW(a, lr=0.1), torch.optim.AdamW(b, lr=0.1)
+    for _ in range(3):
+        mine.step()
+        torchs.step()
+    assert_same([p.detach() for p in a], [p.detach() for p in b], rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_dtypes_and_groups(step_backend):
+    def make():
+        torch.manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(50).to(d)) for d in (torch.float32, torch.float64, torch.bfloat16)]
+
+    a, b = make(), make()
+    groups = lambda ps: [{"params": ps[:1], "lr": 0.1}, {"params": ps[1:], "weight_decay": 0.5}]  # noqa: E731
+    mine, torchs = AdamW(groups(a), max_norm=1.0), torch.optim.AdamW(groups(b))
+    for step in range(3):
+        for ps in (a, b):
+            give_gradients(ps, step)
+        mine.step()
+        fastclip.clip_norm_(b, 1.0)
+        torchs.step()
+    for p, q in zip(a, b):
+        assert_same(p, q, rtol=3e-2 if p.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_parameters_added_later_are_clipped_too():
+    ps = parameters()
+    optimizer = AdamW(ps[:2], max_norm=1.0)
+    optimizer.add_param_group({"params": ps[2:]})
+    give_gradients(ps, 0)
+    optimizer.step()
+    assert optimizer.stats.total_norm.item() == pytest.approx(fastclip.total_norm([p.grad for p in ps]).item())
+
+
+# ---- checkpoints ----
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_checkpoints_load_both_ways(pair):
+    """Half the steps by one, half by the other, through state_dict: the losses are those of either alone."""
+    ours, theirs, options = PAIRS[pair]
+
+    def losses(first, second, through_file=False):
+        ps = parameters()
+        optimizer, found = first(ps, **options), []
+        for step in range(12):
+            if step == 6:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = second(ps, **options)
+                optimizer.load_state_dict(saved)
+            give_gradients(ps, step)
+            optimizer.step()
+            found.append(sum(p.detach().double().square().sum() for p in ps).item())
+        return found
+
+    alone = losses(theirs, theirs)
+    assert losses(ours, theirs) == pytest.approx(alone, rel=1e-6)
+    assert losses(theirs, ours) == pytest.approx(alone, rel=1e-6)
+    assert losses(ours, ours) == pytest.approx(alone, rel=1e-6)
+
+
+def test_state_has_torchs_names():
+    ps = parameters()
+    give_gradients(ps, 0)
+    for ours, theirs, options in (PAIRS["AdamW amsgrad"], PAIRS["SGD momentum"]):
+        a, b = ours(ps, **options), theirs(ps, **options)
+        a.step()
+        b.step()
+        mine, torchs = a.state_dict(), b.state_dict()
+        assert [set(s) for s in mine["state"].values()] == [set(s) for s in torchs["state"].values()]
+        assert set(torchs["param_groups"][0]) <= set(mine["param_groups"][0])
+
+
+def test_schedulers_hooks_and_closures():
+    ps = parameters()
+    optimizer = AdamW(ps, lr=1.0, max_norm=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(True))
+
+    def closure():
+        assert torch.is_grad_enabled()
+        give_gradients(ps, 0)
+        return 7.0
+
+    assert optimizer.step(closure) == 7.0
+    schedule.step()
+    assert seen == [True] and optimizer.param_groups[0]["lr"] == 0.5
+
+
+# ---- stochastic rounding ----
+
+
+def test_stochastic_rounding_is_right_on_average():
+    """Updates of a hundredth of an ulp are lost to rounding to nearest, and arrive by chance."""
+    p = parameter(torch.full((200_000,), -1.0).bfloat16(), torch.ones(200_000).bfloat16())
+    nearest = SGD([p], lr=1e-4)
+    nearest.step()
+    assert (p == 1).all()
+    SGD([p], lr=1e-4, stochastic_rounding=3).step()
+    moved = p.detach().double() - 1
+    assert moved.mean().item() == pytest.approx(1e-4, rel=0.05)
+    assert set(moved.unique().tolist()) == {0.0, 2.0**-7}
+
+
+def test_stochastic_rounding_repeats_and_resumes():
+    def run(seed, resume):
+        ps = [torch.nn.Parameter(torch.ones(5000).bfloat16()) for _ in range(2)]
+        optimizer = AdamW(ps, lr=1e-4, stochastic_rounding=seed)
+        for step in range(6):
+            if resume and step == 3:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = AdamW(ps, lr=1e-4, stochastic_rounding=seed)
+                optimizer.load_state_dict(saved)
+            give_gradients(ps, step)
+            optimizer.step()
+        return torch.cat([p.detach() for p in ps])
+
+    assert torch.equal(run(1, False), run(1, False))
+    assert torch.equal(run(1, False), run(1, True))
+    assert not torch.equal(run(1, False), run(2, False))
+    both = run(1, False)
+    assert not torch.equal(both[:5000], both[5000:])  # each tensor has numbers of its own
+
+
+def test_stochastic_rounding_trains_what_rounding_to_nearest_does_not():
+    """A quadratic with small steps, in bfloat16 alone."""
+
+    def distance(seed):
+        target = torch.linspace(1, 2, 1000)
+        p = torch.nn.Parameter(torch.full((1000,), 3.0).bfloat16())
+        optimizer = AdamW([p], lr=5e-3, weight_decay=0.0, stochastic_rounding=seed)
+        for _ in range(1500):
+            p.grad = (p.detach().float() - target).bfloat16()
+            optimizer.step()
+        return (p.detach().float() - target).abs().mean().item()
+
+    assert distance(0) < 0.05 < 1 < distance(None)
+
+
+def test_stochastic_rounding_keeps_what_is_not_finite():
+    p = parameter(torch.tensor([math.inf, -math.inf, math.nan]).bfloat16())
+    SGD([p], lr=0.1, stochastic_rounding=0).step()
+    assert p[0] == -math.inf and p[1] == math.inf and p[2].isnan()
+
+
+def test_stochastic_rounding_is_refused_where_it_is_not_to_be_had():
+    p = parameter(torch.ones(3).bfloat16(), torch.ones(3).bfloat16())
+    with (
+        fastclip.use_backend("reference"),
+        pytest.raises(NotImplementedError, match="stochastic_rounding is supported"),
+    ):
+        SGD([p], stochastic_rounding=0).step()
+    assert (p == 1).all()
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda p: AdamW([p], lr=-1.0), ValueError, "lr must be >= 0, got -1.0"),
+        (
+            lambda p: AdamW([p], betas=(0.9, 1.0)),
+            ValueError,
+            r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)",
+        ),
+        (lambda p: AdamW([p], eps=-1e-8), ValueError, "eps must be >= 0, got -1e-08"),
+        (lambda p: AdamW([p], weight_decay=math.nan), ValueError, "weight_decay must be >= 0, got nan"),
+        (lambda p: AdamW([p], max_norm=-1.0), ValueError, "max_norm must be >= 0, got -1.0"),
+        (lambda p: AdamW([p], max_norm="big"), TypeError, "rule must be a rule, a list of rules or a number, got str"),
+        (lambda p: AdamW([p], nonfinite="skip"), ValueError, "nonfinite='skip' needs a max_norm"),
+        (lambda p: AdamW([p], foreach=True), ValueError, "foreach=True and fused=False are not supported"),
+        (lambda p: AdamW([p], differentiable=True), ValueError, "differentiable=True is not supported"),
+        (lambda p: AdamW([p], stochastic_rounding=True), TypeError, "stochastic_rounding must be a seed"),
+        (lambda p: SGD([p], momentum=-0.1), ValueError, "momentum must be >= 0, got -0.1"),
+        (lambda p: SGD([p], nesterov=True), ValueError, "nesterov needs a momentum and no dampening"),
+        (lambda p: SGD([torch.nn.Parameter(p * 1j)]), TypeError, "params must be floating-point tensors"),
+    ],
+)
+def test_bad_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make(torch.nn.Parameter(torch.ones(2)))
+
+
+def test_clipping_twice_is_refused():
+    p = parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="has a max_norm of its own"):
+        fastclip.Clipper([p], 1.0).step(AdamW([p], max_norm=1.0))
