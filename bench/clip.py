@@ -117,9 +117,10 @@ def _norm(values: Tensor) -> Tensor:
 
 
 def tolerance(dtype: torch.dtype, exact: bool) -> float:
-    """Of an element: its own rounding; and, but for fastclip, that of the norms and the coefficient to its dtype."""
+    """Of an element: its own rounding; and, for all but fastclip, that of norms and coefficient to its dtype, and 1 %
+    for running sums in float32: in GPT-2's or Llama's embedding that is what they lose on a CPU (see `norm_error`)."""
     eps = torch.finfo(dtype).eps
-    return eps + 2e-6 if exact else 2 * eps + 1e-4
+    return eps + 2e-6 if exact else 2 * eps + 1e-2
 
 
 def check(call: Call, exact: bool, mode: str, inputs: Inputs, device: str) -> tuple[float | None, float, str | None]:
@@ -425,17 +426,20 @@ def main(argv: list[str] | None = None) -> int:
     machine = Machine(options.device, options.threads, copy)
     wanted = cases(options)
     rows: list[dict[str, Any]] = []
-    for i, case in enumerate(bar := tqdm(wanted, leave=False)):
-        bar.set_description(f"{case.model} {case.dtype}")
-        rows += measure(case, machine, (deadline - time.perf_counter()) / (len(wanted) - i))
-    bar.close()
-    print(f"fastclip {fastclip.__version__} against torch {torch.__version__} on {options.device}, "
-          f"{options.threads} threads" + (f"; a copy moves {copy / 1e9:,.0f} GB/s" if copy else "") + "\n")  # fmt: skip
-    print(table(rows))
-    if options.json:
-        kind = "growth" if options.growth else "clip"
-        method.write(options.json, kind, options.device, options.threads, rows, copy_bytes_per_s=copy)
-        print(f"\nwrote {options.json}")
+    try:
+        for i, case in enumerate(bar := tqdm(wanted, leave=False)):
+            bar.set_description(f"{case.model} {case.dtype}")
+            rows += measure(case, machine, (deadline - time.perf_counter()) / (len(wanted) - i))
+    finally:  # what was measured is worth keeping, whatever stopped the rest
+        print(
+            f"fastclip {fastclip.__version__} against torch {torch.__version__} on {options.device}, "
+            f"{options.threads} threads" + (f"; a copy moves {copy / 1e9:,.0f} GB/s" if copy else "") + "\n"
+        )
+        print(table(rows))
+        if options.json and rows:
+            kind = "growth" if options.growth else "clip"
+            method.write(options.json, kind, options.device, options.threads, rows, copy_bytes_per_s=copy)
+            print(f"\nwrote {options.json}")
     return 0
 
 

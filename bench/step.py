@@ -36,7 +36,8 @@ MODES = ("not triggered", "triggered")
 BASELINE = "torch clip + fused"
 LIMITS = (0.5, 0.1, 2.0)  # of the norm, step by step, to check with: Adam forgets a factor that stays the same
 STATES = 2  # of a parameter's size, that AdamW keeps
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of all updates' norm
+# Of all updates' norm. In large models torch's clip is off by as much: its sums are running sums in float32.
+TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 Step = Callable[[float], None]
 
@@ -194,15 +195,16 @@ def main(argv: list[str] | None = None) -> int:
     models = [(m, "fp32") for m in options.models.split(",")] if options.models else cases(device, options.quick)
     wanted = list(itertools.product(models, OPTIMIZERS))
     rows: list[dict[str, Any]] = []
-    for i, ((model, dtype), optimizer) in enumerate(bar := tqdm(wanted, leave=False)):
-        bar.set_description(f"{model} {optimizer}")
-        left = (deadline - time.perf_counter()) / (len(wanted) - i)
-        rows += measure(model, dtype, optimizer, device, threads, left)
-    bar.close()
-    print(table(rows))
-    if options.json:
-        method.write(options.json, "step", device, threads, rows)
-        print(f"\nwrote {options.json}")
+    try:
+        for i, ((model, dtype), optimizer) in enumerate(bar := tqdm(wanted, leave=False)):
+            bar.set_description(f"{model} {optimizer}")
+            left = (deadline - time.perf_counter()) / (len(wanted) - i)
+            rows += measure(model, dtype, optimizer, device, threads, left)
+    finally:  # what was measured is worth keeping, whatever stopped the rest
+        print(table(rows))
+        if options.json and rows:
+            method.write(options.json, "step", device, threads, rows)
+            print(f"\nwrote {options.json}")
     return 0
 
 
