@@ -23,7 +23,7 @@ format: .venv/ready
 DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 bench: .venv/ready
 	$(BIN)/python bench/clip.py --minutes 4 --json bench/results/$(DEVICE)-clip.json
-	$(BIN)/python bench/clip.py --growth --minutes 2.5 --json bench/results/$(DEVICE)-growth.json
+	$(BIN)/python bench/clip.py --growth --minutes 2 --json bench/results/$(DEVICE)-growth.json
 	$(BIN)/python bench/step.py --minutes 2 --json bench/results/$(DEVICE)-step.json
 	$(BIN)/python bench/report.py
 

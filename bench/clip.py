@@ -173,7 +173,9 @@ def measure(case: Case, machine: Machine, seconds: float) -> list[dict[str, Any]
         "model": case.model, "dtype": case.dtype, "tensors": len(model.shapes), "elements": model.elements,
         "input_sets": sets, "in_cache": sets * size <= cache,
     }  # fmt: skip
-    reason = method.does_not_fit((sets + 1) * size, device) or (method.NO_TIME if seconds <= 0 else None)
+    # the sets, the values to restore them from, and a copy of the largest gradient that a rival may make
+    needed = (sets + 1) * size + dtype.itemsize * max(map(math.prod, model.shapes))
+    reason = method.does_not_fit(needed, device) or (method.NO_TIME if seconds <= 0 else None)
     if reason:
         return [row(common, mode, p.name, "skipped", reason) for mode in case.modes for p in rivals]
     if any(isinstance(provider, Compiled) for provider in rivals):
@@ -438,7 +440,8 @@ def main(argv: list[str] | None = None) -> int:
         print(table(rows))
         if options.json and rows:
             kind = "growth" if options.growth else "clip"
-            method.write(options.json, kind, options.device, options.threads, rows, copy_bytes_per_s=copy)
+            arguments = sys.argv[1:] if argv is None else argv
+            method.write(options.json, kind, options.device, options.threads, arguments, rows, copy_bytes_per_s=copy)
             print(f"\nwrote {options.json}")
     return 0
 

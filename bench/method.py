@@ -16,6 +16,7 @@ import datetime as dt
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -101,7 +102,7 @@ def interleave(
         after(name)
         return mean
 
-    once = {name: min(block(name, 1) for _ in range(2)) for name in calls}
+    once = {name: block(name, 1) for name in calls}
     number = {name: max(1, min(MOST_CALLS, int(1e-3 / t))) for name, t in once.items()}
     slow = {
         name for name, t in once.items() if (number[name] + 2) * t > seconds / LEAST_ROUNDS / 2
@@ -300,13 +301,15 @@ def ratio(times: dict[str, list[float]], name: str, baseline: str) -> dict[str, 
     return spread(b / t for b, t in zip(times[baseline], times[name])) if baseline in times else None
 
 
-def write(path: Path, kind: str, device: str, threads: int, rows: list[dict[str, Any]], **more: Any) -> None:
+def write(
+    path: Path, kind: str, device: str, threads: int, arguments: list[str], rows: list[dict[str, Any]], **more: Any
+) -> None:
     """One run, with everything that decides its numbers but nothing that says whose machine it is."""
     run = {
         "kind": kind,
         "device": device,
         "date": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        "command": _command(),
+        "command": _command("step" if kind == "step" else "clip", arguments),
         "commit": _first_line(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
         "machine": _machine(device),
         "versions": {
@@ -321,9 +324,12 @@ def write(path: Path, kind: str, device: str, threads: int, rows: list[dict[str,
     path.write_text(json.dumps(run, indent=1) + "\n")
 
 
-def _command() -> str:
-    words = [word for word in sys.argv[1:] if "/" not in word]  # no one's folders
-    return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *(word for word in words if word != "--json")])
+def _command(script: str, arguments: list[str]) -> str:
+    words = list(arguments)
+    if "--json" in words:  # a path of no one else's concern
+        at = words.index("--json")
+        del words[at : at + 2]
+    return shlex.join(["python", f"bench/{script}.py", *words])
 
 
 def _machine(device: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from models import find
+from providers import BASELINE
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,7 +160,7 @@ def cpu_table(rows: list[Row]) -> str:
         cells, floors = [], []
         for mode in MODES:
             r = modes[mode].get(ours(rows))
-            cells.append(ratio_cell(r, modes[mode].get("torch foreach")))
+            cells.append(ratio_cell(r, modes[mode].get(BASELINE)))
             floors.append(f"{r['of_floor']:.0%}" if r and r["of_floor"] else "")
         size = find(first["model"]).elements
         lines.append([label(first), f"{first['tensors']:,}", count(size), *cells, ", ".join(filter(None, floors))])
@@ -213,10 +214,10 @@ def gpu_table(rows: list[Row]) -> str:
 
 
 def duration(seconds: float) -> str:
-    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns")):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-9:.0f} ns"
+    return f"{seconds / 1e-12:.3g} ps"
 
 
 def step_table(rows: list[Row]) -> str:
@@ -239,14 +240,16 @@ def step_table(rows: list[Row]) -> str:
 
 
 def curve(rows: list[Row], provider: str, by: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tensors of 16, or elements of one tensor, and the median seconds that a call takes that clips nothing."""
+    """Tensors of 16 and the host's median seconds for a call, or elements of one tensor and the whole call's, where
+    nothing is clipped."""
     mine = [r for r in rows if r["provider"] == provider and r["status"] == "ok" and r["mode"] == "not triggered"]
     if by == "tensors":
         mine = [r for r in mine if r["elements"] == 16 * r["tensors"]]
     else:
         mine = [r for r in mine if r["tensors"] == 1 and r["elements"] != 16]
     mine.sort(key=lambda r: r[by])
-    return np.array([r[by] for r in mine], float), np.array([r["host_s"]["median"] for r in mine])
+    clock = "host_s" if by == "tensors" else "wall_s"
+    return np.array([r[by] for r in mine], float), np.array([r[clock]["median"] for r in mine])
 
 
 def fit(x: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
@@ -265,24 +268,18 @@ def growth_words(rows: list[Row]) -> str:
     on_cpu = ours(rows) == "fastclip cpu"
 
     def cell(p: str, by: str, part: int) -> str:
-        if (p, by) not in fits:
+        if (p, by) not in fits or (BASELINE, by) not in fits:
             return ""
-        mine, theirs = fits[p, by][part], fits["torch foreach", by][part]
-        if on_cpu:
-            return (
-                "1"
-                if p == "torch foreach"
-                else f"1/{theirs / mine:.3g}"
-                if theirs > mine > 0
-                else f"{mine / theirs:.3g}"
-            )
-        return duration(mine) if mine > 0 else "0"
+        mine, theirs = fits[p, by][part], fits[BASELINE, by][part]
+        if not on_cpu:
+            return duration(max(mine, 0.0))
+        return f"1/{theirs / mine:.2g}" if 0 < mine < theirs else f"{mine / theirs:.2g}"
 
     lines = [
         [p, cell(p, "tensors", 0), cell(p, "tensors", 1), cell(p, "elements", 1)]
         for p in dict.fromkeys(r["provider"] for r in rows)
     ]
-    headers = ["fitted cost" + (", torch = 1" if on_cpu else " on the host"), "per call", "per tensor", "per element"]
+    headers = ["fitted cost" + ", torch = 1" * on_cpu, "per call", "per tensor", "per element"]
     return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * 3))
 
 
@@ -360,8 +357,12 @@ def draw_ceiling(run: Run) -> Figure:
                 place = y + 0.4 - (i + 0.5) * height
                 axes.barh(place, r["of_floor"] * scale, height * 0.92, color=COLOURS[p])
                 text = f"{r['gb_per_s']:,.0f}" if copy else f"{r['of_floor']:.0%}"
-                axes.annotate(text, (r["of_floor"] * scale, place), (-4, 0), textcoords="offset points", va="center",
-                              ha="right", color="white", fontsize=8)  # fmt: skip
+                inside = r["of_floor"] > 0.08  # else beside its bar; never across the floor's line
+                axes.annotate(
+                    text, (min(r["of_floor"], 1.0) * scale, place), (-4 if inside else 4, 0), fontsize=8, va="center",
+                    textcoords="offset points", ha="right" if inside else "left",
+                    color="white" if inside else COLOURS[p],
+                )  # fmt: skip
     for p in shown:
         axes.barh(0, 0, color=COLOURS[p], label=p)
     axes.axvline(scale, color="black", linewidth=1.5, linestyle=(0, (4, 2)))
@@ -383,7 +384,7 @@ def draw_growth(run: Run) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     unit = 1e-6
     if on_cpu:  # in units of torch's cheapest call
-        unit = min(curve(rows, "torch foreach", by)[1].min() for by in ("tensors", "elements"))
+        unit = min(curve(rows, BASELINE, by)[1].min() for by in ("tensors", "elements"))
     for axes, by in zip(panels, ("tensors", "elements")):
         lowest = math.inf
         for p in (p for p in COLOURS if any(r["provider"] == p for r in rows)):
@@ -406,11 +407,11 @@ def draw_growth(run: Run) -> Figure:
     log_axis(panels[0].xaxis, [1, 10, 100, 1000, 10000], lambda value, _: f"{value:,.0f}")
     panels[0].set(
         xlabel="tensors of 16 elements",
-        ylabel="time of a call" + (", torch's on one tensor = 1" if on_cpu else ", µs on the host"),
+        ylabel="time of a call" + (", torch's on one tensor = 1" if on_cpu else ", µs"),
     )
     panels[1].set(xlabel="elements of one tensor")
-    panels[0].set_title("Growth with tensors")
-    panels[1].set_title("Growth with elements")
+    panels[0].set_title("More tensors" if on_cpu else "More tensors: host time")
+    panels[1].set_title("More elements" if on_cpu else "More elements: wall time")
     panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     panels[0].legend(frameon=False, loc="upper left")
     return figure

@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:  # what was measured is worth keeping, whatever stopped the rest
         print(table(rows))
         if options.json and rows:
-            method.write(options.json, "step", device, threads, rows)
+            method.write(options.json, "step", device, threads, sys.argv[1:] if argv is None else argv, rows)
             print(f"\nwrote {options.json}")
     return 0
 
