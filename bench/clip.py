@@ -191,73 +191,30 @@ def measure(case: Case, machine: Machine, seconds: float) -> list[dict[str, Any]
 def measure_mode(
     mode: str, inputs: Inputs, rivals: list[Any], common: dict[str, Any], machine: Machine, seconds: float
 ) -> list[dict[str, Any]]:
+    """A mode's rows: every rival checked, then those that are right timed."""
     start = time.perf_counter()
-    device, threads = machine.device, machine.threads
-    rows, bound, by_name = [], {}, {provider.name: provider for provider in rivals}
+    rows, bound = [], {}
     for provider in rivals:
         fastclip.use_backend(provider.backend)
         try:
             calls = [provider.bind(mode, parameters) for parameters in inputs.sets]
             if calls[0] is None:
                 continue
-            norm_error, first, reason = check(calls[0], provider.exact, mode, inputs, device)
+            norm_error, first, reason = check(calls[0], provider.exact, mode, inputs, machine.device)
         except Exception as error:  # noqa: BLE001 - whatever a rival does, the others are measured
-            rows.append(
-                row(common, mode, provider.name, "failed", f"{type(error).__name__}: {error}".partition("\n")[0])
-            )
+            rows.append(row(common, mode, provider.name, "failed", method.first_line(error)))
             continue
         status = "wrong" if reason else "ok"
         rows.append(row(common, mode, provider.name, status, reason, norm_error=norm_error, first_call_s=first))
         if status == "ok":
-            bound[provider.name] = calls
+            bound[provider] = calls
     inputs.restore()
-
-    falls = mode in ("triggered", "per tensor")
-    limits = Falling(inputs.sets) if falls else itertools.repeat(inputs.limits(mode)[1])
-    seen: list[tuple[float, Any]] = []  # limits and what was returned for them
-
-    def timed(name: str, calls: list[Call]) -> Callable[[], Any]:
-        one, turns = calls[0], itertools.cycle(calls)
-        if device == "cuda" and mode == "triggered" and by_name[name].exact:
-
-            def call() -> None:
-                limit = next(limits)
-                seen.append((limit, next(turns)(limit)))
-
-            return call
-        return (lambda: one(next(limits))) if len(calls) == 1 else (lambda: next(turns)(next(limits)))
-
-    def before(name: str) -> None:
-        if falls:
-            limits.start(per_tensor=mode == "per tensor")
-        if name in by_name:
-            fastclip.use_backend(by_name[name].backend)
-
-    def after(name: str) -> None:
-        """Make sure that every call had something to clip, else a row would claim too much."""
-        if falls and name in by_name and by_name[name].exact and device == "cpu" and limits.writes() < limits.calls:
-            raise AssertionError(f"{name}: {limits.calls - limits.writes()} of {limits.calls} calls clipped nothing")
-        for limit, returned in seen:
-            norm = getattr(returned, "total_norm", returned).item()
-            if norm <= limit:
-                raise AssertionError(f"{name}: a call clipped nothing, its norm is {norm} and its limit {limit}")
-        seen.clear()
-
-    calls = {name: timed(name, c) for name, c in bound.items()}
-    size = inputs.flat.nbytes
-    floor = {}
-    if device == "cpu" and not common["in_cache"] and len(inputs.sets) == 1:
-        # The pristine values' bytes as float32: neither changes them.
-        words = inputs.flat.view(torch.float32)
-        floor = {"floor": words.sum}
-        if PASSES[mode] == 3:
-            floor = {"floor": lambda: (words.sum(), words.mul_(1.0))}
-    left = seconds - (time.perf_counter() - start)
-    fields = method.measure(calls, floor, device, threads, left, BASELINE, before, after)
+    seconds -= time.perf_counter() - start
+    fields = time_all(mode, bound, inputs, common["in_cache"], machine, seconds)
     for r in rows:
         if r["status"] == "ok":
             r |= fields[r["provider"]]
-            bandwidth = PASSES[mode] * size / (r["device_s"] or r["wall_s"])["median"]
+            bandwidth = PASSES[mode] * inputs.flat.nbytes / (r["device_s"] or r["wall_s"])["median"]
             r["gb_per_s"] = bandwidth / 1e9
             if machine.copy:
                 r["of_floor"] = bandwidth / machine.copy
@@ -265,8 +222,49 @@ def measure_mode(
     return rows
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+def time_all(
+    mode: str, bound: dict[Any, list[Call]], inputs: Inputs, in_cache: bool, machine: Machine, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """What was measured of each provider, by its name. `bound`: its calls, one for each set of inputs."""
+    providers = {provider.name: provider for provider in bound}
+    falls = mode in ("triggered", "per tensor")
+    limits = Falling(inputs.sets) if falls else itertools.repeat(inputs.limits(mode)[1])
+    seen: list[tuple[float, Any]] = []  # on a GPU, limits and what was returned for them
+
+    def in_turn(provider: Any, calls: list[Call]) -> Callable[[], Any]:
+        one, turns = calls[0], itertools.cycle(calls)
+
+        def remembering() -> None:
+            limit = next(limits)
+            seen.append((limit, next(turns)(limit)))
+
+        if machine.device == "cuda" and mode == "triggered" and provider.exact:
+            return remembering
+        return (lambda: one(next(limits))) if len(calls) == 1 else (lambda: next(turns)(next(limits)))
+
+    def before(name: str) -> None:
+        if falls:
+            limits.start(per_tensor=mode == "per tensor")
+        if name in providers:
+            fastclip.use_backend(providers[name].backend)
+
+    def after(name: str) -> None:
+        """Make sure that fastclip had something to clip in every call, else its row would claim too much."""
+        exact = name in providers and providers[name].exact
+        if falls and exact and machine.device == "cpu" and limits.writes() < limits.calls:
+            raise AssertionError(f"{name}: {limits.calls - limits.writes()} of {limits.calls} calls clipped nothing")
+        for limit, returned in seen:
+            norm = getattr(returned, "total_norm", returned).item()
+            if norm <= limit:
+                raise AssertionError(f"{name}: a call clipped nothing, its norm is {norm} and its limit {limit}")
+        seen.clear()
+
+    floor: dict[str, Callable[[], Any]] = {}
+    if machine.device == "cpu" and not in_cache and len(inputs.sets) == 1:
+        words = inputs.flat.view(torch.float32)  # neither pass changes the values
+        floor["floor"] = words.sum if PASSES[mode] == 1 else lambda: (words.sum(), words.mul_(1.0))
+    calls = {provider.name: in_turn(provider, calls) for provider, calls in bound.items()}
+    return method.measure(calls, floor, machine.device, machine.threads, seconds, BASELINE, before, after)
 
 
 def row(

@@ -301,6 +301,11 @@ def ratio(times: dict[str, list[float]], name: str, baseline: str) -> dict[str, 
     return spread(b / t for b, t in zip(times[baseline], times[name])) if baseline in times else None
 
 
+def first_line(error: Exception) -> str:
+    """What went wrong, short enough for a table."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 def write(
     path: Path, kind: str, device: str, threads: int, arguments: list[str], rows: list[dict[str, Any]], **more: Any
 ) -> None:

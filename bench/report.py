@@ -40,6 +40,7 @@ COLOURS = {
     "fastclip cpu": "#d1495b", "fastclip triton": "#d1495b", "fastclip cuda": "#edae49", "fastclip.Clipper": "#e8919c",
     "torch foreach": "#4a4e69", "torch loop": "#9a9db3", "torch.compile": "#c9ada7",
 }  # fmt: skip
+GPU_COMPARED = ("fastclip triton", "fastclip cuda", "torch foreach", "torch.compile", "apex", "transformer engine")
 MARKS = {"not triggered": "o", "triggered": "D"}
 MODES = {"not triggered": "nothing to clip", "triggered": "something to clip"}
 # (model, dtype): ratios to torch to reach on a CPU, in the order of MODES
@@ -52,6 +53,8 @@ CPU_GOALS = {
     ("2000x256", "fp32"): (60.0, 50.0),
     ("1x16", "fp32"): (8.0, 8.0),
 }
+# mode: share of a copy's bandwidth, and ratio to torch, to reach on a GPU with a model that fills it
+GPU_GOALS = {"norm": (0.9, 3.0), "not triggered": (0.9, 3.0), "triggered": (0.9, 1.2)}
 STYLE = {
     "svg.hashsalt": "fastclip", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#888888", "xtick.color": "#555555", "ytick.color": "#222222", "axes.titlesize": 11,
@@ -199,6 +202,8 @@ def count(number: float) -> str:
 def gpu_table(rows: list[Row]) -> str:
     lines = []
     for r in rows:
+        if r["provider"] not in GPU_COMPARED:
+            continue
         if r["status"] != "ok":
             lines.append([label(r), r["mode"], r["provider"], f"{r['status']}: {r['reason']}"])
             continue
@@ -227,7 +232,9 @@ def step_table(rows: list[Row]) -> str:
     cells = {(r["provider"], r["optimizer"], r["model"], r["dtype"]): r for r in rows}
 
     def cell(r: Row | None) -> str:
-        return "" if r is None else f"{r['vs_torch']['median']:.2f}×" if r["status"] == "ok" else r["status"]
+        if r is None or r["status"] != "ok":
+            return r["status"] if r else ""
+        return f"{r['vs_torch']['median']:.2f}×" if r["vs_torch"] else ""
 
     names = dict.fromkeys(r["provider"] for r in rows)
     lines = [[name, *(cell(cells.get((name, *column))) for column in columns)] for name in names]
@@ -433,19 +440,54 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def goals(runs: dict[tuple[str, str], Run]) -> str:
-    """For whoever works on fastclip: the goals of the newest CPU run, reached or missed."""
-    if ("clip", "cpu") not in runs:
-        return "no CPU run in bench/results"
-    lines = []
-    for first, modes in pairs(runs["clip", "cpu"]["rows"]):
-        goal = CPU_GOALS.get((first["model"], first["dtype"]))
-        if goal is None or first["input_sets"] > 1:
-            continue
-        for mode, wanted in zip(MODES, goal):
+    """For whoever works on fastclip: its goals, reached or missed by the newest runs."""
+    lines: list[tuple[str, str, float, float]] = []  # what, in which unit, measured, at least
+    for first, modes in pairs(runs.get(("clip", "cpu"), {"rows": []})["rows"]):
+        wanted = CPU_GOALS.get((first["model"], first["dtype"])) if first["input_sets"] == 1 else None
+        for mode, goal in zip(MODES, wanted or ()):
             r = modes[mode]["fastclip cpu"]
-            got = r["vs_torch"]["median"] if r["status"] == "ok" and r["vs_torch"] else math.nan
-            lines.append([label(first), mode, f"{got:.1f}×", f"{wanted:g}×", "reached" if got >= wanted else "missed"])
-    return tabulate(lines, ["gradients", "mode", "measured", "goal", ""], disable_numparse=True)
+            lines.append((f"{label(first)}, {mode}", "× torch", (r["vs_torch"] or {}).get("median", math.nan), goal))
+    for r in runs.get(("growth", "cpu"), {"rows": []})["rows"]:
+        if (r["model"], r["mode"], r["provider"]) == ("10000x16", "not triggered", "fastclip.Clipper"):
+            rate = r["tensors"] / r["host_s"]["median"] / 1e6
+            lines.append(("Clipper.clip_ on 10,000 × 16", "tensors per µs", rate, 1 / 0.040))
+    for first, modes in pairs(runs.get(("clip", "cuda"), {"rows": []})["rows"]):
+        for mode, rivals in modes.items():
+            torch = rivals.get(BASELINE, {})
+            for name in ("fastclip triton", "fastclip cuda"):
+                r = rivals.get(name)
+                if mode in GPU_GOALS and r and r["status"] == torch.get("status") == "ok":
+                    lines += gpu_lines(f"{label(first)}, {mode}, {name}", r, torch, mode)
+    rows = [
+        [what, f"{got:.2f}", f"{goal:.4g}", unit, "reached" if got >= goal else "missed"]
+        for what, unit, got, goal in lines
+    ]
+    return tabulate(rows, ["", "measured", "goal", "unit", ""], disable_numparse=True)
+
+
+def gpu_lines(what: str, r: Row, torch: Row, mode: str) -> list[tuple[str, str, float, float]]:
+    def faster(clock: str) -> float:
+        return torch[clock]["median"] / r[clock]["median"]
+
+    lines = [
+        (what, "of 3 launches spared", 3 - r["launches"], 0),
+        (what, "host syncs, times -1", -r["syncs"], 0),
+        (what, "of 1 MiB spared", 1 - r["extra_bytes"] / 2**20, 0),
+    ]
+    if r["model"] == "2000x256":
+        return [
+            (what, "× less host time", faster("host_s"), 20),
+            (what, "× less wall time", faster("wall_s"), 5),
+            *lines,
+        ]
+    if r["elements"] > 100_000_000:
+        bandwidth, times_torch = GPU_GOALS[mode]
+        lines = [
+            (what, "of a copy", r["of_floor"], bandwidth),
+            (what, "× torch", faster("device_s"), times_torch),
+            *lines,
+        ]
+    return lines
 
 
 def main() -> int:

@@ -120,7 +120,7 @@ def measure(name: str, dtype: str, optimizer: str, device: str, threads: int, se
         try:
             after = after_steps(step, parameters, gradients, norm)
         except Exception as error:  # noqa: BLE001 - whatever a rival does, the others are measured
-            reason, status = f"{type(error).__name__}: {error}".partition("\n")[0], "failed"
+            reason, status = method.first_line(error), "failed"
         else:
             off = fastclip.total_norm([a - e for a, e in zip(after, expected)]) / fastclip.total_norm(expected)
             if not off <= TOLERANCE[DTYPES[dtype]] and provider != "torch clip + loop":

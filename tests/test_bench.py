@@ -51,7 +51,7 @@ def run_clip(tmp_path):
 
     def run(*arguments):
         out = tmp_path / "out.json"
-        assert clip.main(["--device", "cpu", "--quick", "--minutes", "0.05", "--json", str(out), *arguments]) == 0
+        assert clip.main(["--device", "cpu", "--quick", "--minutes", "1", "--json", str(out), *arguments]) == 0
         return json.loads(out.read_text())
 
     return run
@@ -154,7 +154,7 @@ def test_falling_limits_stay_below_the_norm():
 
 def test_step(tmp_path):
     out = tmp_path / "out.json"
-    assert step.main(["--device", "cpu", "--models", "5x32", "--minutes", "0.05", "--json", str(out)]) == 0
+    assert step.main(["--device", "cpu", "--models", "5x32", "--minutes", "1", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert {row["status"] for row in rows} == {"ok"}
     assert {row["optimizer"] for row in rows} == {"AdamW", "SGD"}
@@ -177,3 +177,22 @@ def test_pictures(tmp_path):
         report.save(figure, tmp_path / "1.svg")
         report.save(report.draw(runs)[name], tmp_path / "2.svg")
         assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
+
+
+def test_report_of_a_gpu_run():
+    """No GPU is needed to see that its part can be written: a CPU run in its clothes, with made-up counts."""
+    runs = report.newest()
+    for kind in ("clip", "growth", "step"):
+        run = json.loads(json.dumps(runs[kind, "cpu"]))
+        run |= {"device": "cuda", "copy_bytes_per_s": 1e12}
+        run["machine"] |= {"driver": "0"}
+        for row in run["rows"]:
+            row["provider"] = row["provider"].replace("fastclip cpu", "fastclip triton")
+            if row["status"] == "ok":
+                row |= {"launches": 2, "syncs": 0, "copies": 0, "of_floor": 0.5, "device_s": row["wall_s"]}
+        runs[kind, "cuda"] = run
+    text = report.block(runs)
+    assert "not measured" not in text.lower()
+    assert "1,000 GB/s" in text
+    assert {"cuda-ratio", "cuda-bandwidth", "cuda-growth"} <= report.draw(runs).keys()
+    assert "of a copy" in report.goals(runs)
