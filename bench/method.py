@@ -293,7 +293,8 @@ def spread(values: Iterable[float]) -> dict[str, float] | None:
     if not values:
         return None
     fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
+    found = {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
 def ratio(times: dict[str, list[float]], name: str, baseline: str) -> dict[str, float] | None:
@@ -315,7 +316,7 @@ def write(
         "device": device,
         "date": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d %H:%M"),
         "command": _command("step" if kind == "step" else "clip", arguments),
-        "commit": _first_line(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
+        "commit": _said_by(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
         "machine": _machine(device),
         "versions": {
             "fastclip": fastclip.__version__, "torch": torch.__version__, "triton": _triton(),
@@ -323,10 +324,11 @@ def write(
         },
         "threads": threads,
         **more,
-        "rows": rows,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run, indent=1) + "\n")
+    head = json.dumps(run, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # a row a line, so that a diff can be read
+    path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
 
 
 def _command(script: str, arguments: list[str]) -> str:
@@ -342,7 +344,7 @@ def _machine(device: str) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         return {
             "name": properties.name,
-            "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+            "driver": _said_by(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
             "capability": f"{properties.major}.{properties.minor}",
             "memory": properties.total_memory,
         }
@@ -367,7 +369,7 @@ def _triton() -> str | None:
     return triton.__version__
 
 
-def _first_line(command: list[str]) -> str | None:
+def _said_by(command: list[str]) -> str | None:
     if shutil.which(command[0]) is None:
         return None
     return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0] or None
