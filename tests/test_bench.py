@@ -1,0 +1,198 @@
+"""The benchmarks: the models' sizes, what a run writes down, what it refuses to time, and the README's block."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tabulate")
+pytest.importorskip("tqdm")
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import clip  # noqa: E402
+import method  # noqa: E402
+import models  # noqa: E402
+import providers  # noqa: E402
+import report  # noqa: E402
+import step  # noqa: E402
+
+TENSORS = {
+    "resnet50": 161,
+    "vit-b16": 152,
+    "bert-base": 199,
+    "gpt2-124m": 148,
+    "gpt2-1.5b": 580,
+    "llama-3.2-1b": 146,
+    "llama-3-8b": 291,
+    "mixtral-8x7b": 995,
+    "olmoe-1b-7b": 3219,
+}
+FIELDS = {
+    *("model", "dtype", "tensors", "elements", "input_sets", "in_cache", "mode", "provider", "status", "reason"),
+    *("wall_s", "host_s", "device_s", "vs_torch", "gb_per_s", "of_floor", "ops", "launches", "copies", "syncs"),
+    *("extra_bytes", "norm_error", "first_call_s"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch):
+    monkeypatch.setattr(method, "LEAST_ROUNDS", 2)
+    monkeypatch.setattr(method, "MOST_ROUNDS", 3)
+
+
+@pytest.fixture
+def run_clip(tmp_path):
+    """bench/clip.py with some arguments, in this process; the JSON that it writes."""
+
+    def run(*arguments):
+        out = tmp_path / "out.json"
+        assert clip.main(["--device", "cpu", "--quick", "--minutes", "1", "--json", str(out), *arguments]) == 0
+        return json.loads(out.read_text())
+
+    return run
+
+
+class Wrong(providers.Torch):
+    """Clips to twice the limit."""
+
+    def bind(self, mode, parameters):
+        return lambda limit: torch.nn.utils.clip_grad_norm_(parameters, 2 * limit)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_models_have_the_published_size(name):
+    model = models.MODELS[name]
+    assert model.published is not None
+    assert model.elements == model.published
+    assert len(model.shapes) == TENSORS[name]
+
+
+def test_synthetic_models():
+    assert models.find("3x5").shapes == [(5,)] * 3
+    assert models.MODELS["one-1.5b"].elements == 1_500_000_000
+    with pytest.raises(ValueError, match="gpt3"):
+        models.find("gpt3")
+
+
+def test_misaligned_gradients():
+    inputs = clip.Inputs(models.MODELS["misaligned"]._replace(shapes=[(3, 5)] * 4), torch.float32, "cpu", 1)
+    assert all(p.grad.data_ptr() % 16 for p in inputs.sets[0])
+
+
+def test_rows_have_all_fields(run_clip):
+    run = run_clip("--models", "20x64,resnet50", "--modes", "triggered", "--providers", "fastclip cpu,torch foreach")
+    assert {"machine", "versions", "commit", "threads", "command", "date", "kind", "device", "rows"} <= run.keys()
+    assert run["command"].startswith("python bench/clip.py --device cpu --quick")
+    assert "out.json" not in run["command"]
+    assert len(run["rows"]) == 4
+    for row in run["rows"]:
+        assert row.keys() == FIELDS
+        assert row["status"] == "ok"
+        assert row["wall_s"]["p20"] <= row["wall_s"]["median"] <= row["wall_s"]["p80"]
+        assert row["host_s"] == row["wall_s"], "on a CPU a call returns when it is done"
+        assert row["vs_torch"]["median"] > 0
+        assert row["gb_per_s"] > 0
+        assert row["ops"] is not None
+        assert row["extra_bytes"] < 1 << 20
+        assert row["norm_error"] < 1e-4
+        assert (row["of_floor"] is None) == row["in_cache"]
+
+
+def test_every_mode_and_provider(run_clip):
+    everyone = "fastclip cpu,fastclip reference,fastclip.Clipper,torch foreach,torch loop"
+    run = run_clip("--models", "6x32", "--dtypes", "fp32,bf16,fp16", "--cold", "--providers", everyone)
+    assert {row["status"] for row in run["rows"]} == {"ok"}, [row for row in run["rows"] if row["status"] != "ok"]
+    assert {row["mode"] for row in run["rows"]} == set(clip.PASSES)
+    assert {row["input_sets"] for row in run["rows"]} == {clip.MOST_SETS}
+
+
+def test_growth(run_clip):
+    run = run_clip("--growth")
+    assert run["kind"] == "growth"
+    assert {row["model"] for row in run["rows"]} >= {"1x1", "100x16"}
+
+
+def test_wrong_gradients_are_not_timed(run_clip, monkeypatch):
+    torch_too = providers.Torch(providers.BASELINE, None)
+    monkeypatch.setattr(clip, "providers", lambda device: [torch_too, Wrong("wrong", None)])
+    good, wrong = run_clip("--models", "20x64", "--modes", "triggered")["rows"]
+    assert (good["provider"], good["status"]) == (providers.BASELINE, "ok")
+    assert (wrong["provider"], wrong["status"]) == ("wrong", "wrong")
+    assert "gradients are off" in wrong["reason"]
+    assert wrong["wall_s"] is None
+
+
+def test_a_run_that_does_not_fit_is_skipped(run_clip, monkeypatch):
+    monkeypatch.setattr(method, "free_bytes", lambda device: 1 << 30)
+    rows = run_clip("--models", "llama-3-8b", "--modes", "norm", "--providers", "fastclip cpu")["rows"]
+    assert [row["status"] for row in rows] == ["skipped"]
+    assert "GiB" in rows[0]["reason"]
+
+
+@pytest.mark.parametrize("wrong", [["--models", "gpt3"], ["--modes", "fast"], ["--providers", "nobody"]])
+def test_refuses_before_measuring(wrong, capsys):
+    with pytest.raises(SystemExit):
+        clip.main(wrong)
+    assert wrong[1] in capsys.readouterr().err
+
+
+def test_falling_limits_stay_below_the_norm():
+    p = torch.nn.Parameter(torch.zeros(1000))
+    p.grad = torch.randn(1000).bfloat16().float()
+    falling = method.Falling([[p]])
+    falling.start()
+    for _ in range(20):
+        limit = next(falling)
+        assert torch.nn.utils.clip_grad_norm_([p], limit) > limit
+    assert falling.calls == falling.writes() == 20
+
+
+def test_step(tmp_path):
+    out = tmp_path / "out.json"
+    assert step.main(["--device", "cpu", "--models", "5x32", "--minutes", "1", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {row["optimizer"] for row in rows} == {"AdamW", "SGD"}
+    assert {row["provider"] for row in rows} >= {step.BASELINE, "fastclip.clip_norm_ + fused"}
+    assert all(row["vs_torch"]["median"] > 0 for row in rows)
+
+
+def test_readme_shows_the_committed_results():
+    runs = report.newest()
+    assert ("clip", "cpu") in runs
+    assert report.block(runs) in report.README.read_text(), "run `python bench/report.py`"
+
+
+def test_pictures(tmp_path):
+    runs = report.newest()
+    text = report.block(runs)
+    for name, figure in report.draw(runs).items():
+        assert f"docs/bench-{name}.svg" in text
+        assert (report.PICTURES / f"bench-{name}.svg").is_file(), "run `python bench/report.py`"
+        report.save(figure, tmp_path / "1.svg")
+        report.save(report.draw(runs)[name], tmp_path / "2.svg")
+        assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
+
+
+def test_report_of_a_gpu_run():
+    """No GPU is needed to see that its part can be written: a CPU run in its clothes, with made-up counts."""
+    runs = report.newest()
+    for kind in ("clip", "growth", "step"):
+        run = json.loads(json.dumps(runs[kind, "cpu"]))
+        run |= {"device": "cuda", "copy_bytes_per_s": 1e12}
+        run["machine"] |= {"driver": "0"}
+        for row in run["rows"]:
+            row["provider"] = row["provider"].replace("fastclip cpu", "fastclip triton")
+            if row["status"] == "ok":
+                row |= {"launches": 2, "syncs": 0, "copies": 0, "of_floor": 0.5, "device_s": row["wall_s"]}
+        runs[kind, "cuda"] = run
+    text = report.block(runs)
+    assert "not measured" not in text.lower()
+    assert "1,000 GB/s" in text
+    assert {"cuda-ratio", "cuda-bandwidth", "cuda-growth"} <= report.draw(runs).keys()
+    assert "of a copy" in report.goals(runs)
