@@ -4,9 +4,9 @@
     python bench/step.py --quick                # under a minute
 
 AdamW and SGD with momentum, each in torch's three implementations (a loop over parameters, foreach, fused), after
-torch's clip and after fastclip's; and, where this fastclip has them, `Clipper.step` and `fastclip.optim`. All of them
-must lead to the same parameters in a few steps before any is timed. zero_grad is not part of it: setting gradients to
-None costs the same everywhere, and the next call needs them.
+torch's clip and after fastclip's; `Clipper.step`, which feeds torch's fused one; and `fastclip.optim`. All of them must
+lead to the same parameters in a few steps before any is timed. zero_grad is not part of it: setting gradients to None
+costs the same everywhere, and the next call needs them.
 """
 
 from __future__ import annotations
@@ -49,11 +49,8 @@ def rivals(optimizer: str, parameters: list[Tensor]) -> dict[str, Step]:
     clips = {"torch clip": torch.nn.utils.clip_grad_norm_, "fastclip.clip_norm_": fastclip.clip_norm_}
     for (first, clip), (second, how) in itertools.product(clips.items(), IMPLEMENTATIONS.items()):
         found[f"{first} + {second}"] = clip_and_step(clip, parameters, make(parameters, **options, **how))
-    if hasattr(fastclip.Clipper, "step"):
-        found["Clipper.step + fused"] = clipper_step(parameters, make(parameters, **options, fused=True))
-    if hasattr(getattr(fastclip, "optim", None), optimizer):
-        ours = getattr(fastclip.optim, optimizer)(parameters, **options, max_norm=1.0)
-        found[f"fastclip.optim.{optimizer}"] = own_step(ours)
+    found["Clipper.step + fused"] = clipper_step(parameters, make(parameters, **options, fused=True))
+    found["fastclip.optim"] = own_step(getattr(fastclip.optim, optimizer)(parameters, **options, max_norm=1.0))
     return found
 
 
@@ -76,10 +73,11 @@ def clipper_step(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> 
     return step
 
 
-def own_step(optimizer: torch.optim.Optimizer) -> Step:
+def own_step(optimizer: Any) -> Step:
+    rule = optimizer.clipper.rules[0]
+
     def step(limit: float) -> None:
-        for group in optimizer.param_groups:
-            group["max_norm"] = limit
+        rule.max_norm = limit
         optimizer.step()
 
     return step

@@ -12,6 +12,8 @@
 namespace fastclip {
 namespace {
 
+constexpr int64_t LONG_WORK = 1 << 22;  // elements; long enough for other threads to want the interpreter meanwhile
+
 // The tensors of a Python list, or null if any item is no tensor. Good until the next call on this thread.
 const std::vector<c10::TensorImpl*>* tensors_of(PyObject* list) {
   static thread_local std::vector<c10::TensorImpl*> tensors;
@@ -82,7 +84,7 @@ PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
 
   std::optional<py::gil_scoped_release> released;
-  if (work > 1 << 22) {  // long enough for other threads to want the interpreter
+  if (work > LONG_WORK) {
     for (auto& group : groups) group.own();
     released.emplace();
   }
@@ -156,6 +158,32 @@ py::tuple measure(const Group& group, double p, std::optional<double> max_norm, 
   py::object coef = py::none();
   if (max_norm) coef = py::cast(scalar(clip_coefficient(norm, *max_norm), at::kDouble));
   return py::make_tuple(power, absmax, scalar(norm, at::kDouble), coef, total);
+}
+
+// pack, measure, decide and apply for a Clipper whose one rule is the global norm: what `measure` gives, and whether the
+// gradients are float64; or None if the list wants another path. No gradient is owned: nothing here runs Python.
+py::object clip_all(const py::list& list, double p, double max_norm) {
+  const auto* tensors = tensors_of(list.ptr());
+  std::vector<Group> groups;
+  if (!tensors || pack(*tensors, /*gradients_of=*/true, groups) == Packed::Odd) return py::none();
+  if (groups.size() != 1 || !groups[0].device.is_cpu() || groups[0].work > LONG_WORK) return py::none();
+  Group& group = groups[0];
+  const int64_t n = group.segments.size();
+  static thread_local std::vector<Moments> per_segment;
+  per_segment.assign(n, {});
+  const auto all = cpu::measure(group, p, /*absmax=*/true, per_segment.data());
+  const double norm = finish_norm(norm_kind(p), p, all.power, all.absmax), coef = clip_coefficient(norm, max_norm);
+  cpu::apply_(group, &coef, 0);
+  const auto options = at::TensorOptions().dtype(at::kDouble);
+  at::Tensor power = at::detail::empty_cpu({n}, options), absmax = at::detail::empty_cpu({n}, options);
+  auto *powers = power.mutable_data_ptr<double>(), *maxima = absmax.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < n; i++) {
+    powers[i] = per_segment[i].power;
+    maxima[i] = per_segment[i].absmax;
+  }
+  const bool wide = group.dtype == at::kDouble;
+  recycle(std::move(group));
+  return py::make_tuple(power, absmax, scalar(norm, at::kDouble), scalar(coef, at::kDouble), wide);
 }
 
 // coef: float64 on the host, [] or [T]
@@ -280,6 +308,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Released = py::call_guard<py::gil_scoped_release>;
   m.def("pack", &pack_list);
   m.def("measure", &measure);
+  m.def("clip_all", &clip_all);
   m.def("apply_", &apply_, Released());
   m.def("clamp_", &cpu::clamp_, Released());
   m.def("adamw_", &adamw_);

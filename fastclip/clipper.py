@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import upload
+from . import backends
+from .backends import Measurement, native, upload
 from .feed import Fed, Scaling, check_optimizer, covers, feed
 from .rules import GlobalNorm, Rule, Value, clip_coefficient, combined, norm_type_of
 from .stats import Stats, measure
@@ -60,10 +61,28 @@ class Clipper:
                 finite where ``nonfinite="raise"``, before any is changed; or a rule that returns no coefficients,
                 before anything that comes after the last `Value`.
         """
-        table = pack(self.parameters, gradients=False, write=True)
-        stats, pending = self.decide(table)
-        pending.apply_(table)
+        stats = self._at_once()
+        if stats is None:
+            table = pack(self.parameters, gradients=False, write=True)
+            stats, pending = self.decide(table)
+            pending.apply_(table)
         return stats
+
+    def _at_once(self) -> Stats | None:
+        """The commonest case in one native call: one limit of the norm, gradients on the CPU, few enough to count."""
+        rule = self.rules[0]
+        if len(self.rules) > 1 or type(rule) is not GlobalNorm or rule.norm_type == 0 or self.nonfinite != "propagate":
+            return None
+        library = native.cpp.load() if backends.current() in ("auto", "cpu") else None
+        done = library.clip_all(self.parameters, self.norm_type, rule.max_norm) if library is not None else None
+        if done is None:
+            return None
+        power, absmax, norm, coef, wide = done
+        parts = [Measurement(power, absmax)]
+        stats = Stats(self.norm_type, torch.float64 if wide else torch.float32, power.device, parts, None, norm)
+        if self.names is not None:
+            stats.names = self._names_of(len(power))
+        return stats.decided(coef)
 
     def step(
         self,

@@ -32,7 +32,7 @@ def check_optimizer(optimizer: Any) -> None:
             f"optimizer must step without a closure; {type(optimizer).__name__} evaluates one several times a step, so "
             f"call clip_() inside the closure instead"
         )
-    if getattr(optimizer, "_clipper", None) is not None:
+    if getattr(optimizer, "clipper", None) is not None:
         raise ValueError(
             "optimizer has a max_norm of its own, so its gradients would be clipped twice: call its step()"
         )

@@ -36,6 +36,7 @@ class Arrays(NamedTuple):
 class _Optimizer(torch.optim.Optimizer):
     """What AdamW and SGD share: the decision, and the pass over all parameters."""
 
+    clipper: Clipper | None  # of the `max_norm`, over all parameters
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf, see step()
     _fed: Fed | None = None
     stats: Stats | None = None
@@ -57,12 +58,9 @@ class _Optimizer(torch.optim.Optimizer):
             isinstance(stochastic_rounding, bool) or not isinstance(stochastic_rounding, int)
         ):
             raise TypeError(f"stochastic_rounding must be a seed (an int) or None, got {stochastic_rounding!r}")
-        self._rule, self._nonfinite = max_norm, nonfinite
-        self._clipper: Clipper | None = None
-        if max_norm is not None:
-            Clipper([], max_norm, nonfinite=nonfinite)  # complains now rather than at the first step
-        elif nonfinite != "propagate":
+        if max_norm is None and nonfinite != "propagate":
             raise ValueError(f"nonfinite={nonfinite!r} needs a max_norm; float('inf') only measures")
+        self.clipper = None if max_norm is None else Clipper([], max_norm, nonfinite=nonfinite)
         defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "rounding_step": 0}
         super().__init__(params, defaults)
 
@@ -71,10 +69,11 @@ class _Optimizer(torch.optim.Optimizer):
         for p in self.param_groups[-1]["params"]:
             if not p.is_floating_point():
                 raise TypeError(f"params must be floating-point tensors, got one of {p.dtype}")
-        if self._rule is not None:
-            self._clipper = Clipper(
-                [p for group in self.param_groups for p in group["params"]], self._rule, nonfinite=self._nonfinite
-            )
+        if self.clipper is not None:
+            self.clipper.parameters += self.param_groups[-1]["params"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "clipper": self.clipper}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
@@ -103,8 +102,8 @@ class _Optimizer(torch.optim.Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         factor = None if scale is None else scale.double().reciprocal()
         skip = None if found_inf is None else found_inf > 0
-        if self._clipper is not None:
-            clipper = self._clipper
+        clipper = self.clipper
+        if clipper is not None:
             table = pack(clipper.parameters, gradients=False, write=True)
             if not len(table):
                 return None
