@@ -11,6 +11,13 @@ import fastclip
 from fastclip import rules
 from fastclip.feed import FUSED
 
+
+@pytest.fixture(autouse=True)
+def _one_thread(_two_threads):
+    """Small models: a second thread would only be waited for."""
+    torch.set_num_threads(1)
+
+
 OPTIMIZERS = {
     "fused AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1, fused=True),
     "fused Adam": lambda ps: torch.optim.Adam(ps, lr=1e-2, amsgrad=True, fused=True),

@@ -20,7 +20,7 @@ const char* fastclip_cuda_clamp(const uint64_t*, const uint32_t*, uint32_t, uint
 namespace {
 
 // 64 threads: a tile is 4 KiB, 1,024 float32s.
-const std::vector<int64_t> SIZES = {1, 0, 5, 40'000, 7, 1024, 1023, 9, 2048, 0};
+const std::vector<int64_t> SIZES = {1, 0, 5, 9'000, 7, 1024, 1023, 9, 2048, 0};
 const int ITEMSIZE[] = {4, 8, 2, 2};
 
 void check(const char* error) {
