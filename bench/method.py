@@ -315,7 +315,7 @@ def write(
         "kind": kind,
         "device": device,
         "date": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        "command": _command("step" if kind == "step" else "clip", arguments),
+        "command": _command({"step": "bench/step.py", "gpu": "-m bench.gpu"}.get(kind, "bench/clip.py"), arguments),
         "commit": _said_by(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
         "machine": _machine(device),
         "versions": {
@@ -336,7 +336,7 @@ def _command(script: str, arguments: list[str]) -> str:
     if "--json" in words:  # a path of no one else's concern
         at = words.index("--json")
         del words[at : at + 2]
-    return shlex.join(["python", f"bench/{script}.py", *words])
+    return f"python {script} {shlex.join(words)}".strip()
 
 
 def _machine(device: str) -> dict[str, Any]:

@@ -170,7 +170,7 @@ py::object clip_all(const py::list& list, double p, double max_norm) {
   Group& group = groups[0];
   const int64_t n = group.segments.size();
   static thread_local std::vector<Moments> per_segment;
-  per_segment.assign(n, {});
+  per_segment.resize(n);  // all are written below
   const auto all = cpu::measure(group, p, /*absmax=*/true, per_segment.data());
   const double norm = finish_norm(norm_kind(p), p, all.power, all.absmax), coef = clip_coefficient(norm, max_norm);
   cpu::apply_(group, &coef, 0);

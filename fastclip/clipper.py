@@ -119,8 +119,8 @@ class Clipper:
             RuntimeError: a second step with `scaler` without its ``update()``.
             As :meth:`clip_`.
 
-        A skip is decided on the device and read back to the host only for optimizers that are not fused, for the first
-        step of an SGD with momentum, and where the rules have a ``Value``; ``Mask(hold=True)`` reads which are held.
+        A skip is decided on the device and read back to the host only for optimizers that are not fused (SGD with
+        dampening counts as such) and where the rules have a ``Value``; ``Mask(hold=True)`` reads which are held.
         """
         check_optimizer(optimizer)
         complete = covers(optimizer, self.parameters)

@@ -141,11 +141,12 @@ def feed(optimizer: torch.optim.Optimizer, table: GradTable, fed: Fed, complete:
         return
     pending = fed.pending
     kept = [(p, p.grad) for p in fed.held()]
-    if complete and type(optimizer) in FUSED and all(group.get("fused") for group in optimizer.param_groups):
+    fused = type(optimizer) in FUSED and all(group.get("fused") for group in optimizer.param_groups)
+    if complete and fused and not _dampens(optimizer):
         if pending.each is not None:
             table.apply_(pending.unless_skipped(pending.each))
-        if _starts_momentum(optimizer) and pending.skip is not None and bool(pending.skip):
-            return  # the fused SGD would keep momentum buffers that it has not filled
+        if type(optimizer) is torch.optim.SGD:
+            _start_momentum(optimizer)
         skip = torch.zeros((), device=table.device) if pending.skip is None else pending.skip.float()
         with _without_gradients(kept), _attributes(optimizer, grad_scale=_divisor(pending.common), found_inf=skip):
             optimizer.step()
@@ -162,14 +163,21 @@ def _divisor(common: Tensor) -> Tensor:
     return common.reciprocal().float()
 
 
-def _starts_momentum(optimizer: torch.optim.Optimizer) -> bool:
-    if type(optimizer) is not torch.optim.SGD:
-        return False
-    return any(
-        group["momentum"] != 0 and p.grad is not None and optimizer.state.get(p, {}).get("momentum_buffer") is None
-        for group in optimizer.param_groups
-        for p in group["params"]
-    )
+def _start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Give parameters that have no momentum yet one of zeros, from which the first step is the same.
+
+    The fused step itself would keep buffers that it has not filled, if the first one is skipped, and fails where some
+    parameters have momentum and others, held until then, have none. With dampening the first step is not the same.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"] != 0 and group["dampening"] == 0:
+            for p in group["params"]:
+                if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def _dampens(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer) is torch.optim.SGD and any(group["dampening"] != 0 for group in optimizer.param_groups)
 
 
 class _attributes:

@@ -20,7 +20,8 @@ class Stats:
 
     Attributes:
         total_norm: [] p-norm of all gradients as one vector, p being the rule's norm type (2 if it has none).
-        coef: [] or [T] what the gradients were multiplied by; -0.0 where an infinite norm made them 0 (inf: NaN).
+        coef: [] or [T] what the gradients were multiplied by, 1 if skipped; -0.0 where an infinite norm made them 0
+            (inf: NaN).
         clipped: [] bool, whether any gradient was changed.
         skipped: [] bool, whether nothing was done because of `when`, the GradScaler or ``nonfinite="skip"``.
         tensor_norms: [T] p-norm of each gradient.
@@ -98,14 +99,13 @@ class Stats:
 
     @property
     def coef(self) -> Tensor:
-        return self._decision().to(self._dtype)
+        coef = self._decision().to(self._dtype)
+        return coef if self._skip is None else torch.where(self._skip, 1.0, coef)
 
     @property
     def clipped(self) -> Tensor:
         changed = (self.coef != 1).any()
-        if self._clamped is not None:
-            changed = changed | self._clamped
-        return changed if self._skip is None else changed & ~self._skip
+        return changed if self._clamped is None else changed | self._clamped
 
     @property
     def skipped(self) -> Tensor:

@@ -125,7 +125,7 @@ def test_when_false_leaves_everything(name, when):
     backward(model, 1)
     before = state_of(model, optimizer)
     stats = clipper.step(optimizer, when=when)
-    assert stats.skipped and not stats.clipped and stats.total_norm > 0
+    assert stats.skipped and not stats.clipped and stats.coef == 1 and stats.total_norm > 0
     assert_same(state_of(model, optimizer), before, rtol=0, atol=0)
     assert not clipper.step(optimizer, when=torch.tensor(True)).skipped
     assert not torch.equal(next(model.parameters()), before[0][0])
@@ -240,6 +240,21 @@ def test_hold_leaves_masked_parameters_alone(name):
     model[2].weight.grad.fill_(1e-9)
     fastclip.Clipper(model.parameters(), rules.Mask(1e-3)).step(optimizer)  # without hold, momentum goes on
     assert not torch.equal(model[0].weight, before[0][0])
+
+
+def test_hold_from_the_first_step_on():
+    """torch's fused SGD by itself fails where some parameters have momentum and others have none."""
+
+    def run(fused):
+        a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.SGD([a, b], 0.1, 0.9, fused=fused)
+        clipper = fastclip.Clipper([a, b], rules.Mask(1e-2, hold=True))
+        for size in (1e-3, 1.0, 1.0):
+            a.grad, b.grad = torch.full((3,), size), torch.ones(3)
+            clipper.step(optimizer)
+        return a.detach(), b.detach()
+
+    assert_same(run(True), run(False))
 
 
 def test_hold_gives_gradients_back_when_the_step_fails():
