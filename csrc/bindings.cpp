@@ -161,12 +161,13 @@ py::tuple measure(const Group& group, double p, std::optional<double> max_norm, 
 }
 
 // pack, measure, decide and apply for a Clipper whose one rule is the global norm: what `measure` gives, and whether the
-// gradients are float64; or None if the list wants another path. No gradient is owned: nothing here runs Python.
+// gradients are float64; or the packed groups, untouched, or None, as global_norm does. No gradient is owned meanwhile:
+// nothing here runs Python.
 py::object clip_all(const py::list& list, double p, double max_norm) {
   const auto* tensors = tensors_of(list.ptr());
   std::vector<Group> groups;
-  if (!tensors || pack(*tensors, /*gradients_of=*/true, groups) == Packed::Odd) return py::none();
-  if (groups.size() != 1 || !groups[0].device.is_cpu() || groups[0].work > LONG_WORK) return py::none();
+  if (!tensors || pack(*tensors, /*gradients_of=*/true, groups) == Packed::Odd || groups.empty()) return py::none();
+  if (groups.size() > 1 || !groups[0].device.is_cpu() || groups[0].work > LONG_WORK) return wrap(std::move(groups));
   Group& group = groups[0];
   const int64_t n = group.segments.size();
   static thread_local std::vector<Moments> per_segment;
@@ -272,6 +273,7 @@ bool take_step(Step step, const py::list& params, const py::list& grads, const s
   }
   for (auto* tensor : written)
     if (!tensor->is_inference()) tensor->bump_version();
+  for (size_t i = 0; zero_grad && i < group.segments.size(); i++) group.bump_version(i);
   return true;
 }
 

@@ -526,15 +526,15 @@ cudaError_t launch(void (*kernel)(Table, uint32_t, uint32_t, Parameters...), con
 // use(table) with the table in the smallest form that holds it.
 template <class Use>
 cudaError_t with_table(const Launch& to, Use use) {
-  auto as_parameters = [&](auto table) {
+  auto as_parameters = [&](auto& table) {
     std::memcpy(table.place, to.place, to.tensors * sizeof(uint64_t));
     std::memcpy(table.first, to.first, (to.tensors + 1) * sizeof(uint32_t));
     return use(table);
   };
-  if (to.tensors <= FEW) return as_parameters(ParameterTable<FEW>());
-  if constexpr (MANY > FEW) {
-    if (to.tensors <= MANY) return as_parameters(ParameterTable<MANY>());
-  }
+  static thread_local ParameterTable<FEW> few;
+  static thread_local ParameterTable<MANY> many;
+  if (to.tensors <= FEW) return as_parameters(few);
+  if (to.tensors <= MANY) return as_parameters(many);
   return use(DeviceTable{to.place, to.first});
 }
 
@@ -562,6 +562,17 @@ extern "C" {
 
 // The most tensors whose table travels in the kernel's parameters; the tables of more are read from device memory.
 int fastclip_cuda_most_parameters() { return MANY; }
+
+// Whether the kernels can run on a device: it may be of an architecture that they were not compiled for.
+const char* fastclip_cuda_probe(int device) {
+  int before = device;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, apply_kernel<F32, DeviceTable>);
+  if (before != device) cudaSetDevice(before);
+  return message(error);
+}
 
 // Bytes of the workspace that `measure` needs on a device; zeroed once, then left to it, one for each stream.
 const char* fastclip_cuda_workspace_bytes(int device, int64_t* bytes) {

@@ -14,7 +14,7 @@ from .backends import Measurement, native, upload
 from .feed import Fed, Scaling, check_optimizer, covers, feed
 from .rules import GlobalNorm, Rule, Value, clip_coefficient, combined, norm_type_of
 from .stats import Stats, measure
-from .table import GradTable, identity, listed, pack
+from .table import GradTable, from_native, identity, listed, pack
 
 NONFINITE = ("propagate", "skip", "zero", "raise")
 
@@ -61,22 +61,26 @@ class Clipper:
                 finite where ``nonfinite="raise"``, before any is changed; or a rule that returns no coefficients,
                 before anything that comes after the last `Value`.
         """
-        stats = self._at_once()
-        if stats is None:
-            table = pack(self.parameters, gradients=False, write=True)
-            stats, pending = self.decide(table)
-            pending.apply_(table)
+        done = self._at_once()
+        if isinstance(done, Stats):
+            return done
+        table = from_native(done) if done else pack(self.parameters, gradients=False, write=True)
+        stats, pending = self.decide(table)
+        pending.apply_(table)
         return stats
 
-    def _at_once(self) -> Stats | None:
-        """The commonest case in one native call: one limit of the norm, gradients on the CPU, few enough to count."""
+    def _at_once(self) -> Stats | list[Any] | None:
+        """The commonest case in one native call: one limit of the norm, gradients on the CPU, few enough to count.
+
+        Returns the packed gradients where it is another case, or None where they want the general packer.
+        """
         rule = self.rules[0]
         if len(self.rules) > 1 or type(rule) is not GlobalNorm or rule.norm_type == 0 or self.nonfinite != "propagate":
             return None
         library = native.cpp.load() if backends.current() in ("auto", "cpu") else None
         done = library.clip_all(self.parameters, self.norm_type, rule.max_norm) if library is not None else None
-        if done is None:
-            return None
+        if not isinstance(done, tuple):
+            return done
         power, absmax, norm, coef, wide = done
         parts = [Measurement(power, absmax)]
         stats = Stats(self.norm_type, torch.float64 if wide else torch.float32, power.device, parts, None, norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +43,11 @@ def check_optimizer(optimizer: Any) -> None:
 def _wants_closure(step: Callable[..., Any]) -> bool:
     closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _tied(optimizer: torch.optim.Optimizer, table: GradTable) -> bool:
+    """Whether parameters share a gradient, which a step that multiplies as it reads would multiply several times."""
+    return sum(p.grad is not None for group in optimizer.param_groups for p in group["params"]) > len(table)
 
 
 def covers(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> bool:
@@ -92,9 +98,9 @@ class Scaling:
             count = upload(count, torch.float64, self.device) if on_host else count.to(self.device, torch.float64)
             divisor = count if divisor is None else divisor * count
         else:
-            if isinstance(divide_by, bool) or not isinstance(divide_by, (int, float)):
+            if isinstance(divide_by, bool) or not isinstance(divide_by, numbers.Real):
                 raise TypeError(f"divide_by must be a number, got {type(divide_by).__name__} {divide_by!r}")
-            if not 0 < divide_by < float("inf"):
+            if not 0 < float(divide_by) < float("inf"):
                 raise ValueError(f"divide_by must be > 0 and finite, got {divide_by!r}")
             if divide_by != 1:
                 given = torch.full((), float(divide_by), dtype=torch.float64, device=self.device)
@@ -142,7 +148,7 @@ def feed(optimizer: torch.optim.Optimizer, table: GradTable, fed: Fed, complete:
     pending = fed.pending
     kept = [(p, p.grad) for p in fed.held()]
     fused = type(optimizer) in FUSED and all(group.get("fused") for group in optimizer.param_groups)
-    if complete and fused and not _dampens(optimizer):
+    if complete and fused and not _dampens(optimizer) and not _tied(optimizer, table):
         if pending.each is not None:
             table.apply_(pending.unless_skipped(pending.each))
         if type(optimizer) is torch.optim.SGD:

@@ -9,7 +9,7 @@ On CPUs the step is one multi-tensor C++ kernel; elsewhere it is torch's own fus
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,10 +65,16 @@ class _Optimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if not p.is_floating_point():
+        given = param_group["params"]
+        param_group = {**param_group, "params": [given] if isinstance(given, Tensor) else list(given)}
+        rounded = param_group.get("stochastic_rounding", self.defaults["stochastic_rounding"]) is not None
+        for item in param_group["params"]:
+            p = item[1] if isinstance(item, tuple) else item
+            if isinstance(p, Tensor) and not p.is_floating_point():
                 raise TypeError(f"params must be floating-point tensors, got one of {p.dtype}")
+            if rounded and isinstance(p, Tensor) and p.dtype == torch.bfloat16 and p.device.type != "cpu":
+                raise NotImplementedError(f"stochastic_rounding is not supported on {p.device.type} yet")
+        super().add_param_group(param_group)
         if self.clipper is not None:
             self.clipper.parameters += self.param_groups[-1]["params"]
 
@@ -90,11 +96,10 @@ class _Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         fed = self._fed or self._decided()
-        if not _skipped_on_host(fed):
+        if not _skipped_on_host(fed, any(group.get("dampening") for group in self.param_groups)):
             self._advance(fed, zero_grad)
         elif zero_grad:
-            for group in self.param_groups:
-                torch._foreach_zero_([p.grad for p in group["params"] if p.grad is not None])
+            _zero(p.grad for group in self.param_groups for p in group["params"])
         return loss
 
     def _decided(self) -> Fed | None:
@@ -119,37 +124,46 @@ class _Optimizer(torch.optim.Optimizer):
 
     def _advance(self, fed: Fed | None, zero_grad: bool) -> None:
         positions = fed.positions() if fed and fed.pending.coef.dim() else {}
-        held = set(map(id, fed.held())) if fed else set()
-        for group in self.param_groups:
-            seed = _seed(group)
-            for arrays in self._arrays(group, held):
+        held = fed.held() if fed else []
+        passed_over = set(map(id, held))
+        work = [
+            (group, self._arrays(group, passed_over)) for group in self.param_groups
+        ]  # complains before any is written
+        for number, (group, found) in enumerate(work):
+            seed = _seed(group, number)
+            for arrays in found:
                 device = arrays.params[0].device
-                coef = torch.ones((), dtype=torch.float64, device="cpu")
-                if fed is not None:
-                    coef = fed.pending.coef.to(device)
-                    if coef.dim():
-                        order = [positions[id(p)] for p in arrays.params]
-                        coef = coef[backends.upload(order, torch.int64, device)]
-                backend = backends.choose(device)
-                native = getattr(backend, self._verb, None)
-                if native and native(arrays, coef, group, zero_grad, seed):
-                    continue
-                if seed is not None and arrays.params[0].dtype == torch.bfloat16:
-                    raise NotImplementedError(
-                        f"stochastic_rounding is supported by the cpu backend on plain tensors, not yet on {device}"
-                    )
-                scaling = _divisor(arrays, coef, fed)
-                plain, copies = _for_torch(arrays)
-                self._by_torch(plain, group, *scaling)
-                for original, copy in copies:
-                    original.copy_(copy)
-                torch.autograd.graph.increment_version(arrays.params)
-                if zero_grad:
-                    torch._foreach_zero_(arrays.grads)
-            if held and zero_grad:
-                torch._foreach_zero_([p.grad for p in group["params"] if p.grad is not None])
+                coef = _mine(None if fed is None else fed.pending.coef, arrays, positions)
+                native = getattr(backends.choose(device), self._verb, None)
+                if native and device.type == "cpu" and fed and fed.pending.skip is not None and bool(fed.pending.skip):
+                    _zero(arrays.grads if zero_grad else [])
+                elif not (native and native(arrays, coef, group, zero_grad, seed)):
+                    self._fused(arrays, group, fed, positions)
+                    _zero(arrays.grads if zero_grad else [])
             if group["stochastic_rounding"] is not None:
                 group["rounding_step"] += 1
+        _zero(p.grad for p in held if zero_grad)
+
+    def _fused(self, arrays: Arrays, group: dict[str, Any], fed: Fed | None, positions: dict[int, int]) -> None:
+        """The step by torch's fused kernel."""
+        if group["stochastic_rounding"] is not None and arrays.params[0].dtype == torch.bfloat16:
+            raise NotImplementedError("stochastic_rounding is supported by the cpu backend, on plain tensors, only")
+        grad_scale, found_inf = None, None
+        plain, copies = _for_torch(arrays)
+        if fed is not None:
+            device, pending = arrays.params[0].device, fed.pending
+            if pending.each is not None:
+                mine = _mine(pending.unless_skipped(pending.each), arrays, positions)
+                pack(plain.grads, gradients=True, write=True, argument="grads").apply_(mine)
+            grad_scale = pending.common.to(device).reciprocal().float()
+            if pending.skip is not None:
+                found_inf = pending.skip.to(device, torch.float32)
+            else:
+                found_inf = torch.zeros((), device=device)
+        self._by_torch(plain, group, grad_scale, found_inf)
+        for original, copy in copies:
+            original.copy_(copy)
+        torch.autograd.graph.increment_version(arrays.params)
 
     def _arrays(self, group: dict[str, Any], held: set[int]) -> list[Arrays]:
         """The group's parameters that have a gradient and are not held, by device and dtype."""
@@ -352,39 +366,47 @@ class SGD(_Optimizer):
         )  # fmt: skip
 
 
-def _skipped_on_host(fed: Fed | None) -> bool:
-    """Whether nothing is to be done; on a GPU False, since the kernels find out by themselves."""
+def _skipped_on_host(fed: Fed | None, dampened: bool) -> bool:
+    """Whether nothing is to be done; on a GPU False, since the kernels find out by themselves.
+
+    Not for SGD with dampening: its first step is another one, and whether it was taken must be known.
+    """
     skip = None if fed is None else fed.pending.skip
-    return skip is not None and skip.device.type == "cpu" and bool(skip)
+    return skip is not None and (dampened or skip.device.type == "cpu") and bool(skip)
 
 
-def _divisor(arrays: Arrays, coef: Tensor, fed: Fed | None) -> tuple[Tensor | None, Tensor | None]:
-    """grad_scale and found_inf for torch's fused kernels; gradients with coefficients of their own are scaled here."""
-    if fed is None:
-        return None, None
+def _mine(coef: Tensor | None, arrays: Arrays, positions: dict[int, int]) -> Tensor:
+    """The coefficients of these arrays' gradients, float64 [] or [T of the arrays], on their device."""
     device = arrays.params[0].device
-    skip = None if fed.pending.skip is None else fed.pending.skip.to(device)
-    zeroes = (coef == 0) & ~coef.signbit()  # zeros are written, for no division turns NaN into 0
-    here = coef if coef.dim() else torch.where(zeroes, 0.0, 1.0).double()
-    here = here if skip is None else torch.where(skip, 1.0, here)
-    pack(arrays.grads, gradients=True, write=True, argument="grads").apply_(here)
-    common = torch.ones((), dtype=torch.float64, device=device) if coef.dim() else torch.where(zeroes, 1.0, coef)
-    found_inf = torch.zeros((), device=device) if skip is None else skip.float()
-    return common.reciprocal().float(), found_inf
+    if coef is None:
+        return torch.ones((), dtype=torch.float64, device=device)
+    if coef.dim():
+        order = [positions[id(p)] for p in arrays.params]
+        coef = coef[backends.upload(order, torch.int64, coef.device)]
+    return coef.to(device)
+
+
+def _zero(gradients: Iterable[Tensor | None]) -> None:
+    if there := [g for g in gradients if g is not None]:
+        torch._foreach_zero_(there)
 
 
 def _for_torch(arrays: Arrays) -> tuple[Arrays, list[tuple[Tensor, Tensor]]]:
     """The arrays as torch's fused kernels take them, and which of them are copies to be copied back (original, copy).
 
-    The kernels go through memory, whatever the strides; and on CPUs they step wrongly with momentum in 16 bits.
+    The kernels go through memory, whatever the strides; they write gradients back, of which two parameters may share
+    one; and on CPUs they step wrongly with momentum in 16 bits.
     """
+    seen: set[int] = set()
     copies: list[tuple[Tensor, Tensor]] = []
     plain = Arrays([], [], [[] for _ in arrays.states], arrays.steps, arrays.first)
     for p, gradient, *states in zip(arrays.params, arrays.grads, *arrays.states):
         narrow = p.device.type == "cpu" and p.itemsize < 4
         dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)
         mine = [p.detach(), gradient.detach(), *states]
-        if narrow or not dense or any(t.stride() != p.stride() for t in mine):
+        shared = gradient.numel() > 0 and gradient.data_ptr() in seen
+        seen.add(gradient.data_ptr())
+        if narrow or shared or not dense or any(t.stride() != p.stride() for t in mine):
             mine = [t.to(torch.float32 if narrow else p.dtype, copy=True).contiguous() for t in mine]
             copies += [(p, mine[0]), *zip(states, mine[2:])]
         plain.params.append(mine[0])
@@ -394,11 +416,12 @@ def _for_torch(arrays: Arrays) -> tuple[Arrays, list[tuple[Tensor, Tensor]]]:
     return plain, copies
 
 
-def _seed(group: dict[str, Any]) -> int | None:
-    """32 bits for this step's random numbers, from the seed and the count of steps."""
+def _seed(group: dict[str, Any], number: int) -> int | None:
+    """32 bits for the random numbers of this step of the group, from the seed, the count of steps and its number."""
     if group["stochastic_rounding"] is None:
         return None
-    mixed = (group["stochastic_rounding"] * 0x9E3779B97F4A7C15 + group["rounding_step"] * 0xD1B54A32D192ED03) % 2**64
+    mixed = group["stochastic_rounding"] * 0x9E3779B97F4A7C15 + group["rounding_step"] * 0xD1B54A32D192ED03
+    mixed = (mixed + number * 0x8CB92BA72F3D8DD7) % 2**64
     return (mixed ^ mixed >> 32) % 2**32
 
 

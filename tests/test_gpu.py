@@ -261,6 +261,98 @@ def test_nothing_is_written_when_nothing_is_clipped():
     assert torch.equal(p.grad.view(torch.int32), bits)
 
 
+# ---- inside the optimizer's step ----
+
+OPTIMIZERS = {
+    "fused AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-2, fused=True),
+    "fused SGD": lambda ps: torch.optim.SGD(ps, lr=1e-1, momentum=0.9, fused=True),
+    "foreach AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-2),
+    "fastclip AdamW": lambda ps: fastclip.optim.AdamW(ps, lr=1e-2),
+    "fastclip SGD": lambda ps: fastclip.optim.SGD(ps, lr=1e-1, momentum=0.9),
+}
+LIKE_TORCH = {"fastclip AdamW": "foreach AdamW", "fastclip SGD": "fused SGD"}
+
+
+@pytest.mark.parametrize("rule", [0.5, 1e9, [fastclip.rules.Mask(2.0), 0.5]], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_step(name, rule):
+    """Ten steps, one of them skipped by `when` and one by a NaN, as clip, then step."""
+    sizes = (70_000, 5, 9)
+    ours, theirs = make(*sizes), make(*sizes)
+    for p, q in zip(ours, theirs):
+        q.data.copy_(p.data)
+    optimizer, expected = OPTIMIZERS[name](ours), OPTIMIZERS[LIKE_TORCH.get(name, name)](theirs)
+    clipper = fastclip.Clipper(ours, rule, nonfinite="skip")
+    for step in range(10):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, device="cuda")
+            q.grad = p.grad.clone()
+        if step == 4:
+            ours[0].grad[7] = math.nan
+        stats = clipper.step(optimizer, when=torch.tensor(step != 2, device="cuda"))
+        assert bool(stats.skipped) == (step in (2, 4))
+        if step not in (2, 4):
+            fastclip.Clipper(theirs, rule).clip_()
+            expected.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_step_with_a_scaler(name):
+    ours, theirs = make(70_000, 9), make(70_000, 9)
+    for p, q in zip(ours, theirs):
+        q.data.copy_(p.data)
+    optimizer, expected = OPTIMIZERS[name](ours), OPTIMIZERS[LIKE_TORCH.get(name, name)](theirs)
+    scalers = [torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=2) for _ in range(2)]
+    clipper = fastclip.Clipper(ours, 0.5)
+    for step in range(8):
+        for ps, scaler, opt in ((ours, scalers[0], optimizer), (theirs, scalers[1], expected)):
+            torch.manual_seed(step)
+            opt.zero_grad()
+            scaler.scale(sum((p * torch.randn(p.shape, device="cuda")).sum() for p in ps)).backward()
+            if step == 3:
+                ps[0].grad[0] = math.inf
+            if ps is ours:
+                clipper.step(opt, scaler=scaler)
+            else:
+                scaler.unscale_(opt)
+                torch.nn.utils.clip_grad_norm_(ps, 0.5)
+                scaler.step(opt)
+            scaler.update()
+    assert scalers[0].get_scale() == scalers[1].get_scale()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_fed_steps_do_not_wait_for_the_device():
+    parameters = make(70_000, 5, 9)
+    steps = []
+    for name in ("fused AdamW", "fused SGD", "fastclip AdamW", "fastclip SGD"):
+        optimizer = OPTIMIZERS[name](parameters)
+        clipper = fastclip.Clipper(parameters, 0.5, nonfinite="skip")
+        steps.append(lambda c=clipper, o=optimizer: c.step(o, when=torch.ones((), dtype=torch.bool, device="cuda")))
+    for step in steps:
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in steps:
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cpu_and_gpu_parameters_skip_together():
+    with fastclip.use_backend("auto"):
+        parameters = [*make(50), *make(50, device="cpu")]
+        optimizer = fastclip.optim.AdamW(parameters, max_norm=1.0, nonfinite="skip")
+        before = [p.detach().clone() for p in parameters]
+        parameters[0].grad[3] = math.nan
+        optimizer.step()
+    for p, b in zip(parameters, before):
+        assert torch.equal(p, b)
+
+
 # ---- graphs and streams ----
 
 
@@ -332,6 +424,29 @@ def test_graph_of_a_whole_step():
         expected = step().item()
         graph.replay()
         assert norm.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_graph_of_a_fed_step():
+    parameters = make(70_000, 9)
+    copies = [parameter(p.grad.clone(), p.detach().clone()) for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True, capturable=True)
+    expected = torch.optim.AdamW(copies, lr=1e-2, fused=True)
+    clipper = fastclip.Clipper(parameters, 0.5)
+    graph, stats = captured(lambda: clipper.step(optimizer))
+    with torch.no_grad():  # the warm-up took one step; start again from there
+        for p, q in zip(parameters, copies):
+            q.copy_(p)
+    expected.load_state_dict(optimizer.state_dict())
+    for scale in (1.0, 30.0):
+        for p, q in zip(parameters, copies):
+            p.grad.copy_(torch.randn(p.shape, device="cuda") * scale)
+            q.grad = p.grad.clone()
+        graph.replay()
+        norm = fastclip.clip_norm_(copies, 0.5)
+        expected.step()
+        torch.testing.assert_close(stats.total_norm, norm)
+        for p, q in zip(parameters, copies):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_several_graphs_and_their_end():

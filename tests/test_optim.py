@@ -345,6 +345,70 @@ def test_parameters_added_later_are_clipped_too():
     assert optimizer.stats.total_norm.item() == pytest.approx(fastclip.total_norm([p.grad for p in ps]).item())
 
 
+def test_parameters_that_share_a_gradient(step_backend):
+    """It counts once in the norm, and is multiplied once for each of them."""
+
+    def make():
+        ps = [torch.nn.Parameter(torch.full((6,), float(k))) for k in range(3)]
+        ps[0].grad = ps[1].grad = torch.full((6,), 3.0)
+        ps[2].grad = torch.full((6,), 4.0)
+        return ps
+
+    def run(step):
+        ps = make()
+        step(ps)
+        return [p.detach() for p in ps]
+
+    for rule in (1.0, rules.TensorNorm(1.0), [rules.Mask(3.5), 1.0]):
+
+        def clip_then_step(ps, rule=rule):
+            fastclip.Clipper(ps, rule).clip_()
+            torch.optim.SGD(ps, 0.1, 0.9).step()
+
+        expected = run(clip_then_step)
+        own = run(lambda ps, rule=rule: SGD(ps, 0.1, 0.9, max_norm=rule).step())
+        fed = run(lambda ps, rule=rule: fastclip.Clipper(ps, rule).step(torch.optim.SGD(ps, 0.1, 0.9, fused=True)))
+        assert_same(own, expected)
+        assert_same(fed, expected)
+
+
+def test_a_refusal_leaves_everything_as_it_was(step_backend):
+    ps = parameters()
+    give_gradients(ps, 0)
+    ps[-1].grad = ps[-1].grad.to_sparse()
+    optimizer = AdamW([{"params": ps[:3]}, {"params": ps[3:]}])
+    before = [p.detach().clone() for p in ps]
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert_same([p.detach() for p in ps], before, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="params must be floating-point tensors"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2) * 1j)]})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_zero_grad_with_groups_that_have_none(step_backend):
+    ps = parameters()
+    give_gradients(ps[:3], 0)
+    optimizer = AdamW([{"params": ps[:3]}, {"params": ps[3:]}], max_norm=rules.Mask(1e-9, hold=True), nonfinite="skip")
+    optimizer.step(zero_grad=True)
+    assert not any(p.grad.any() for p in ps[:3])
+    give_gradients(ps[:3], 1)
+    ps[0].grad[0, 0] = math.nan
+    optimizer.step(zero_grad=True)
+    assert optimizer.stats.skipped and not any(p.grad.any() for p in ps[:3])
+
+
+def test_copies_and_pickles_clip_too():
+    ps = parameters()
+    optimizer = AdamW(ps, max_norm=0.5)
+    other = copy.deepcopy(optimizer)
+    theirs = other.param_groups[0]["params"]
+    assert other.clipper.parameters[0] is theirs[0] is not ps[0]
+    give_gradients(theirs, 0)
+    other.step()
+    assert other.stats.clipped
+
+
 # ---- checkpoints ----
 
 

@@ -7,6 +7,7 @@ are kept on the device and uploaded when they change.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,19 @@ def why_not(device: torch.device) -> str | None:
         return f"it runs on NVIDIA GPUs, not on {device.type}"
     if torch.version.hip:
         return "it runs on NVIDIA GPUs, and this torch is for AMD's"
-    return None if native.cuda.load() is not None else native.cuda.failure()
+    if native.cuda.load() is None:
+        return native.cuda.failure()
+    return _no_kernels(device.index or 0)
+
+
+@functools.cache
+def _no_kernels(index: int) -> str | None:
+    """Why the kernels do not run on a GPU: compiled for another one, or for a newer driver."""
+    try:
+        _check("fastclip_cuda_probe", index)
+    except RuntimeError as error:
+        return f"its kernels do not run there ({error})"
+    return None
 
 
 def describe() -> str:
@@ -38,9 +51,11 @@ def describe() -> str:
 
 def measure(group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None) -> Measurement:
     count = len(group)
+    _table(group)  # before the workspace: in a CUDA graph neither may be given the other's memory
+    workspace = _workspace(group.device)
     result = torch.empty(2 * count + 4, dtype=torch.float64, device=group.device)
     limit = math.inf if max_norm is None else max_norm
-    pointers = (_pointer(before), _pointer(_workspace(group.device)), _pointer(result))
+    pointers = (_pointer(before), _pointer(workspace), _pointer(result))
     _call("measure", group, _f64(norm_type), _f64(limit), *pointers)
     all_of_them = result[2 * count :]  # total [2], norm, coefficient
     coef = None if max_norm is None else all_of_them[3]
