@@ -35,6 +35,7 @@ IMPLEMENTATIONS = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fu
 MODES = ("not triggered", "triggered")
 BASELINE = "torch clip + fused"
 LIMITS = (0.5, 0.1, 2.0)  # of the norm, step by step, to check with: Adam forgets a factor that stays the same
+SLOW_AND_KNOWN = ("fastclip.clip_norm_ + loop", "fastclip.clip_norm_ + foreach")
 STATES = 2  # of a parameter's size, that AdamW keeps
 # Of all updates' norm. In large models torch's clip is off by as much: its sums are running sums in float32.
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -111,6 +112,8 @@ def measure(name: str, dtype: str, optimizer: str, device: str, threads: int, se
         p.grad = torch.zeros_like(p)
     norm = fastclip.total_norm(gradients).item()
     steps = rivals(optimizer, parameters)
+    if device == "cpu" and model.elements > 50_000_000:  # seconds a round, to learn what the smaller models have told
+        steps = {name: step for name, step in steps.items() if name not in SLOW_AND_KNOWN}
     expected = after_steps(steps["torch clip + loop"], parameters, gradients, norm)
     rows = []
     for provider, step in steps.items():

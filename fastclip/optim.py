@@ -22,6 +22,8 @@ from .rules import Rule
 from .stats import Stats
 from .table import pack
 
+OWN = ("stochastic_rounding", "rounding_step")  # entries of a parameter group that torch's do not have
+
 
 class Arrays(NamedTuple):
     """What a step works on: tensors of one device and dtype, in the same order."""
@@ -77,6 +79,13 @@ class _Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         if self.clipper is not None:
             self.clipper.parameters += self.param_groups[-1]["params"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict["param_groups"]
+        if len(saved) == len(self.param_groups):  # torch's know nothing of these
+            own = [{name: group[name] for name in OWN} for group in self.param_groups]
+            state_dict = {**state_dict, "param_groups": [{**mine, **theirs} for mine, theirs in zip(own, saved)]}
+        super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "clipper": self.clipper}

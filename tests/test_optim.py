@@ -436,6 +436,16 @@ def test_checkpoints_load_both_ways(pair):
     assert losses(ours, ours) == pytest.approx(alone, rel=1e-6)
 
 
+def test_a_checkpoint_of_torch_leaves_the_rounding_as_it_is():
+    ps = parameters()
+    optimizer = AdamW([{"params": ps[:2], "stochastic_rounding": 5}, {"params": ps[2:]}])
+    optimizer.load_state_dict(torch.optim.AdamW([{"params": ps[:2]}, {"params": ps[2:]}], lr=0.5).state_dict())
+    assert [group["stochastic_rounding"] for group in optimizer.param_groups] == [5, None]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(torch.optim.AdamW(ps).state_dict())
+
+
 def test_state_has_torchs_names():
     ps = parameters()
     give_gradients(ps, 0)
