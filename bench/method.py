@@ -151,19 +151,24 @@ def device_times(
 
 def measure(
     calls: Calls, floor: Calls, device: str, threads: int, seconds: float, baseline: str,
-    before: Callable[[str], None], after: Callable[[str], None],
+    before: Callable[[str], None], after: Callable[[str], None], trace: bool = True,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """The fields of each call's row. `floor` takes its turns with them, and gives `of_floor`."""
+    """The fields of each call's row. `floor` takes its turns with them, and gives `of_floor`.
+
+    Without `trace`, which takes seconds for a call of many operators, the profiler's fields are None.
+    """
     on_gpu = device == "cuda"
     wall = interleave(calls | floor, device, seconds * (0.5 if on_gpu else 1), threads, before, after)
     host = host_times(calls, threads, before, after) if on_gpu else wall
     busy = device_times(calls, seconds * 0.3, before, after) if on_gpu else {name: [] for name in calls}
     fields = {}
     for name, call in calls.items():
-        before(name)
-        with set_torch_threads(threads):
-            counts = traced(call, device)
-        after(name)
+        counts = dict.fromkeys(("ops", "launches", "copies", "syncs", "extra_bytes"))
+        if trace:
+            before(name)
+            with set_torch_threads(threads):
+                counts = traced(call, device)
+            after(name)
         fields[name] = {
             "wall_s": spread(wall[name]), "host_s": spread(host[name]), "device_s": spread(busy[name]),
             "vs_torch": ratio(wall, name, baseline),

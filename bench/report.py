@@ -228,7 +228,7 @@ def duration(seconds: float) -> str:
 def step_table(rows: list[Row]) -> str:
     """Where something is clipped: a line for each way to clip and step, a column for each optimizer and model."""
     rows = [r | {"provider": r["provider"].replace(f".{r['optimizer']}", "")} for r in rows if r["mode"] == "triggered"]
-    columns = list(dict.fromkeys((r["optimizer"], r["model"], r["dtype"]) for r in rows))
+    columns = list(dict.fromkeys((r["optimizer"], r["model"], r["dtype"]) for r in rows if r["status"] == "ok"))
     cells = {(r["provider"], r["optimizer"], r["model"], r["dtype"]): r for r in rows}
 
     def cell(r: Row | None) -> str:

@@ -142,7 +142,8 @@ def measure(name: str, dtype: str, optimizer: str, device: str, threads: int, se
                 limits.start()
 
         left = (seconds - (time.perf_counter() - start)) / (len(MODES) - i)
-        fields = method.measure(calls, {}, device, threads, left, BASELINE, before, lambda provider: None)
+        trace = device == "cuda" or len(model.shapes) <= 200  # a loop over 2,000 tensors is 60,000 operators
+        fields = method.measure(calls, {}, device, threads, left, BASELINE, before, lambda provider: None, trace)
         for r in rows:
             if r["mode"] == mode and r["status"] == "ok":
                 r |= fields[r["provider"]]
@@ -170,7 +171,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             line += [
                 f"{w['median'] * 1e6:,.0f} ({w['p20'] * 1e6:,.0f} – {w['p80'] * 1e6:,.0f})",
                 f"{r['host_s']['median'] * 1e6:,.0f}" if d else "", f"{d['median'] * 1e6:,.0f}" if d else "",
-                f"{v['median']:.2f}×" if v else "", r["launches"] if d else r["ops"], f"{r['extra_bytes'] / 1024:,.0f}",
+                f"{v['median']:.2f}×" if v else "", r["launches"] if d else r["ops"],
+                "" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 1024:,.0f}",
             ]  # fmt: skip
         else:
             line += [f"{r['status']}: {r['reason']}"]
