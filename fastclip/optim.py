@@ -87,6 +87,12 @@ class _Optimizer(torch.optim.Optimizer):
             state_dict = {**state_dict, "param_groups": [{**mine, **theirs} for mine, theirs in zip(own, saved)]}
         super().load_state_dict(state_dict)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "clipper": self.clipper}
 
@@ -267,8 +273,6 @@ class AdamW(_Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
             for p in group["params"]:
                 if mine := self.state.get(p):
                     mine["step"] = torch.as_tensor(mine["step"], dtype=torch.float32).to(p.device)
@@ -348,12 +352,6 @@ class SGD(_Optimizer):
             "maximize": maximize, "foreach": foreach, "differentiable": differentiable, "fused": fused,
         }  # fmt: skip
         super().__init__(params, defaults, max_norm, nonfinite, stochastic_rounding)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, bool]:
         if group["momentum"] == 0:
