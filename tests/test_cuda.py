@@ -21,7 +21,15 @@ cuda = importlib.import_module("fastclip.backends.cuda")
 emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="emulated only where there is no GPU")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
 
-NORMS = {0: "L2", 1: "L1", 2: "Max", 3: "Power"}
+
+def _cuobjdump():
+    """CUDA's disassembler: the one inside the triton package, or on the PATH; None if there is neither."""
+    triton = importlib.util.find_spec("triton")
+    inside = [Path(p) / "backends/nvidia/bin/cuobjdump" for p in triton.submodule_search_locations] if triton else []
+    return next((str(path) for path in inside if path.is_file()), shutil.which("cuobjdump"))
+
+
+needs_cuobjdump = pytest.mark.skipif(_cuobjdump() is None, reason="needs cuobjdump, from CUDA or triton")
 
 
 @pytest.fixture(scope="module", params=["80", "90", "100"])
@@ -53,6 +61,7 @@ def test_registers(compiled):
 
 
 @needs_nvcc
+@needs_cuobjdump
 @pytest.mark.slow
 def test_loads_are_128_bits_wide(compiled):
     """The main loops of measure and apply hold four 16-byte loads (and stores, where all is written)."""
@@ -74,12 +83,7 @@ def test_loads_are_128_bits_wide(compiled):
 
 def _disassembled(library):
     """Kernel name -> its machine code."""
-    triton = importlib.util.find_spec("triton")
-    inside = [Path(p) / "backends/nvidia/bin/cuobjdump" for p in triton.submodule_search_locations] if triton else []
-    tool = next((str(path) for path in inside if path.is_file()), shutil.which("cuobjdump"))
-    if tool is None:
-        pytest.skip("needs cuobjdump, from CUDA or triton")
-    listing = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run([_cuobjdump(), "-sass", str(library)], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^\s*Function : (\S+)$", listing, flags=re.M)
     return dict(zip(parts[1::2], parts[2::2]))
 
