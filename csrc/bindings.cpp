@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -210,85 +211,105 @@ void* memory(const c10::TensorImpl& tensor) {
       tensor.storage_offset() * c10::elementSize(c10::typeMetaToScalarType(tensor.dtype()));
 }
 
-// The group and the states of an optimizer step over parameters, gradients, and each of `states` (a list or None), in
-// the same order; `steps` are float32 counters or None. False if any of them is not as the kernels need it.
-bool pack_step(const py::list& params, const py::list& grads, const std::vector<py::object>& lists, const py::object& steps,
-               Group& group, cpu::States& states, std::vector<c10::TensorImpl*>& written) {
-  std::vector<std::vector<c10::TensorImpl*>> columns;
-  auto add = [&](const py::object& list) {
-    if (list.is_none()) {
-      columns.emplace_back();
-      return true;
-    }
-    const auto* tensors = tensors_of(list.ptr());
-    if (!tensors || tensors->size() != grads.size()) return false;
-    columns.push_back(*tensors);
-    return true;
-  };
-  if (!add(grads) || !add(params) || !add(steps)) return false;
-  for (const auto& list : lists)
-    if (!add(list)) return false;
-  std::vector<Group> groups;
-  if (pack(columns[0], /*gradients_of=*/false, groups) == Packed::Odd || groups.size() != 1) return false;
-  group = std::move(groups[0]);
-  if (!group.device.is_cpu() || group.segments.size() != columns[0].size()) return false;
-  for (size_t i = 0; i < group.segments.size(); i++) {
-    cpu::States::Segment segment{};
-    for (size_t c = 1; c < columns.size(); c++) {
-      if (columns[c].empty()) continue;
-      auto& tensor = *columns[c][i];
-      if (c == 2) {
-        if (!plain(tensor) || !tensor.is_cpu() || tensor.numel() != 1 ||
-            c10::typeMetaToScalarType(tensor.dtype()) != at::kFloat)
-          return false;
-        segment.step = static_cast<float*>(memory(tensor));
-      } else {
-        if (!matches(tensor, *columns[0][i])) return false;
-        (c == 1 ? segment.param : segment.state[c - 3]) = memory(tensor);
-      }
-    }
-    states.segments.push_back(segment);
-  }
-  written = columns[1];
-  return true;
-}
-
-// coef: float64 on the host, [] or [T]
-template <class Options, class Step>
-bool take_step(Step step, const py::list& params, const py::list& grads, const std::vector<py::object>& lists,
-               const py::object& steps, const at::Tensor& coef, const Options& options, bool maximize,
-               bool zero_grad, std::optional<uint32_t> seed) {
+// What an optimizer step works on: a group of gradients, and in the same order what the optimizer keeps beside them.
+struct StepGroup {
   Group group;
   cpu::States states;
-  std::vector<c10::TensorImpl*> written;
-  if (!pack_step(params, grads, lists, steps, group, states, written)) return false;
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> owners;  // of everything but the gradients; the parameters first
+
+  void bump_version(bool gradients) const {
+    for (size_t i = 0; i < group.segments.size(); i++) {
+      if (!owners[i]->is_inference()) owners[i]->bump_version();
+      if (gradients) group.bump_version(i);
+    }
+  }
+};
+
+// The StepGroup of parameters, gradients and each of `lists` (a list of state tensors), in the same order; `steps` are
+// float32 counters, or there are none. None if any of them is not as the kernels need it.
+std::unique_ptr<StepGroup> pack_step(const py::list& params, const py::list& grads, const std::vector<py::list>& lists,
+                                     const py::list& steps) {
+  std::vector<std::vector<c10::TensorImpl*>> columns;
+  for (const auto* list : {&grads, &params, &steps}) {
+    const auto* tensors = tensors_of(list->ptr());
+    if (!tensors) return nullptr;
+    columns.push_back(*tensors);
+  }
+  for (const auto& list : lists) {
+    const auto* tensors = tensors_of(list.ptr());
+    if (!tensors) return nullptr;
+    columns.push_back(*tensors);
+  }
+  auto made = std::make_unique<StepGroup>();
+  std::vector<Group> groups;
+  if (pack(columns[0], /*gradients_of=*/false, groups) == Packed::Odd || groups.size() != 1) return nullptr;
+  made->group = std::move(groups[0]);
+  const size_t count = made->group.segments.size();
+  for (size_t c = 0; c < columns.size(); c++)
+    if (columns[c].size() != count && !(c == 2 && columns[c].empty())) return nullptr;
+  made->states.segments.resize(count);
+  made->owners.reserve((columns.size() - 1) * count);
+  for (size_t c = 1; c < columns.size(); c++) {
+    for (size_t i = 0; i < columns[c].size(); i++) {
+      auto& tensor = *columns[c][i];
+      auto& segment = made->states.segments[i];
+      if (c == 2) {
+        if (!plain(tensor) || tensor.device() != made->group.device || tensor.numel() != 1 ||
+            c10::typeMetaToScalarType(tensor.dtype()) != at::kFloat)
+          return nullptr;
+        segment.step = static_cast<float*>(memory(tensor));
+      } else {
+        if (!matches(tensor, *columns[0][i])) return nullptr;
+        (c == 1 ? segment.param : segment.state[c - 3]) = memory(tensor);
+      }
+      made->owners.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));
+    }
+  }
+  made->group.own();
+  return made;
+}
+
+// int64 [7, T] on the host: addresses of gradient, parameter, three states and step count (0: there is none), and the
+// element counts.
+at::Tensor step_addresses(const StepGroup& step) {
+  const int64_t n = step.group.segments.size();
+  at::Tensor table = at::detail::empty_cpu({7, n}, at::TensorOptions().dtype(at::kLong));
+  auto* out = table.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; i++) {
+    const auto& segment = step.group.segments[i];
+    const auto& s = step.states.segments[i];
+    const void* all[] = {segment.data, s.param, s.state[0], s.state[1], s.state[2], s.step};
+    for (int64_t row = 0; row < 6; row++) out[row * n + i] = reinterpret_cast<int64_t>(all[row]);
+    out[6 * n + i] = segment.numel;
+  }
+  return table;
+}
+
+// coef: float64 [] or [T]; idle: bool [] or [T]; both on the host
+template <class Options, class Step>
+void take_step(Step step, StepGroup& group, const at::Tensor& coef, const std::optional<at::Tensor>& idle,
+               const Options& options, bool maximize, bool zero_grad, std::optional<uint32_t> seed) {
+  auto& states = group.states;
+  states.idle = idle ? idle->const_data_ptr<bool>() : nullptr;
+  states.idle_stride = idle && idle->dim() ? 1 : 0;
   states.maximize = maximize;
   states.zero_grad = zero_grad;
   states.stochastic = seed.has_value();
   states.seed = seed.value_or(0);
-  group.own();
-  {
-    py::gil_scoped_release released;
-    step(group, states, options, coef.const_data_ptr<double>(), coef.dim() == 0 ? 0 : 1);
-  }
-  for (auto* tensor : written)
-    if (!tensor->is_inference()) tensor->bump_version();
-  for (size_t i = 0; zero_grad && i < group.segments.size(); i++) group.bump_version(i);
-  return true;
+  py::gil_scoped_release released;
+  step(group.group, states, options, coef.const_data_ptr<double>(), coef.dim() == 0 ? 0 : 1);
 }
 
-bool adamw_(const py::list& params, const py::list& grads, const std::vector<py::object>& states, const py::object& steps,
-            const at::Tensor& coef, double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
-            bool zero_grad, std::optional<uint32_t> seed) {
-  return take_step(cpu::adamw_, params, grads, states, steps, coef,
-                   cpu::AdamWOptions{lr, beta1, beta2, eps, weight_decay}, maximize, zero_grad, seed);
+void adamw_(StepGroup& group, const at::Tensor& coef, const std::optional<at::Tensor>& idle, double lr, double beta1,
+            double beta2, double eps, double weight_decay, bool maximize, bool zero_grad, std::optional<uint32_t> seed) {
+  take_step(cpu::adamw_, group, coef, idle, cpu::AdamWOptions{lr, beta1, beta2, eps, weight_decay}, maximize, zero_grad,
+            seed);
 }
 
-bool sgd_(const py::list& params, const py::list& grads, const std::vector<py::object>& states, const at::Tensor& coef,
-          double lr, double momentum, double rest, double weight_decay, bool nesterov, bool maximize, bool zero_grad,
-          std::optional<uint32_t> seed) {
-  return take_step(cpu::sgd_, params, grads, states, py::none(), coef,
-                   cpu::SgdOptions{lr, momentum, rest, weight_decay, nesterov}, maximize, zero_grad, seed);
+void sgd_(StepGroup& group, const at::Tensor& coef, const std::optional<at::Tensor>& idle, double lr, double momentum,
+          double rest, double weight_decay, bool nesterov, bool maximize, bool zero_grad, std::optional<uint32_t> seed) {
+  take_step(cpu::sgd_, group, coef, idle, cpu::SgdOptions{lr, momentum, rest, weight_decay, nesterov}, maximize,
+            zero_grad, seed);
 }
 
 PyMethodDef fastcall[] = {
@@ -307,12 +328,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("tensors", &tensors)
       .def("addresses_and_sizes", &addresses_and_sizes)
       .def("bump_version", [](const Group& g) { for (size_t i = 0; i < g.segments.size(); i++) g.bump_version(i); });
+  py::class_<StepGroup>(m, "StepGroup")
+      .def("addresses", &step_addresses)
+      .def("bump_version", &StepGroup::bump_version);
   using Released = py::call_guard<py::gil_scoped_release>;
   m.def("pack", &pack_list);
   m.def("measure", &measure);
   m.def("clip_all", &clip_all);
   m.def("apply_", &apply_, Released());
   m.def("clamp_", &cpu::clamp_, Released());
+  m.def("pack_step", &pack_step);
   m.def("adamw_", &adamw_);
   m.def("sgd_", &sgd_);
   m.def("isa", &cpu::isa);

@@ -181,13 +181,15 @@ void for_each_step(const Group& group, const States& states, const double* coef,
   const size_t itemsize = c10::elementSize(group.dtype);
   for_each_chunk(group, [&](size_t i, const Segment&, int64_t chunk, void* data, int64_t n) {
     const auto& s = states.segments[i];
+    auto zero_grad = [&] { if (states.zero_grad) std::memset(data, 0, n * itemsize); };
+    if (states.is_idle(i)) return zero_grad();
     auto part = [&](void* array) { return array ? static_cast<char*>(array) + chunk * CPU_CHUNK * itemsize : nullptr; };
     const void* grad = touch(coef[i * stride]) == Touch::Zero ? ZEROS : data;
     StepArrays arrays{part(s.param), {part(s.state[0]), part(s.state[1]), part(s.state[2])},
                       grad, n, chunk * CPU_CHUNK, states.stochastic, 0};
     if (states.stochastic) arrays.key = random_bits(uint32_t(i), states.seed) * 8;  // 8 keys apart, one for each array
     run(arrays, i);
-    if (states.zero_grad) std::memset(data, 0, n * itemsize);
+    zero_grad();
   });
 }
 
@@ -197,6 +199,7 @@ void adamw_(const Group& group, const States& states, const AdamWOptions& o, con
   std::vector<AdamW<double>> constants(group.segments.size());
   double last_step = -1, bias1 = 1, root_bias2 = 1;
   for (size_t i = 0; i < constants.size(); i++) {
+    if (states.is_idle(i)) continue;
     const double step = *states.segments[i].step += 1;
     if (step != last_step) {  // as a rule all have the same
       bias1 = 1 - std::pow(o.beta1, step);

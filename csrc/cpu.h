@@ -22,6 +22,9 @@ bool clamp_(const Group& group, double low, double high);
 struct States {
   struct Segment { void *param, *state[3]; float* step; };
   std::vector<Segment> segments;
+  const bool* idle = nullptr;  // leave segment i as it is where idle[i * idle_stride]; null: none
+  int64_t idle_stride = 0;
+  bool is_idle(size_t i) const { return idle && idle[i * idle_stride]; }
   bool maximize = false;
   bool zero_grad = false;   // afterwards
   bool stochastic = false;  // round bfloat16 by chance, with random numbers from `seed`, another one for each step

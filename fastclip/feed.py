@@ -131,6 +131,19 @@ class Fed(NamedTuple):
         owners = self.owners() if positions else []
         return [p for i in positions for p in owners[i]]
 
+    def skipped(self) -> bool:
+        """Whether nothing is to be done. Read back from the device, if it was decided there."""
+        return self.pending.skip is not None and bool(self.pending.skip)
+
+    def idle(self) -> Tensor | None:
+        """Which parameters are to be left as they are, [] or [T] bool on the device; None if none."""
+        skip, held = self.pending.skip, self.pending.held
+        return skip if held is None else held if skip is None else held | skip
+
+    def each_its_own(self) -> bool:
+        """Whether the decision is another one from gradient to gradient."""
+        return self.pending.coef.dim() > 0 or self.pending.held is not None
+
     def positions(self) -> dict[int, int]:
         """id of a parameter -> the position of its gradient in the table."""
         return {id(p): i for i, parameters in enumerate(self.owners()) for p in parameters}

@@ -4,7 +4,9 @@ One read of the gradients for their norm, and one pass over everything for the s
 multiplied by its coefficient as it is read: no gradient is written back. Arguments, ``state_dict`` and checkpoints are
 torch.optim's, both ways.
 
-On CPUs the step is one multi-tensor C++ kernel; elsewhere it is torch's own fused kernel, fed with the coefficient.
+The step is one multi-tensor kernel of the backend, whatever the number of tensors. Where a tensor is not as the kernels
+need it (a gradient laid out otherwise than its parameter, a gradient that two parameters share), or there is no C++
+compiler to pack with, it is torch's own fused kernel, fed with the coefficient.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from .clipper import Clipper, Pending
 from .feed import Fed
 from .rules import Rule
 from .stats import Stats
-from .table import pack
+from .table import pack, pack_step
 
 OWN = ("stochastic_rounding", "rounding_step")  # entries of a parameter group that torch's do not have
 
@@ -33,6 +35,16 @@ class Arrays(NamedTuple):
     states: list[list[Tensor]]
     steps: list[Tensor]  # float32 [] counters; empty for SGD
     first: bool  # the first step of SGD with dampening, which starts from no momentum
+
+    def without(self, params: set[int]) -> Arrays:
+        """Those whose parameter's id is not among `params`."""
+        kept = [i for i, p in enumerate(self.params) if id(p) not in params]
+
+        def only(column: list[Tensor]) -> list[Tensor]:
+            return [column[i] for i in kept] if column else []
+
+        states = [only(column) for column in self.states]
+        return Arrays(only(self.params), only(self.grads), states, only(self.steps), self.first)
 
 
 class _Optimizer(torch.optim.Optimizer):
@@ -69,13 +81,10 @@ class _Optimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         given = param_group["params"]
         param_group = {**param_group, "params": [given] if isinstance(given, Tensor) else list(given)}
-        rounded = param_group.get("stochastic_rounding", self.defaults["stochastic_rounding"]) is not None
         for item in param_group["params"]:
             p = item[1] if isinstance(item, tuple) else item
             if isinstance(p, Tensor) and not p.is_floating_point():
                 raise TypeError(f"params must be floating-point tensors, got one of {p.dtype}")
-            if rounded and isinstance(p, Tensor) and p.dtype == torch.bfloat16 and p.device.type != "cpu":
-                raise NotImplementedError(f"stochastic_rounding is not supported on {p.device.type} yet")
         super().add_param_group(param_group)
         if self.clipper is not None:
             self.clipper.parameters += self.param_groups[-1]["params"]
@@ -111,10 +120,11 @@ class _Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         fed = self._fed or self._decided()
-        if not _skipped_on_host(fed, any(group.get("dampening") for group in self.param_groups)):
+        if fed is not None and _must_know(self.param_groups) and fed.skipped():
+            if zero_grad:
+                _zero(p.grad for group in self.param_groups for p in group["params"])
+        else:
             self._advance(fed, zero_grad)
-        elif zero_grad:
-            _zero(p.grad for group in self.param_groups for p in group["params"])
         return loss
 
     def _decided(self) -> Fed | None:
@@ -138,23 +148,30 @@ class _Optimizer(torch.optim.Optimizer):
         return Fed(Pending(factor, factor, None, None, skip), list)
 
     def _advance(self, fed: Fed | None, zero_grad: bool) -> None:
-        positions = fed.positions() if fed and fed.pending.coef.dim() else {}
-        held = fed.held() if fed else []
+        held = fed.held() if fed and _must_know(self.param_groups) else []
         passed_over = set(map(id, held))
         work = [
             (group, self._arrays(group, passed_over)) for group in self.param_groups
         ]  # complains before any is written
+        positions = fed.positions() if fed and fed.each_its_own() else {}
         for number, (group, found) in enumerate(work):
             seed = _seed(group, number)
             for arrays in found:
-                device = arrays.params[0].device
-                coef = _mine(None if fed is None else fed.pending.coef, arrays, positions)
-                native = getattr(backends.choose(device), self._verb, None)
-                if native and device.type == "cpu" and fed and fed.pending.skip is not None and bool(fed.pending.skip):
-                    _zero(arrays.grads if zero_grad else [])
-                elif not (native and native(arrays, coef, group, zero_grad, seed)):
+                step = getattr(backends.choose(arrays.params[0].device), self._verb, None)
+                table = pack_step(arrays.params, arrays.grads, arrays.states, arrays.steps) if step else None
+                if step is None or table is None:
                     self._fused(arrays, group, fed, positions)
                     _zero(arrays.grads if zero_grad else [])
+                    continue
+                rounded = seed if arrays.params[0].dtype == torch.bfloat16 else None
+                if rounded is not None and backends.capturing(table.device):
+                    raise NotImplementedError(
+                        "stochastic_rounding cannot be captured in a CUDA graph: every replay would round alike"
+                    )
+                coef, idle = (None, None) if fed is None else (fed.pending.coef, fed.idle())
+                coef = torch.ones((), dtype=torch.float64, device=table.device) if coef is None else coef
+                rows = [None if t is None else _rows(t, arrays, positions) for t in (coef, idle)]
+                step(table, *rows, group, zero_grad, rounded, *self._more(arrays, group))
             if group["stochastic_rounding"] is not None:
                 group["rounding_step"] += 1
         _zero(p.grad for p in held if zero_grad)
@@ -162,13 +179,20 @@ class _Optimizer(torch.optim.Optimizer):
     def _fused(self, arrays: Arrays, group: dict[str, Any], fed: Fed | None, positions: dict[int, int]) -> None:
         """The step by torch's fused kernel."""
         if group["stochastic_rounding"] is not None and arrays.params[0].dtype == torch.bfloat16:
-            raise NotImplementedError("stochastic_rounding is supported by the cpu backend, on plain tensors, only")
+            raise NotImplementedError(
+                "stochastic_rounding needs a backend with kernels, a C++ compiler, and gradients laid out as their "
+                "parameters are, one each"
+            )
+        if fed is not None and fed.pending.held is not None:
+            arrays = arrays.without(set(map(id, fed.held())))
+            if not arrays.params:
+                return
         grad_scale, found_inf = None, None
         plain, copies = _for_torch(arrays)
         if fed is not None:
             device, pending = arrays.params[0].device, fed.pending
             if pending.each is not None:
-                mine = _mine(pending.unless_skipped(pending.each), arrays, positions)
+                mine = _rows(pending.unless_skipped(pending.each), arrays, positions)
                 pack(plain.grads, gradients=True, write=True, argument="grads").apply_(mine)
             grad_scale = pending.common.to(device).reciprocal().float()
             if pending.skip is not None:
@@ -203,6 +227,10 @@ class _Optimizer(torch.optim.Optimizer):
         return list(found.values())
 
     _verb: str
+
+    def _more(self, arrays: Arrays, group: dict[str, Any]) -> tuple[float, ...]:
+        """What the verb takes besides."""
+        return ()
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, bool]:
         raise NotImplementedError
@@ -362,6 +390,9 @@ class SGD(_Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return [state["momentum_buffer"]], None, first and group["dampening"] != 0
 
+    def _more(self, arrays: Arrays, group: dict[str, Any]) -> tuple[float, ...]:
+        return (1.0 if arrays.first else 1 - group["dampening"],)
+
     def _by_torch(
         self, arrays: Arrays, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
@@ -373,24 +404,18 @@ class SGD(_Optimizer):
         )  # fmt: skip
 
 
-def _skipped_on_host(fed: Fed | None, dampened: bool) -> bool:
-    """Whether nothing is to be done; on a GPU False, since the kernels find out by themselves.
-
-    Not for SGD with dampening: its first step is another one, and whether it was taken must be known.
-    """
-    skip = None if fed is None else fed.pending.skip
-    return skip is not None and (dampened or skip.device.type == "cpu") and bool(skip)
+def _must_know(groups: list[dict[str, Any]]) -> bool:
+    """Whether the host must know what is skipped or held: the first step of SGD with dampening is another one."""
+    return any(group.get("dampening") for group in groups)
 
 
-def _mine(coef: Tensor | None, arrays: Arrays, positions: dict[int, int]) -> Tensor:
-    """The coefficients of these arrays' gradients, float64 [] or [T of the arrays], on their device."""
-    device = arrays.params[0].device
-    if coef is None:
-        return torch.ones((), dtype=torch.float64, device=device)
-    if coef.dim():
+def _rows(each: Tensor, arrays: Arrays, positions: dict[int, int]) -> Tensor:
+    """What [] or [T of a decision] is for the parameters of `arrays`, on their device."""
+    if each.dim():
         order = [positions[id(p)] for p in arrays.params]
-        coef = coef[backends.upload(order, torch.int64, coef.device)]
-    return coef.to(device)
+        if order != list(range(len(each))):
+            each = each[backends.upload(order, torch.int64, each.device)]
+    return each.to(arrays.params[0].device).contiguous()
 
 
 def _zero(gradients: Iterable[Tensor | None]) -> None:

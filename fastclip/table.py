@@ -182,6 +182,40 @@ def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, lib
     return GradTable(groups, found[0].device)
 
 
+class StepTable:
+    """What one multi-tensor optimizer step works on: tensors of one device and dtype, row by row in the same order.
+
+    Every tensor is dense and has its elements where its gradient has them.
+    """
+
+    __slots__ = ("_tensors", "device", "dtype", "native", "states")
+
+    def __init__(self, params: list[Tensor], grads: list[Tensor], states: int, native: Any) -> None:
+        self.device, self.dtype = params[0].device, params[0].dtype
+        self.states = states  # how many of the three rows of states there are
+        self.native = native  # the C++ group, where there is one
+        self._tensors = (params, grads)
+
+    def __len__(self) -> int:
+        return len(self._tensors[0])
+
+    def addresses(self) -> Tensor:
+        """int64 [7, T] on the host: addresses of gradient, parameter, three states and step count (0: there is none),
+        and the element counts."""
+        return self.native.addresses()
+
+    def bump_version(self, gradients: bool) -> None:
+        """Tell autograd that the parameters, and perhaps the gradients, were written."""
+        self.native.bump_version(gradients)
+
+
+def pack_step(params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], steps: list[Tensor]) -> Any:
+    """The StepTable of these, `steps` being float32 counters or empty; None if it is for another path."""
+    library = native.cpp.load()
+    packed = library.pack_step(params, grads, states, steps) if library is not None else None
+    return None if packed is None else StepTable(params, grads, len(states), packed)
+
+
 def identity(gradient: Tensor) -> Any:
     """Equal for two gradients that are the same values in memory, such as those of tied weights."""
     plain = gradient.layout is torch.strided and not _is_wrapped(gradient) and not gradient.is_meta

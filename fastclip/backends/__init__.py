@@ -1,9 +1,21 @@
 """The backends, and the choice between them.
 
-A backend is a module with ``name``, ``why_not(device)`` (None if it can run there), ``describe()`` and three verbs over
+A backend is a module with ``name``, ``why_not(device)`` (None if it can run there), ``describe()`` and verbs over
 a :class:`~fastclip.table.Group`: ``measure(group, norm_type, max_norm, before)``, where `before` is the ``total`` of a
 group measured before on the same device; ``apply_(group, coef)``; and ``clamp_(group, low, high)``, which returns, as a
 [] bool on the group's device, whether it changed anything. Backends know no rule and never import each other.
+
+``repair_(group, measured, norm_type)`` sets elements that are inf or NaN to 0, in the gradients that `measured` says
+have some, and returns what ``measure`` would give now and, as int64 [T], how many there were. Where there are none it
+costs no pass over the gradients, and the host of a GPU does not wait to know.
+
+All but `reference` also have the optimizers' steps, over a :class:`~fastclip.table.StepTable`, in one pass:
+``adamw_(table, coef, idle, group, zero_grad, seed)`` and ``sgd_(..., rest)``. `coef`, float64 [] or [T], multiplies
+the gradients as they are read (+0 stands for gradients of zeros, whatever is in them); where `idle`, bool [] or [T] or
+None, is true, parameter, states and step count stay as they are; both are on the table's device and never read by the
+host. `group` is the optimizer's parameter group, of which "lr" may be a [] tensor; `zero_grad` sets the gradients to
+zero afterwards, idle or not; `seed` (32 bits, or None) rounds bfloat16 by chance; `rest` is 1 - dampening, or 1 in
+SGD's first step. Gradients and states are as in torch.optim.
 """
 
 from __future__ import annotations

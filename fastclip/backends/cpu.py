@@ -9,8 +9,7 @@ import torch
 from . import Measurement, native
 
 if TYPE_CHECKING:
-    from ..optim import Arrays
-    from ..table import Group
+    from ..table import Group, StepTable
 
 name = "cpu"
 
@@ -39,18 +38,32 @@ def clamp_(group: Group, low: float, high: float) -> torch.Tensor:
     return torch.tensor(native.cpp.load().clamp_(group.native, low, high), device="cpu")
 
 
-def adamw_(arrays: Arrays, coef: torch.Tensor, group: dict[str, Any], zero_grad: bool, seed: int | None) -> bool:
-    return native.cpp.load().adamw_(
-        *(arrays.params, arrays.grads, [*arrays.states, *[None] * (3 - len(arrays.states))], arrays.steps, coef),
-        *(float(group["lr"]), *map(float, group["betas"]), group["eps"], group["weight_decay"]),
-        *(group["maximize"], zero_grad, seed),
+def adamw_(
+    table: StepTable,
+    coef: torch.Tensor,
+    idle: torch.Tensor | None,
+    group: dict[str, Any],
+    zero_grad: bool,
+    seed: int | None,
+) -> None:
+    native.cpp.load().adamw_(
+        *(table.native, coef, idle, float(group["lr"]), *map(float, group["betas"]), group["eps"]),
+        *(group["weight_decay"], group["maximize"], zero_grad, seed),
     )
+    table.bump_version(zero_grad)
 
 
-def sgd_(arrays: Arrays, coef: torch.Tensor, group: dict[str, Any], zero_grad: bool, seed: int | None) -> bool:
-    rest = 1.0 if arrays.first else 1 - group["dampening"]
-    return native.cpp.load().sgd_(
-        *(arrays.params, arrays.grads, [*arrays.states, *[None] * (3 - len(arrays.states))], coef),
-        *(float(group["lr"]), group["momentum"], rest, group["weight_decay"], group["nesterov"]),
-        *(group["maximize"], zero_grad, seed),
+def sgd_(
+    table: StepTable,
+    coef: torch.Tensor,
+    idle: torch.Tensor | None,
+    group: dict[str, Any],
+    zero_grad: bool,
+    seed: int | None,
+    rest: float,
+) -> None:
+    native.cpp.load().sgd_(
+        *(table.native, coef, idle, float(group["lr"]), group["momentum"], rest, group["weight_decay"]),
+        *(group["nesterov"], group["maximize"], zero_grad, seed),
     )
+    table.bump_version(zero_grad)
