@@ -131,6 +131,23 @@ at::Tensor addresses_and_sizes(const Group& group) {
   return table;
 }
 
+// The group of all rows of tensors of two or more dimensions, and of all other tensors whole; null unless every row is
+// one piece of memory.
+std::unique_ptr<Group> units(const Group& group) {
+  auto made = std::make_unique<Group>();
+  made->device = group.device;
+  made->dtype = group.dtype;
+  made->owners = group.owners;
+  const size_t itemsize = c10::elementSize(group.dtype);
+  for (const auto& s : group.segments) {
+    const auto& t = *s.gradient;
+    const int64_t rows = t.dim() > 1 && s.numel > 0 ? t.size(0) : 1, size = s.numel / rows;
+    if (rows > 1 && t.stride(0) != size) return nullptr;
+    for (int64_t r = 0; r < rows; r++) made->add(static_cast<char*>(s.data) + r * size * itemsize, size, s.gradient);
+  }
+  return made;
+}
+
 // (power [T], absmax [T], norm [], its clip coefficient [] or None, total [2]), all float64; the last three of this group
 // and of `before`, the total of groups measured before it.
 py::tuple measure(const Group& group, double p, std::optional<double> max_norm, const std::optional<at::Tensor>& before) {
@@ -327,6 +344,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("positions", &Group::positions)
       .def_property_readonly("tensors", &tensors)
       .def("addresses_and_sizes", &addresses_and_sizes)
+      .def("units", &units)
       .def("bump_version", [](const Group& g) { for (size_t i = 0; i < g.segments.size(); i++) g.bump_version(i); });
   py::class_<StepGroup>(m, "StepGroup")
       .def("addresses", &step_addresses)

@@ -142,11 +142,9 @@ Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std
         if (storage.nbytes() != bytes || storage.use_count() > 1 || !storage.unsafeGetStorageImpl()->resizable())
           overlaps.add_view(address, address + bytes);
       }
-      group->segments.push_back({data, numel, group->chunks, group->work, gradient});
+      group->add(data, numel, gradient);
       if (groups.size() > 1) group->positions.push_back(position);
       position++;
-      group->chunks += (numel + CPU_CHUNK - 1) / CPU_CHUNK;
-      group->work += numel + SEGMENT_COST;
     }
   }
   return overlaps.any_partial() ? Packed::Odd : Packed::Plain;
@@ -156,6 +154,12 @@ void recycle(Group&& group) {
   if (group.segments.capacity() > MOST_KEPT) return;
   group.segments.clear();
   kept_segments.swap(group.segments);
+}
+
+void Group::add(void* data, int64_t numel, c10::TensorImpl* gradient) {
+  segments.push_back({data, numel, chunks, work, gradient});
+  chunks += (numel + CPU_CHUNK - 1) / CPU_CHUNK;
+  work += numel + SEGMENT_COST;
 }
 
 void Group::own() {

@@ -27,6 +27,7 @@ struct Group {
   int64_t work = 0;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> owners;  // empty until own()
 
+  void add(void* data, int64_t numel, c10::TensorImpl* gradient);
   // Keep the gradients alive. Without it the table is good only while the GIL is held.
   void own();
   // Tell autograd that segment i was written.

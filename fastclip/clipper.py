@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numbers
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -12,9 +12,12 @@ from torch import Tensor
 from . import backends
 from .backends import Measurement, native, upload
 from .feed import Fed, Scaling, check_optimizer, covers, feed
-from .rules import GlobalNorm, Rule, Value, clip_coefficient, combined, norm_type_of
+from .members import Members
+from .rules import GlobalNorm, Rule
+from .rules.formula import checked, clip_coefficient, combined, load_state, norm_type_of, state_of
+from .rules.norms import as_rule
 from .stats import Stats, measure
-from .table import GradTable, from_native, identity, listed, pack
+from .table import GradTable, from_native, listed, pack
 
 NONFINITE = ("propagate", "skip", "zero", "raise")
 
@@ -29,8 +32,14 @@ class Clipper:
             order, each seeing what those before it leave), or a number, which means ``GlobalNorm(number)``.
         nonfinite: what to do when a gradient holds an inf or a NaN: ``"propagate"`` it as torch does; ``"skip"`` (the
             gradients stay as they are, and :meth:`step` leaves the parameters as they are); ``"zero"`` the elements
-            concerned before anything else, or ``"raise"`` before anything is changed. The last two read a flag back
-            to the host at every call.
+            concerned before anything else; or ``"raise"`` before anything is changed, which reads a flag back to the
+            host at every call. Whatever it is, a norm that is not finite enters no rule's running statistics.
+
+    Attributes:
+        steps: how often :meth:`clip_` and :meth:`step` have decided.
+        skips: [] int64 on the gradients' device, how many of those changed nothing because of ``nonfinite="skip"``,
+            `when` or a GradScaler. None before the first step that might.
+        zeroed: [] int64 there, how many elements ``nonfinite="zero"`` has set to 0. None before the first step.
 
     Raises:
         TypeError, ValueError: an argument of another kind, named with its value.
@@ -45,13 +54,27 @@ class Clipper:
         self, parameters: Iterable[Any] | Tensor, rule: Rule | list[Rule] | float, *, nonfinite: str = "propagate"
     ) -> None:
         self.parameters, self.names = _named(listed(parameters))
-        self.rules = [_rule(r) for r in rule] if isinstance(rule, (list, tuple)) else [_rule(rule)]
+        self.rules = [as_rule(r) for r in rule] if isinstance(rule, (list, tuple)) else [as_rule(rule)]
         if not self.rules:
             raise ValueError(f"rule must not be an empty list, got {rule!r}")
         self.norm_type = norm_type_of(self.rules)
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
         self.nonfinite = nonfinite
+        self.steps = 0
+        self.skips: Tensor | None = None
+        self.zeroed: Tensor | None = None
+        self._known: Members | None = None
+        self._checked = 0
+        if self.parameters:
+            self._check_rules()
+
+    def _check_rules(self) -> None:
+        """ValueError if a rule names a parameter that is not here."""
+        self._checked = len(self.parameters)
+        for rule in self.rules:
+            if hasattr(rule, "check"):
+                rule.check(self.parameters, self.names)
 
     def clip_(self) -> Stats:
         """Clip the gradients in place; what they were before, and what was done, as :class:`Stats`.
@@ -77,15 +100,20 @@ class Clipper:
         rule = self.rules[0]
         if len(self.rules) > 1 or type(rule) is not GlobalNorm or rule.norm_type == 0 or self.nonfinite != "propagate":
             return None
+        limit = rule.limit(self.steps)
         library = native.cpp.load() if backends.current() in ("auto", "cpu") else None
-        done = library.clip_all(self.parameters, self.norm_type, rule.max_norm) if library is not None else None
+        if library is None or isinstance(limit, Tensor):
+            return None
+        done = library.clip_all(self.parameters, self.norm_type, limit)
         if not isinstance(done, tuple):
             return done
         power, absmax, norm, coef, wide = done
         parts = [Measurement(power, absmax)]
         stats = Stats(self.norm_type, torch.float64 if wide else torch.float32, power.device, parts, None, norm)
+        stats.limit = limit
         if self.names is not None:
-            stats.names = self._names_of(len(power))
+            stats.names = self._members(len(power)).names
+        self.steps += 1
         return stats.decided(coef)
 
     def step(
@@ -151,10 +179,46 @@ class Clipper:
         """What the rules say of the gradients of `table`; see :func:`decide`. `scaled`: by a GradScaler."""
         policy = "skip" if scaled else self.nonfinite
         check = self._refuse if policy == "raise" else None
-        stats, pending = decide(table, self.rules, self.norm_type, check, factor, skip, policy)
+        if self._checked != len(self.parameters):  # an optimizer was given more of them
+            self._check_rules()
+        members = functools.cache(lambda: self._members(len(table)))
+        before = Before(factor, skip, self.steps, members)
+        stats, pending = decide(table, self.rules, self.norm_type, check, before, policy)
         if self.names is not None:
-            stats.names = self._names_of(len(table))
+            stats.names = members().names
+        self.steps += 1
+        if pending.skip is not None:
+            self.skips = _added(self.skips, pending.skip)
+        if stats.zeroed is not None:
+            self.zeroed = _added(self.zeroed, stats.zeroed.sum())
         return stats, pending
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this Clipper and its rules remember: counts, and running statistics as tensors (copies)."""
+        counts = {
+            name: None if t is None else t.clone() for name, t in (("skips", self.skips), ("zeroed", self.zeroed))
+        }
+        return {"steps": self.steps, **counts, "rules": [state_of(rule) for rule in self.rules]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state, whatever device it was saved from.
+
+        Raises:
+            ValueError, KeyError: it was saved by a Clipper with other rules; nothing is changed then.
+        """
+        saved = state_dict["rules"]
+        if len(saved) != len(self.rules):
+            raise ValueError(f"state_dict has {len(saved)} rules, and this Clipper {len(self.rules)}: {self.rules}")
+        steps, skips, zeroed = state_dict["steps"], state_dict["skips"], state_dict["zeroed"]
+        kept = [state_of(rule) for rule in self.rules]
+        try:
+            for rule, state in zip(self.rules, saved):
+                load_state(rule, state)
+        except Exception:
+            for rule, state in zip(self.rules, kept):
+                load_state(rule, state)
+            raise
+        self.steps, self.skips, self.zeroed = steps, _loaded(self.skips, skips), _loaded(self.zeroed, zeroed)
 
     def _refuse(self, stats: Stats) -> None:
         """RuntimeError if a gradient is not finite."""
@@ -162,7 +226,7 @@ class Clipper:
         if not concerned:
             return
         table = pack(self.parameters, gradients=False, write=False)
-        names = self._names_of(len(table)) if self.names else tuple(f"gradient {i}" for i in range(len(table)))
+        names = self._members(len(table)).names or tuple(f"gradient {i}" for i in range(len(table)))
         counts = [
             f"{names[i]} ({int((~table.tensors[i].isfinite()).sum())} of {table.tensors[i].numel()})"
             for i in concerned[:5]
@@ -172,23 +236,22 @@ class Clipper:
             f"gradients hold elements that are not finite: {', '.join(counts)}{more}; nothing was changed"
         )
 
-    def _names_of(self, count: int) -> tuple[str, ...]:
-        assert self.names is not None
-        if count == len(self.names):
-            return self.names
-        distinct: dict[Any, str] = {}
-        for name, parameter in zip(self.names, self.parameters):
-            if parameter.grad is not None:
-                distinct.setdefault(identity(parameter.grad), name)
-        return tuple(distinct.values())
+    def _members(self, count: int) -> Members:
+        """The parameters of the `count` distinct gradients there are now."""
+        known, everyone = self._known, len(self.parameters)
+        if count == everyone:
+            if known is None or known.total != everyone or len(known.indices) != everyone:
+                known = Members.all_of(self.parameters, self.names)
+        else:
+            found = Members.of(self.parameters, self.names)
+            if known is None or known.total != everyone or known.indices != found.indices:
+                known = found
+        self._known = known
+        return known
 
     def owners(self) -> list[list[Tensor]]:
         """For each distinct gradient, in order, the parameters that have it."""
-        distinct: dict[Any, list[Tensor]] = {}
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                distinct.setdefault(identity(parameter.grad), []).append(parameter)
-        return list(distinct.values())
+        return Members.of(self.parameters, None).owners
 
     def __repr__(self) -> str:
         return f"Clipper({len(self.parameters)} parameters, {self.rules})"
@@ -211,6 +274,18 @@ class Pending(NamedTuple):
         return coef if self.skip is None else torch.where(self.skip, 1.0, coef)
 
 
+class Before(NamedTuple):
+    """What is known before the gradients are read."""
+
+    factor: Tensor | None = None  # [] float64: what they are to be multiplied by before all else
+    skip: Tensor | None = None  # [] bool: whether nothing is to be done
+    step: int = 0
+    members: Callable[[], Members] | None = None
+
+
+NOTHING = Before()
+
+
 def clip(table: GradTable, rules: list[Any], norm_type: float, check: Callable[[Stats], None] | None = None) -> Stats:
     """Run `rules` over the table's gradients: one read, one decision, at most one pass of writing per coefficient rule
     or run of them. `check` sees the statistics before anything is written and may raise."""
@@ -224,21 +299,19 @@ def decide(
     rules: list[Any],
     norm_type: float,
     check: Callable[[Stats], None] | None = None,
-    factor: Tensor | None = None,
-    skip: Tensor | None = None,
+    given: Before = NOTHING,
     nonfinite: str = "propagate",
 ) -> tuple[Stats, Pending]:
-    """Read the gradients once and let the rules decide. Only what comes before the last `Value` is written.
-
-    `factor` ([] float64) is what the gradients are to be multiplied by before all else; `skip` ([] bool) whether
-    nothing is to be done. The statistics are those of the gradients times `factor`, as they were before any rule.
-    """
-    fused = rules[0] if len(rules) == 1 and type(rules[0]) is GlobalNorm and factor is None else None
-    before, coef = measure(table, norm_type, fused.max_norm if fused else None)
-    if nonfinite == "zero" and _zero_nonfinite(table, before):
-        before, coef = measure(table, norm_type, fused.max_norm if fused else None)
+    """Read the gradients once and let the rules decide. Only what comes before the last rule that works in place is
+    written. The statistics are those of the gradients times ``given.factor``, as they were before any rule."""
+    factor, skip = given.factor, given.skip
+    limit = rules[0].limit(given.step) if len(rules) == 1 and type(rules[0]) is GlobalNorm and factor is None else None
+    fused = limit if isinstance(limit, float) else None
+    before, coef = measure(table, norm_type, fused, repair=nonfinite == "zero")
     if factor is not None:
-        before = before.scaled(factor)
+        zeroed, before = before.zeroed, before.scaled(factor)
+        before.zeroed = zeroed
+    before.step, before._members = given.step, given.members
     if check:
         check(before)
     if nonfinite == "skip":
@@ -246,48 +319,43 @@ def decide(
         skip = broken if skip is None else skip | broken
     one = torch.ones((), dtype=torch.float64, device=table.device) if coef is None or not len(table) else coef
     if coef is not None or not len(table):
+        if fused is not None:
+            before.limit = fused
         return before.decided(one, None, skip), Pending(one, one, None, None, skip)
 
-    start = one if factor is None else factor
-    common, each, held = start, None, None  # since the last Value
-    coef, overall, clamped = start, one, None
+    coef = common = factor  # since the last rule that worked in place; None: 1
+    each, held, overall, changed = None, None, None, None
     stats: Stats | None = before
-    for rule in rules:
-        if isinstance(rule, Value):
-            if skip is not None and bool(skip):
-                break  # its limits cannot wait on the device
-            if coef is not one:
-                table.apply_(coef)
-                coef, common, each = one, one, None
-            changed = table.clamp_(rule.low, rule.high)
-            clamped = changed if clamped is None else clamped | changed
+    for i, rule in enumerate(rules):
+        if getattr(rule, "in_place", False):
+            if coef is not None:
+                table.apply_(coef if skip is None else torch.where(skip, 1.0, coef))
+                coef, common, each = None, None, None
+            mine = rule.write_(table, given.members() if given.members else None, skip)
+            changed = mine if changed is None else changed | mine
             stats = None  # what the next rule needs must be read again
+            continue
+        if stats is None:
+            stats, _ = measure(table, norm_type)
+            stats.step, stats._members = given.step, given.members
+        mine = checked(rule(stats), rule, stats.count).to(stats.device)
+        if stats._limit is not None:
+            before._limit = stats._limit
+        coef, overall = combined(coef, mine), combined(overall, mine)
+        if i + 1 < len(rules):
+            stats = stats.scaled(mine)
+        if mine.dim() == 0:
+            if not getattr(rule, "zero_if_finite", False):  # +0 writes zeros, which no factor for all does to a NaN
+                zeroes = torch.where((mine == 0) & ~mine.signbit(), 0.0, 1.0).double()
+                each = combined(each, zeroes)
+                mine = torch.where(zeroes == 0, 1.0, mine)
+            common = combined(common, mine)
         else:
-            if stats is None:
-                stats, _ = measure(table, norm_type)
-            mine = _coefficients(rule, stats)
-            coef, overall, stats = combined(coef, mine), combined(overall, mine), stats.scaled(mine)
-            if mine.dim() == 0:
-                if type(rule) is not GlobalNorm:  # +0 writes zeros, which no factor for all does to a NaN
-                    zeroes = torch.where((mine == 0) & ~mine.signbit(), 0.0, 1.0).double()
-                    each = zeroes if each is None else combined(each, zeroes)
-                    mine = torch.where(zeroes == 0, 1.0, mine)
-                common = combined(common, mine)
-            else:
-                each = mine if each is None else combined(each, mine)
-                if getattr(rule, "hold", False):
-                    held = mine == 0 if held is None else held | (mine == 0)
-    return before.decided(overall, clamped, skip), Pending(coef, common, each, held, skip)
-
-
-def _zero_nonfinite(table: GradTable, stats: Stats) -> bool:
-    """Set elements that are inf or NaN to 0; whether there were any, which is read back."""
-    concerned = stats.nonfinite.nonzero().flatten().tolist()
-    tensors = table.tensors if concerned else []
-    for i in concerned:
-        with torch.inference_mode() if tensors[i].is_inference() else torch.no_grad():
-            torch.nan_to_num_(tensors[i], 0.0, 0.0, 0.0)
-    return bool(concerned)
+            each = combined(each, mine)
+            if getattr(rule, "hold", False):
+                held = mine == 0 if held is None else held | (mine == 0)
+    coef, common, overall = (one if c is None else c for c in (coef, common, overall))
+    return before.decided(overall, changed, skip), Pending(coef, common, each, held, skip)
 
 
 def _flag(when: Any, device: torch.device) -> Tensor:
@@ -297,6 +365,19 @@ def _flag(when: Any, device: torch.device) -> Tensor:
     if isinstance(when, bool) or when.device.type == "cpu":
         return upload(when, torch.bool, device).reshape(())
     return when.detach().reshape(()).to(device)
+
+
+def _added(total: Tensor | None, more: Tensor) -> Tensor:
+    """`total` and `more`, in the memory of `total`, which a CUDA graph may know."""
+    if total is None or total.device != more.device:
+        total = torch.zeros((), dtype=torch.int64, device=more.device) if total is None else total.to(more.device)
+    return total.add_(more)
+
+
+def _loaded(mine: Tensor | None, saved: Tensor | None) -> Tensor | None:
+    if mine is None or saved is None:
+        return None if saved is None else saved.detach().clone()
+    return mine.copy_(saved)
 
 
 def clip_by_norm(table: GradTable, norm: Tensor, max_norm: float) -> None:
@@ -313,22 +394,6 @@ def refuse_nonfinite(stats: Stats) -> None:
             f"the total norm of order {stats.norm_type} of the gradients is {stats.norm.item()}, so they cannot be "
             f"clipped by it; nothing was changed. Set error_if_nonfinite=False to scale by it anyway"
         )
-
-
-def _coefficients(rule: Rule, stats: Stats) -> Tensor:
-    factor = rule(stats)
-    if not isinstance(factor, Tensor) or factor.shape not in ((), (stats.count,)):
-        got = f"a tensor of shape {tuple(factor.shape)}" if isinstance(factor, Tensor) else repr(factor)
-        raise TypeError(f"rule {rule!r} must return a tensor of shape [] or [{stats.count}], got {got}")
-    return factor.detach().to(stats.device, torch.float64)
-
-
-def _rule(rule: Any) -> Any:
-    if isinstance(rule, Value) or (callable(rule) and not isinstance(rule, type)):
-        return rule
-    if isinstance(rule, numbers.Real) and not isinstance(rule, bool):
-        return GlobalNorm(float(rule))
-    raise TypeError(f"rule must be a rule, a list of rules or a number, got {type(rule).__name__} {rule!r}")
 
 
 def _named(items: list[Any]) -> tuple[list[Tensor], tuple[str, ...] | None]:

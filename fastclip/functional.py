@@ -18,7 +18,8 @@ from torch import Tensor
 from . import backends, ops
 from .backends import native
 from .clipper import clip, clip_by_norm, refuse_nonfinite
-from .rules import GlobalNorm, Mask, TensorNorm, Value, nonnegative
+from .rules import GlobalNorm, Mask, TensorNorm, Value
+from .rules.formula import nonnegative
 from .table import check_not_gradients, from_native, listed, pack
 
 Parameters = Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]

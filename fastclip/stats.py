@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .backends import Measurement, upload
 from .table import GradTable
+
+if TYPE_CHECKING:
+    from .members import Members
 
 
 class Stats:
@@ -27,10 +32,21 @@ class Stats:
         tensor_norms: [T] p-norm of each gradient.
         tensor_absmax: [T] largest magnitude of each gradient; NaN where it holds a NaN.
         nonfinite: [T] bool, whether a gradient holds an inf or a NaN.
+        limit: [] limit of the norm of all gradients that was in force, where a rule had one, else None. Of several
+            such rules, the last one's.
+        zeroed: [T] int64, how many elements ``nonfinite="zero"`` set to 0; else None. The norms are those afterwards.
         names: the T names, where the Clipper was given named parameters, else None.
+
+    For rules:
+        step: how many steps the Clipper has taken before this one.
+        members(): the parameters that the gradients belong to, :class:`~fastclip.members.Members`.
     """
 
     names: tuple[str, ...] | None = None
+    zeroed: Tensor | None = None
+    step: int = 0
+    _limit: Tensor | float | None = None
+    _members: Callable[[], Members] | None = None
 
     def __init__(
         self,
@@ -95,7 +111,23 @@ class Stats:
 
     @property
     def nonfinite(self) -> Tensor:
-        return ~self.absmax.isfinite()
+        return ~self.absmax.isfinite() if self.zeroed is None else self.zeroed > 0
+
+    @property
+    def limit(self) -> Tensor | None:
+        if isinstance(self._limit, float):
+            return torch.full((), self._limit, dtype=self._dtype, device=self.device)
+        return None if self._limit is None else self._limit.to(self._dtype)
+
+    @limit.setter
+    def limit(self, limit: Tensor | float) -> None:
+        self._limit = limit
+
+    def members(self) -> Members:
+        """The parameters that the gradients belong to. RuntimeError where only tensors are known."""
+        if self._members is None:
+            raise RuntimeError("this rule needs to know the parameters: use it in a Clipper")
+        return self._members()
 
     @property
     def coef(self) -> Tensor:
@@ -121,7 +153,16 @@ class Stats:
             power = torch.where(factor == 0, 0.0, power)
         elif not math.isinf(self.norm_type):
             power = torch.where(factor == 0, 0.0, power * factor**self.norm_type)
-        return Stats(self.norm_type, self._dtype, self.device, [Measurement(power, absmax)])
+        return self._like(power, absmax)
+
+    def only(self, index: Tensor, members: Members) -> Stats:
+        """The statistics of the gradients at `index` ([K] int64), those of `members`, alone."""
+        return self._like(self.power[index], self.absmax[index], lambda: members)
+
+    def _like(self, power: Tensor, absmax: Tensor, members: Callable[[], Members] | None = None) -> Stats:
+        stats = Stats(self.norm_type, self._dtype, self.device, [Measurement(power, absmax)])
+        stats.step, stats._members = self.step, members or self._members
+        return stats
 
     def decided(self, coef: Tensor, clamped: Tensor | None = None, skip: Tensor | None = None) -> Stats:
         """Record what was done."""
@@ -145,17 +186,29 @@ class Stats:
         return f"Stats(total_norm={self.total_norm.item():.6g}, clipped={bool(self.clipped)}, tensors={self.count})"
 
 
-def measure(table: GradTable, norm_type: float, max_norm: float | None = None) -> tuple[Stats, Tensor | None]:
-    """One read of the table's gradients; also the clip coefficient of `max_norm` where the backends fuse that."""
+def measure(
+    table: GradTable, norm_type: float, max_norm: float | None = None, repair: bool = False
+) -> tuple[Stats, Tensor | None]:
+    """One read of the table's gradients; also the clip coefficient of `max_norm` where the backends fuse that.
+
+    `repair`: elements that are inf or NaN are set to 0 first, which is another read of the gradients that hold some.
+    """
     parts: list[Measurement] = []
-    chained = len({(group.backend, group.device) for group in table.groups}) == 1
+    counts: list[Tensor] = []
+    chained = len({(group.backend, group.device) for group in table.groups}) == 1 and not repair
     before: Tensor | None = None
     for group in table.groups:
         parts.append(group.backend.measure(group, norm_type, max_norm, before))
         before = parts[-1].total if chained else None
+        if repair:
+            parts[-1], zeroed = group.backend.repair_(group, parts[-1], norm_type)
+            counts.append(zeroed)
     positions = [p for group in table.groups for p in group.positions] if len(parts) > 1 else None
     norm, coef = (parts[-1].norm, parts[-1].coef) if chained else (None, None)
-    return Stats(norm_type, table.dtype, table.device, parts, positions, norm), coef
+    stats = Stats(norm_type, table.dtype, table.device, parts, positions, norm)
+    if repair:
+        stats.zeroed = stats._gathered(counts) if counts else torch.zeros(0, dtype=torch.int64, device=table.device)
+    return stats, coef
 
 
 def _root(power: Tensor, p: float) -> Tensor:

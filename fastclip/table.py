@@ -52,6 +52,12 @@ class Group:
         rows = [[t.data_ptr() for t in self.tensors], [t.numel() for t in self.tensors]]
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
+    def units(self) -> Group | None:
+        """The rows (slices along dimension 0) of all tensors of two or more dimensions, and the others whole, in order,
+        as one group; None where they are not contiguous pieces of memory, or there is no C++ compiler."""
+        units = None if self.native is None else self.native.units()
+        return None if units is None else Group(self.backend, [], None, units)
+
     def bump_version(self) -> None:
         """Tell autograd that the tensors were written."""
         if self.native is not None:

@@ -20,10 +20,11 @@ SGD's first step. Gradients and states are as in torch.optim.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -45,6 +46,40 @@ class Measurement(NamedTuple):
 def capturing(device: torch.device) -> bool:
     """Whether what is launched on `device` now becomes part of a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def repaired_on_host(
+    group: Any, measured: Measurement, measure: Callable[[], Measurement]
+) -> tuple[Measurement, Tensor]:
+    """``repair_`` where the host may know what was measured: on a CPU."""
+    counts = torch.zeros(len(group), dtype=torch.int64, device=group.device)
+    for i in (~measured.absmax.isfinite()).nonzero().flatten().tolist():
+        with writing(group.tensors[i]):
+            for piece in slices(group.tensors[i]):
+                broken = ~piece.isfinite()
+                counts[i] += broken.sum()
+                piece.masked_fill_(broken, 0)
+    return measure() if counts.any() else measured, counts
+
+
+SLICE = 1 << 20  # elements that plain torch works on at a time, so that memory stays bounded
+
+
+def slices(tensor: Tensor) -> Iterator[Tensor]:
+    """Views of at most SLICE elements, which together are `tensor`."""
+    if tensor.numel() > SLICE:
+        widest = max(range(tensor.dim()), key=tensor.size)
+        for half in tensor.chunk(2, widest):
+            yield from slices(half)
+    elif tensor.numel() > 0:
+        yield tensor
+
+
+@contextlib.contextmanager
+def writing(tensor: Tensor) -> Iterator[None]:
+    """Where autograd lets `tensor` be changed in place: one made in inference mode only there."""
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+        yield
 
 
 _captured: list[Tensor] = []  # what CUDA graphs copy from the host at every replay, for as long as the process lives

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import Measurement, native
+from . import Measurement, native, repaired_on_host
 
 if TYPE_CHECKING:
     from ..table import Group, StepTable
@@ -36,6 +36,10 @@ def apply_(group: Group, coef: torch.Tensor) -> None:
 
 def clamp_(group: Group, low: float, high: float) -> torch.Tensor:
     return torch.tensor(native.cpp.load().clamp_(group.native, low, high), device="cpu")
+
+
+def repair_(group: Group, measured: Measurement, norm_type: float) -> tuple[Measurement, torch.Tensor]:
+    return repaired_on_host(group, measured, lambda: measure(group, norm_type))
 
 
 def adamw_(

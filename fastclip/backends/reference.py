@@ -3,21 +3,18 @@ better does: strided views with gaps, sparse values, complex numbers, any device
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import Measurement
+from . import Measurement, repaired_on_host, slices, writing
 
 if TYPE_CHECKING:
     from ..table import Group
 
 name = "reference"
-SLICE = 1 << 20  # elements converted at a time, so that memory stays bounded
 
 
 def why_not(device: torch.device) -> str | None:
@@ -33,7 +30,7 @@ def measure(group: Group, norm_type: float, max_norm: float | None = None, befor
     for tensor in group.tensors:
         power = torch.zeros((), dtype=torch.float64, device=group.device)
         largest = torch.zeros((), dtype=torch.float64, device=group.device)
-        for piece in _slices(tensor):
+        for piece in slices(tensor):
             magnitude = _accurate(piece).abs()
             largest = torch.maximum(largest, magnitude.max())
             if norm_type == 0:
@@ -50,22 +47,26 @@ def apply_(group: Group, coef: Tensor) -> None:
     for tensor, c in zip(group.tensors, coefs):
         if c == 1:
             continue
-        with _writing(tensor):
+        with writing(tensor):
             if c == 0 and math.copysign(1, c) > 0:
                 tensor.zero_()
                 continue
-            for piece in _slices(tensor):
+            for piece in slices(tensor):
                 piece.copy_(piece.to(_compute_dtype(piece.dtype)) * c)
+
+
+def repair_(group: Group, measured: Measurement, norm_type: float) -> tuple[Measurement, Tensor]:
+    return repaired_on_host(group, measured, lambda: measure(group, norm_type))
 
 
 def clamp_(group: Group, low: float, high: float) -> Tensor:
     changed = False
     low, high = torch.tensor([low, high], dtype=_compute_dtype(group.dtype).to_real(), device="cpu").tolist()
     for tensor in group.tensors:
-        with _writing(tensor):
-            for piece in _slices(tensor):
+        with writing(tensor):
+            for piece in slices(tensor):
                 wide = _accurate(piece)
-                if not (wide.abs() > high).any():
+                if not ((wide.abs() > high) if piece.is_complex() else (wide < low) | (wide > high)).any():
                     continue
                 changed = True
                 if piece.is_complex():
@@ -82,22 +83,6 @@ def _shrunk(z: Tensor, limit: float) -> Tensor:
     parts = torch.where(infinite.any(-1, keepdim=True), infinite * parts.sign(), parts)
     finite = torch.view_as_complex(torch.where(parts.isnan() & infinite.any(-1, keepdim=True), 0.0, parts))
     return torch.where(z.abs() > limit, finite * (limit / finite.abs()), z)
-
-
-@contextlib.contextmanager
-def _writing(tensor: Tensor) -> Iterator[None]:
-    """Where autograd lets `tensor` be changed in place: one made in inference mode only there."""
-    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
-        yield
-
-
-def _slices(tensor: Tensor) -> Iterator[Tensor]:
-    if tensor.numel() > SLICE:
-        widest = max(range(tensor.dim()), key=tensor.size)
-        for half in tensor.chunk(2, widest):
-            yield from _slices(half)
-    elif tensor.numel() > 0:
-        yield tensor
 
 
 def _accurate(piece: Tensor) -> Tensor:

@@ -1,0 +1,86 @@
+"""Which parameters the gradients of a decision belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .backends import capturing, upload
+from .table import identity
+
+Made = TypeVar("Made")
+
+
+class Members:
+    """The parameters of the T distinct gradients of a decision, among all that a Clipper has.
+
+    Attributes:
+        owners: for each gradient, the parameters that have it.
+        names: the T names, if the Clipper was given named parameters.
+        indices: of the T gradients' first owners among all parameters of the Clipper.
+        total: how many parameters the Clipper has.
+    """
+
+    def __init__(
+        self, owners: list[list[Tensor]], names: tuple[str, ...] | None, indices: Sequence[int], total: int
+    ) -> None:
+        self.owners, self.names, self.indices, self.total = owners, names, indices, total
+        self._kept: dict[Hashable, Any] = {}
+
+    @classmethod
+    def of(cls, parameters: list[Tensor], names: tuple[str, ...] | None) -> Members:
+        """Those of `parameters` that have a gradient now."""
+        distinct: dict[Any, int] = {}
+        owners: list[list[Tensor]] = []
+        indices: list[int] = []
+        for i, parameter in enumerate(parameters):
+            if parameter.grad is None:
+                continue
+            position = distinct.setdefault(identity(parameter.grad), len(owners))
+            if position == len(owners):
+                owners.append([])
+                indices.append(i)
+            owners[position].append(parameter)
+        return cls(owners, names and tuple(names[i] for i in indices), indices, len(parameters))
+
+    @classmethod
+    def all_of(cls, parameters: list[Tensor], names: tuple[str, ...] | None) -> Members:
+        """All `parameters`, each with a gradient of its own."""
+        return cls([[p] for p in parameters], names, range(len(parameters)), len(parameters))
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """[T] the first owner of each gradient."""
+        return [owners[0] for owners in self.owners]
+
+    def only(self, key: Hashable, positions: list[int]) -> Members:
+        """Those at `positions` of the T."""
+
+        def make() -> Members:
+            names = self.names and tuple(self.names[i] for i in positions)
+            return Members([self.owners[i] for i in positions], names, [self.indices[i] for i in positions], self.total)
+
+        return self.kept((key, "only"), make)
+
+    def sizes(self, device: torch.device) -> Tensor:
+        """[T] float64 on `device`, the element counts."""
+        return self.on(device, "sizes", lambda: upload([p.numel() for p in self.parameters], torch.float64, device))
+
+    def index(self, device: torch.device) -> Tensor | None:
+        """[T] int64 on `device`, `indices`; None if they are all, in order."""
+        if len(self.indices) == self.total:
+            return None
+        return self.on(device, "index", lambda: upload(list(self.indices), torch.int64, device))
+
+    def kept(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """make(), or what it gave for this key before: the parameters of a decision seldom change."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def on(self, device: torch.device, key: Hashable, make: Callable[[], Made]) -> Made:
+        """:meth:`kept`, of something on `device`: in a CUDA graph made anew, since every replay copies it."""
+        return make() if capturing(device) else self.kept((key, device), make)

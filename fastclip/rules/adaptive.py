@@ -1,0 +1,318 @@
+"""Rules whose limits follow the norms they have seen.
+
+What they remember is small tensors on the device of the gradients, changed in place: no step waits for the device, a
+CUDA graph's replay goes on from where the last one was, and ``Clipper.state_dict`` saves them. A norm that is not
+finite is never remembered.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import capturing, choose, get
+from ..stats import Stats
+from .formula import at_least_one, clip_coefficient, fraction, nonnegative, number, positive
+
+
+class Adaptive:
+    """A rule with running statistics, `state`: tensors by name, made in the first step on the gradients' device."""
+
+    norm_type = 2.0
+    zero_if_finite = True  # its coefficient is +0 only where the norm, and so every gradient, is finite
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+
+    def _new(self, stats: Stats) -> dict[str, Tensor]:
+        """The state before the first step."""
+        raise NotImplementedError
+
+    def _on(self, stats: Stats) -> dict[str, Tensor]:
+        """The state, on the device of these statistics."""
+        if not self.state:
+            self.state = self._new(stats)
+        if any(t.device != stats.device for t in self.state.values()):
+            self.state = {name: t.to(stats.device) for name, t in self.state.items()}
+        return self.state
+
+    def _remember(self, *new: Tensor) -> None:
+        torch._foreach_copy_(list(self.state.values()), list(new))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: t.detach().clone() for name, t in self.state.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state. ValueError if it is another rule's."""
+        loaded = {name: torch.as_tensor(t) for name, t in state.items()}
+        if loaded:
+            self._check(loaded)
+        same = self.state.keys() == loaded.keys() and all(t.shape == loaded[k].shape for k, t in self.state.items())
+        if same:
+            self._remember(*(loaded[name] for name in self.state))  # where a CUDA graph knows them
+        else:
+            self.state = {name: t.detach().clone() for name, t in loaded.items()}
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        expected = self._names
+        if tuple(state) != expected:
+            raise ValueError(f"state_dict holds {', '.join(state)} for {self!r}, which remembers {', '.join(expected)}")
+
+    _names: tuple[str, ...]
+
+
+class ZClip(Adaptive):
+    r"""Clip norms that stand out from those before them.
+
+    .. math:: z = \frac{N - \mu}{\sigma + \epsilon},\quad
+        \tau = \mu + \frac{z_{max}\,\sigma}{z / z_{max}} \text{ where } z > z_{max}
+
+    All gradients are scaled so that their norm N is at most tau; where z is not that large they are left alone. Then mu
+    and sigma^2 follow, with ``alpha``, the norm as it was clipped: :math:`\mu \leftarrow \alpha\mu + (1-\alpha)N`,
+    :math:`\sigma^2 \leftarrow \alpha\sigma^2 + (1-\alpha)(N-\mu)^2`. The first `warmup` finite norms are not clipped;
+    their mean and variance are what mu and sigma^2 start from. While mu is 0, all norms having been 0, nothing is
+    clipped, or nothing would ever be learnt. Kumar et al. 2025, "ZClip" (arXiv 2504.02507).
+
+    ``stats.limit`` is tau where something was clipped, elsewhere the norm above which something would have been.
+
+    Args:
+        z_max: how many standard deviations above the mean a norm may be, > 0.
+        alpha: how slowly mean and variance follow, in [0, 1).
+        warmup: the number of norms to start from, >= 1.
+        eps: added to sigma, >= 0.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, named with its value.
+    """
+
+    _names = ("count", "mean", "var")
+
+    def __init__(self, z_max: float = 2.5, alpha: float = 0.97, warmup: int = 25, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.z_max = positive(z_max, "z_max")
+        self.alpha = fraction(alpha, "alpha")
+        self.warmup = at_least_one(warmup, "warmup")
+        self.eps = nonnegative(eps, "eps")
+
+    def _new(self, stats: Stats) -> dict[str, Tensor]:
+        return {name: torch.zeros((), dtype=torch.float64, device=stats.device) for name in self._names}
+
+    def __call__(self, stats: Stats) -> Tensor:
+        state = self._on(stats)
+        coef, stats.limit, *new = fused(
+            *(_zclip, stats.norm), *state.values(), self.z_max, self.alpha, float(self.warmup), self.eps
+        )
+        self._remember(*new)
+        return coef
+
+    def __repr__(self) -> str:
+        return f"ZClip(z_max={self.z_max}, alpha={self.alpha}, warmup={self.warmup}, eps={self.eps})"
+
+
+def _zclip(
+    norm: Tensor, count: Tensor, mean: Tensor, var: Tensor, z_max: float, alpha: float, warmup: float, eps: float
+) -> tuple[Tensor, ...]:
+    """(coefficient, limit, and count, mean and var afterwards)."""
+    std = var.sqrt()
+    z = (norm - mean) / (std + eps)
+    warm = count >= warmup
+    spike = warm & (z > z_max) & (mean > 0)
+    limit = torch.where(spike, mean + z_max * z_max * std / z, torch.where(warm, mean + z_max * (std + eps), math.inf))
+    coef = torch.where(spike, clip_coefficient(norm, limit), 1.0)
+    # A NaN is no spike; it and inf go on as torch's clip would let them, for whatever rule or policy comes after.
+    seen = torch.where(spike, limit, norm)
+    toward = seen - mean
+    share = torch.where(warm, 1 - alpha, 1 / (count + 1))
+    new_mean = mean + share * toward
+    new_var = var + share * (torch.where(warm, seen - new_mean, toward) * (seen - new_mean) - var)
+    finite = norm.isfinite()
+    return (
+        coef,
+        limit,
+        torch.where(finite, (count + 1).clamp(max=warmup), count),
+        torch.where(finite, new_mean, mean),
+        torch.where(finite, new_var, var),
+    )
+
+
+class AutoClip(Adaptive):
+    r"""Clip to a percentile of the norms so far.
+
+    .. math:: \tau = \mathrm{percentile}_p(N_{t-window+1}, \dots, N_t),\quad
+        g \leftarrow g \cdot \min\left(1, \frac{\tau}{N_t + 10^{-6}}\right)
+
+    with the present norm among them, so that the first is its own limit, and linear interpolation between two norms,
+    as ``numpy.percentile`` has it. Seetharaman et al. 2020, "AutoClip" (arXiv 2007.14469), with a bounded window.
+
+    Args:
+        percentile: p, in [0, 100]. Small is the paper's way: most steps are clipped, and nearly equally long.
+        window: how many norms are remembered, >= 1. Those that are not finite are not.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, named with its value.
+    """
+
+    _names = ("count", "history")
+
+    def __init__(self, percentile: float = 10.0, window: int = 1000) -> None:
+        super().__init__()
+        self.percentile = number(percentile, "percentile")
+        if not 0 <= self.percentile <= 100:
+            raise ValueError(f"percentile must be in [0, 100], got {percentile!r}")
+        self.window = at_least_one(window, "window")
+
+    def _new(self, stats: Stats) -> dict[str, Tensor]:
+        return {
+            "count": torch.zeros((), dtype=torch.float64, device=stats.device),
+            # the last place takes what is not to be remembered
+            "history": torch.full((self.window + 1,), math.inf, dtype=torch.float64, device=stats.device),
+        }
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        super()._check(state)
+        if len(state["history"]) != self.window + 1:
+            raise ValueError(f"state_dict has a window of {len(state['history']) - 1}, and {self!r} another one")
+
+    def __call__(self, stats: Stats) -> Tensor:
+        state = self._on(stats)
+        coef, stats.limit, *new = fused(_autoclip, stats.norm, *state.values(), self.percentile / 100)
+        self._remember(*new)
+        return coef
+
+    def __repr__(self) -> str:
+        return f"AutoClip({self.percentile}, window={self.window})"
+
+
+def _autoclip(norm: Tensor, count: Tensor, history: Tensor, share: float) -> tuple[Tensor, ...]:
+    """(coefficient, limit, and count and history afterwards)."""
+    window = len(history) - 1
+    finite = norm.isfinite()
+    place = torch.where(finite, count % window, window).long()
+    history = history.scatter(0, place.unsqueeze(0), norm.unsqueeze(0))
+    count = count + finite
+    known = count.clamp(max=window)
+    ordered = history[:window].sort().values  # what is not known yet is inf, and so comes last
+    rank = share * (known - 1).clamp(min=0)
+    low = rank.floor()
+    below = ordered.gather(0, low.long().unsqueeze(0)).squeeze(0)
+    above = ordered.gather(0, rank.ceil().long().unsqueeze(0)).squeeze(0)
+    limit = torch.where(above > below, below + (above - below) * (rank - low), below)
+    return clip_coefficient(norm, limit), limit, count, history
+
+
+class AdaGC(Adaptive):
+    r"""Clip each gradient relative to the norms that it had.
+
+    .. math:: h_i = \min\left(1, \frac{\lambda_{rel}\,\gamma_i}{n_i + 10^{-6}}\right),\quad
+        g_i \leftarrow h_i g_i,\quad \gamma_i \leftarrow \beta\gamma_i + (1-\beta) h_i n_i
+
+    with n_i the norm of tensor i. In the first `warmup` steps all gradients are scaled together to a norm of at most
+    `lambda_abs` instead, and gamma_i is the least norm that tensor i had after that. Wang et al. 2025, "AdaGC" (arXiv
+    2502.11034).
+
+    A norm of 0 or one that is not finite leaves gamma_i as it is. (By the paper's formula a tensor whose gradient was 0
+    once would have the limit 0 for ever.) A tensor that has no gamma_i when the warm-up is over starts with its norm
+    then, unclipped. gamma_i belongs to the i-th parameter of the Clipper, so a parameter without a gradient keeps it;
+    where the number of parameters has changed, those added at the end start anew.
+
+    Args:
+        lambda_rel: how much larger than gamma_i a norm may be, > 0.
+        beta: how slowly gamma_i follows, in [0, 1).
+        warmup: steps with a finite norm, >= 0.
+        lambda_abs: the limit of the global norm in the warm-up, > 0.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, named with its value.
+    """
+
+    _names = ("count", "gamma")
+
+    def __init__(
+        self, lambda_rel: float = 1.05, beta: float = 0.98, warmup: int = 100, lambda_abs: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.lambda_rel = positive(lambda_rel, "lambda_rel")
+        self.beta = fraction(beta, "beta")
+        self.warmup = at_least_one(warmup, "warmup") if warmup != 0 or isinstance(warmup, bool) else 0
+        self.lambda_abs = positive(lambda_abs, "lambda_abs")
+
+    def _new(self, stats: Stats) -> dict[str, Tensor]:
+        return {
+            "count": torch.zeros((), dtype=torch.float64, device=stats.device),
+            "gamma": torch.zeros(0, dtype=torch.float64, device=stats.device),  # 0: none yet
+        }
+
+    def __call__(self, stats: Stats) -> Tensor:
+        state, members = self._on(stats), stats.members()
+        count, gamma = state["count"], state["gamma"]
+        if len(gamma) < members.total:
+            gamma = state["gamma"] = torch.cat([gamma, gamma.new_zeros(members.total - len(gamma))])
+        index = members.index(stats.device)
+        mine = gamma[: members.total] if index is None else gamma[index]
+        coef, new_count, new = fused(
+            *(_adagc, stats.norm, stats.norms, count, mine), self.lambda_rel, self.beta, self.warmup, self.lambda_abs
+        )
+        count.copy_(new_count)
+        if index is None:
+            gamma[: members.total] = new
+        else:
+            gamma.index_copy_(0, index, new)
+        return coef
+
+    def __repr__(self) -> str:
+        return f"AdaGC({self.lambda_rel}, beta={self.beta}, warmup={self.warmup}, lambda_abs={self.lambda_abs})"
+
+
+def _adagc(
+    norm: Tensor, norms: Tensor, count: Tensor, gamma: Tensor, rel: float, beta: float, warmup: int, absolute: float
+) -> tuple[Tensor, ...]:
+    """(coefficients, and count and gamma afterwards)."""
+    warming = count < warmup
+    known = gamma > 0
+    apart = torch.where(known, clip_coefficient(norms, rel * gamma), 1.0)
+    coef = torch.where(warming, clip_coefficient(norm, absolute), apart)
+    clipped = coef * norms
+    least = torch.where(known, torch.minimum(gamma, clipped), clipped)
+    followed = torch.where(known, beta * gamma + (1 - beta) * clipped, clipped)
+    usable = clipped.isfinite() & (clipped > 0) & norms.isfinite()
+    gamma = torch.where(usable, torch.where(warming, least, followed), gamma)
+    return coef, count + (warming & norm.isfinite()), gamma
+
+
+# ---- one kernel out of a few lines ----
+
+
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}  # a function that cannot be compiled stands for itself
+
+
+def fused(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
+    """function(*arguments), on a GPU compiled into one kernel or two if torch.compile can do that here.
+
+    `function` must not change anything, so that it can be called again where compiling fails.
+    """
+    device = arguments[0].device
+    if device.type == "cpu":
+        return function(*arguments)
+    if function not in _compiled:
+        if capturing(device):
+            return function(*arguments)  # nothing can be compiled in the middle of a capture
+        if choose(device).name == "reference" or get("triton").why_not(device) is not None:
+            return function(*arguments)
+        try:
+            compiled = torch.compile(function, fullgraph=True)
+            results = compiled(*arguments)
+        except Exception as error:  # noqa: BLE001 - whatever the compiler lacks: the lines run one by one instead
+            _compiled[function] = function
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            warnings.warn(
+                f"fastclip: torch.compile failed for a rule, which runs uncompiled: {reason[0]}", stacklevel=2
+            )
+            return function(*arguments)
+        _compiled[function] = compiled
+        return results
+    return _compiled[function](*arguments)

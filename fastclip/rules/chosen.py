@@ -1,0 +1,127 @@
+"""Rules for some of the parameters."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import upload
+from ..members import Members
+from ..stats import Stats
+from ..table import GradTable, pack
+from .formula import checked, load_state, state_of
+from .norms import as_rule
+
+
+class Only:
+    """Another rule, for some of the parameters only; the others are left alone.
+
+    The norm that `rule` sees is that of the chosen gradients alone. So a list of these gives each group of parameters a
+    limit of its own, out of the same read and with the same one pass of writing::
+
+        [Only(GlobalNorm(1.0), ["*.weight"]), Only(GlobalNorm(0.1), embedding.parameters())]
+
+    Args:
+        rule: as :class:`~fastclip.Clipper` takes it.
+        which: names of parameters, as patterns of the shell (``"head.*"``; the Clipper must then have been given named
+            parameters), or the parameters themselves; or a list of such.
+
+    Raises:
+        TypeError: `rule` or `which` is no such thing.
+        ValueError: from the Clipper, if a name matches no parameter, or `which` holds one that the Clipper has not.
+    """
+
+    _others = False  # whether `which` says whom to leave alone
+
+    def __init__(self, rule: Any, which: Any) -> None:
+        self.rule = as_rule(rule)
+        self.which = chosen(which, "which")
+
+    @property
+    def in_place(self) -> bool:
+        return getattr(self.rule, "in_place", False)
+
+    @property
+    def norm_type(self) -> float | None:
+        return getattr(self.rule, "norm_type", None)
+
+    @property
+    def hold(self) -> bool:
+        return getattr(self.rule, "hold", False)
+
+    def check(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
+        """ValueError unless everything in `which` is among the parameters of a Clipper."""
+        if hasattr(self.rule, "check"):
+            self.rule.check(parameters, names)
+        known = set(map(id, parameters))
+        for item in self.which:
+            if isinstance(item, Tensor):
+                if id(item) not in known:
+                    raise ValueError(f"which: a tensor of shape {tuple(item.shape)} is no parameter of this Clipper")
+            elif names is None:
+                raise ValueError(f"which: {item!r} is a name, so the Clipper needs model.named_parameters()")
+            elif not any(fnmatch.fnmatchcase(name, item) for name in names):
+                raise ValueError(f"which: no parameter is called {item!r}; the first ones are {', '.join(names[:5])}")
+
+    def _positions(self, members: Members) -> list[int]:
+        """Of the chosen gradients among the T of a decision."""
+        ids = {id(item) for item in self.which if isinstance(item, Tensor)}
+        patterns = [item for item in self.which if isinstance(item, str)]
+
+        def meant(i: int) -> bool:
+            name = members.names[i] if members.names else ""
+            return any(fnmatch.fnmatchcase(name, p) for p in patterns) or any(id(p) in ids for p in members.owners[i])
+
+        return members.kept(self, lambda: [i for i in range(len(members.owners)) if meant(i) != self._others])
+
+    def __call__(self, stats: Stats) -> Tensor:
+        members = stats.members()
+        positions = self._positions(members)
+        if not positions:
+            return torch.ones((), dtype=torch.float64, device=stats.device)
+        index = members.on(stats.device, self, lambda: upload(positions, torch.int64, stats.device))
+        factor = self.rule(stats.only(index, members.only(self, positions)))
+        factor = checked(factor, self.rule, len(positions)).expand(len(positions))
+        return torch.ones_like(stats.power).index_copy_(0, index, factor)
+
+    def write_(self, table: GradTable, members: Members, skip: Tensor | None) -> Tensor:
+        """What the rule does to the gradients themselves; [] bool, whether any was changed."""
+        mine = members.only(self, self._positions(members))
+        return self.rule.write_(pack(mine.parameters, gradients=False, write=True), mine, skip).to(table.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return state_of(self.rule)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_state(self.rule, state)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rule}, {self.shown()})"
+
+    def shown(self) -> list[Any]:
+        return [item if isinstance(item, str) else tuple(item.shape) for item in self.which]
+
+
+class Except(Only):
+    """Another rule, for all parameters but some, which are left alone and do not count in its norm.
+
+    Args and Raises: as :class:`Only`; `which` are those left alone.
+    """
+
+    _others = True
+
+
+def chosen(which: Any, argument: str) -> list[Any]:
+    """Names and parameters as a list; TypeError if it is anything else."""
+    items = [which] if isinstance(which, (str, Tensor)) else which
+    if not isinstance(items, Iterable):
+        raise TypeError(f"{argument} must be names or parameters, got {type(which).__name__} {which!r}")
+    items = list(items)
+    for item in items:
+        if not isinstance(item, (str, Tensor)):
+            raise TypeError(f"{argument} must hold names or parameters, got {type(item).__name__} {item!r}")
+    return items

@@ -1,0 +1,116 @@
+"""What rules are made of: coefficients, and the arguments they check."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6  # torch's, in the denominator of the clip coefficient
+
+
+def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    """min(1, max_norm / (norm + 1e-6)) in float64; 1 for an infinite `max_norm`, -0.0 for an infinite norm.
+
+    -0.0 multiplies where +0.0 writes zeros: torch scales by 0 there, which leaves NaN where inf was.
+    """
+    if not isinstance(max_norm, Tensor) and math.isinf(max_norm):
+        return torch.ones_like(norm)
+    coef = torch.where(norm.isinf(), -0.0, (max_norm / (norm + EPS)).clamp(max=1.0))
+    return torch.where(max_norm.isinf(), 1.0, coef) if isinstance(max_norm, Tensor) else coef
+
+
+def within(norm: Tensor, limit: Tensor) -> Tensor:
+    """1 / max(1, norm / limit): as :func:`clip_coefficient`, without its 1e-6."""
+    return torch.where(norm.isinf() & limit.isfinite(), -0.0, torch.where(norm <= limit, 1.0, limit / norm))
+
+
+def combined(coef: Tensor | None, factor: Tensor) -> Tensor:
+    """The coefficient that does what `coef` (None: 1) and then `factor` do: +0 writes zeros, all else multiplies."""
+    if coef is None:
+        return factor
+
+    def zeroes(c: Tensor) -> Tensor:
+        return (c == 0) & ~c.signbit()
+
+    return torch.where(zeroes(factor) | (zeroes(coef) & ~factor.isnan()), 0.0, coef * factor)
+
+
+def checked(factor: Any, rule: Any, count: int) -> Tensor:
+    """What `rule` returned, as float64; TypeError unless it is a tensor of shape [] or [count]."""
+    if not isinstance(factor, Tensor) or factor.shape not in ((), (count,)):
+        got = f"a tensor of shape {tuple(factor.shape)}" if isinstance(factor, Tensor) else repr(factor)
+        raise TypeError(f"rule {rule!r} must return a tensor of shape [] or [{count}], got {got}")
+    return factor.detach().double()
+
+
+# ---- rules as objects ----
+
+
+def norm_type_of(rules: list[Any]) -> float:
+    """The one norm type that `rules` need; 2 if they need none. ValueError if they disagree: a read gives one norm."""
+    types = {rule.norm_type for rule in rules if getattr(rule, "norm_type", None) is not None}
+    if len(types) > 1:
+        raise ValueError(f"rule: all rules of a list must use the same norm_type, got {sorted(types)} in {rules}")
+    return types.pop() if types else 2.0
+
+
+def state_of(rule: Any) -> dict[str, Any]:
+    """The running statistics of a rule; empty if it has none."""
+    return rule.state_dict() if hasattr(rule, "state_dict") else {}
+
+
+def load_state(rule: Any, state: dict[str, Any]) -> None:
+    if hasattr(rule, "load_state_dict"):
+        rule.load_state_dict(state)
+    elif state:
+        raise ValueError(f"state_dict has {', '.join(state)} for the rule {rule!r}, which has no state")
+
+
+# ---- arguments ----
+
+
+def number(value: Any, argument: str) -> float:
+    """`value` as a float; an error that names `argument` unless it is a number (inf and NaN included)."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{argument} must be one number, got a tensor of shape {tuple(value.shape)}")
+    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{argument} must be a number, got {type(value).__name__} {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{argument} must fit a float64, got {value!r}") from None
+
+
+def nonnegative(value: Any, argument: str) -> float:
+    """:func:`number`, >= 0."""
+    if isinstance(value, str) and argument == "norm_type" and value in ("inf", "infinity"):
+        return math.inf
+    found = number(value, argument)
+    if not found >= 0:
+        raise ValueError(f"{argument} must be >= 0, got {value!r}")
+    return found
+
+
+def positive(value: Any, argument: str) -> float:
+    found = number(value, argument)
+    if not 0 < found < math.inf:
+        raise ValueError(f"{argument} must be > 0 and finite, got {value!r}")
+    return found
+
+
+def fraction(value: Any, argument: str) -> float:
+    found = number(value, argument)
+    if not 0 <= found < 1:
+        raise ValueError(f"{argument} must be in [0, 1), got {value!r}")
+    return found
+
+
+def at_least_one(value: Any, argument: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be an int, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{argument} must be >= 1, got {value!r}")
+    return value

@@ -1,0 +1,158 @@
+"""Rules with a fixed limit, of all gradients together or of each on its own."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import upload
+from ..stats import Stats
+from .formula import clip_coefficient, nonnegative, within
+
+
+class GlobalNorm:
+    r"""Scale all gradients together so that their common norm is at most `max_norm`.
+
+    .. math:: g \leftarrow g \cdot \min\left(1, \frac{max\_norm}{N + 10^{-6}}\right)
+
+    with N the p-norm of all gradients as one vector; ``torch.nn.utils.clip_grad_norm_``'s formula. ``max_norm = inf``
+    only measures.
+
+    Args:
+        max_norm: the limit, >= 0: a number; or a function from the number of steps taken (0 in the first) to one, for a
+            limit that warms up or decays; or a tensor of one element, on any device, of which each step takes the
+            present value (it is not checked, since that would wait for the device).
+        norm_type: p: 2, 1, ``inf``, 0 (the number of tensors that are not all zero) or any other p > 0.
+
+    Raises:
+        ValueError, TypeError: a limit or a norm type that is no such number; in the step, a function that returns none.
+    """
+
+    zero_if_finite = True  # its coefficient is +0 only where the norm, and so every gradient, is finite
+
+    def __init__(self, max_norm: float | Tensor | Callable[[int], float], norm_type: float = 2.0) -> None:
+        if isinstance(max_norm, Tensor):
+            if max_norm.numel() != 1 or max_norm.is_complex():
+                raise ValueError(
+                    f"max_norm must be one real number, got a {max_norm.dtype} tensor of shape {tuple(max_norm.shape)}"
+                )
+        elif not callable(max_norm):
+            max_norm = nonnegative(max_norm, "max_norm")
+        self.max_norm = max_norm
+        self.norm_type = nonnegative(norm_type, "norm_type")
+
+    def limit(self, step: int) -> float | Tensor:
+        """The limit after `step` steps."""
+        if isinstance(self.max_norm, Tensor):
+            return self.max_norm.detach().reshape(())
+        return nonnegative(self.max_norm(step), f"max_norm({step})") if callable(self.max_norm) else self.max_norm
+
+    def __call__(self, stats: Stats) -> Tensor:
+        limit = self.limit(stats.step)
+        if isinstance(limit, Tensor):
+            on_host = limit.device.type == "cpu"
+            to = stats.device
+            limit = upload(limit, torch.float64, to) if on_host else limit.to(to, torch.float64, non_blocking=True)
+        stats.limit = limit
+        return clip_coefficient(stats.norm, limit)
+
+    def __repr__(self) -> str:
+        return f"GlobalNorm({self.max_norm}, norm_type={self.norm_type})"
+
+
+class TensorNorm:
+    r"""Scale each gradient on its own so that its norm is at most `max_norm`.
+
+    .. math:: g_t \leftarrow g_t \cdot \min\left(1, \frac{max\_norm}{n_t + 10^{-6}}\right)
+
+    with n_t the p-norm of tensor t; DINO's ``clip_gradients``, and Keras' ``clipnorm`` but for the 1e-6.
+
+    Args:
+        max_norm: the limit, >= 0.
+        norm_type: as :class:`GlobalNorm`'s.
+
+    Raises:
+        ValueError, TypeError: a limit or a norm type that is no such number.
+    """
+
+    def __init__(self, max_norm: float, norm_type: float = 2.0) -> None:
+        self.max_norm = nonnegative(max_norm, "max_norm")
+        self.norm_type = nonnegative(norm_type, "norm_type")
+
+    def __call__(self, stats: Stats) -> Tensor:
+        return clip_coefficient(stats.norms, self.max_norm)
+
+    def __repr__(self) -> str:
+        return f"TensorNorm({self.max_norm}, norm_type={self.norm_type})"
+
+
+class BlockRMS:
+    r"""Scale each gradient on its own so that the root mean square of its elements is at most `threshold`.
+
+    .. math:: g_t \leftarrow \frac{g_t}{\max(1, \mathrm{rms}(g_t) / threshold)},
+        \quad \mathrm{rms}(g_t) = \lVert g_t \rVert_2 / \sqrt{\text{elements of } g_t}
+
+    ``optax.clip_by_block_rms``; the clipping of Adafactor (Shazeer and Stern 2018).
+
+    Args:
+        threshold: in the gradients' unit, >= 0; 0 sets all gradients to zero, inf leaves them.
+
+    Raises:
+        ValueError, TypeError: a threshold that is no such number.
+    """
+
+    norm_type = 2.0
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = nonnegative(threshold, "threshold")
+
+    def __call__(self, stats: Stats) -> Tensor:
+        limit = self.threshold * stats.members().sizes(stats.device).sqrt()
+        return within(stats.norms, limit)
+
+    def __repr__(self) -> str:
+        return f"BlockRMS({self.threshold})"
+
+
+class Mask:
+    r"""Zero the gradients that are small throughout.
+
+    .. math:: g_t \leftarrow 0 \text{ where } \max|g_t| < threshold
+
+    A gradient that holds a NaN is left alone.
+
+    Args:
+        threshold: in the gradients' unit, >= 0.
+        hold: in :meth:`Clipper.step`, also leave the masked parameters exactly as they are: no momentum, no weight
+            decay, their optimizer state untouched. A gradient of zeros alone does not do that.
+
+    Raises:
+        ValueError, TypeError: a threshold that is no such number.
+    """
+
+    norm_type = None
+
+    def __init__(self, threshold: float, hold: bool = False) -> None:
+        self.threshold = nonnegative(threshold, "threshold")
+        if not isinstance(hold, bool):
+            raise TypeError(f"hold must be a bool, got {type(hold).__name__} {hold!r}")
+        self.hold = hold
+
+    def __call__(self, stats: Stats) -> Tensor:
+        return torch.where(stats.absmax < self.threshold, 0.0, 1.0).double()
+
+    def __repr__(self) -> str:
+        return f"Mask({self.threshold}{', hold=True' if self.hold else ''})"
+
+
+def as_rule(rule: Any) -> Any:
+    """A rule, or a number as the GlobalNorm it means."""
+    if getattr(rule, "in_place", False) or (callable(rule) and not isinstance(rule, type)):
+        return rule
+    if isinstance(rule, (numbers.Real, Tensor)) and not isinstance(rule, bool):
+        return GlobalNorm(rule if isinstance(rule, Tensor) else float(rule))
+    raise TypeError(f"rule must be a rule, a list of rules or a number, got {type(rule).__name__} {rule!r}")
