@@ -31,7 +31,7 @@ class Stats:
         skipped: [] bool, whether nothing was done because of `when`, the GradScaler or ``nonfinite="skip"``.
         tensor_norms: [T] p-norm of each gradient.
         tensor_absmax: [T] largest magnitude of each gradient; NaN where it holds a NaN.
-        nonfinite: [T] bool, whether a gradient holds an inf or a NaN.
+        nonfinite: [T] bool, whether a gradient holds an inf or a NaN, or did before ``nonfinite="zero"``.
         limit: [] limit of the norm of all gradients that was in force, where a rule had one, else None. Of several
             such rules, the last one's.
         zeroed: [T] int64, how many elements ``nonfinite="zero"`` set to 0; else None. The norms are those afterwards.
