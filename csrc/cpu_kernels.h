@@ -269,7 +269,8 @@ FASTCLIP_FN void rewrite(void* data, int64_t n, Op op) {
   int64_t i = 0;
   for (; i + 4 * LANES <= n; i += 4 * LANES) op(x + i);
   if (i < n) {
-    Bits rest[4 * LANES] = {};
+    Bits rest[4 * LANES];
+    for (auto& filler : rest) filler = x[i];  // a value that is there, so that the filling changes no answer
     memcpy(rest, x + i, (n - i) * sizeof(Bits));
     op(rest);
     memcpy(x + i, rest, (n - i) * sizeof(Bits));

@@ -54,8 +54,8 @@ class Group:
 
     def units(self) -> Group | None:
         """The rows (slices along dimension 0) of all tensors of two or more dimensions, and the others whole, in order,
-        as one group; None where they are not contiguous pieces of memory, or there is no C++ compiler."""
-        units = None if self.native is None else self.native.units()
+        as one group; None where they are not contiguous pieces of memory, or no kernel works on this one."""
+        units = None if self.native is None or self.backend.name == "reference" else self.native.units()
         return None if units is None else Group(self.backend, [], None, units)
 
     def bump_version(self) -> None:

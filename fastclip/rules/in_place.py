@@ -41,7 +41,9 @@ class Value:
                 raise ValueError(f"limit must be <= high, got {limit!r} and {high!r}")
 
     def write_(self, table: GradTable, members: Members, skip: Tensor | None) -> Tensor:
-        """Limit the table's gradients; [] bool, whether any was changed."""
+        """Limit the gradients; [] bool, whether any was changed."""
+        if self.low != -self.high and any(group.dtype.is_complex for group in table.groups):
+            raise TypeError(f"{self!r} has two limits, and a complex gradient can only be limited by magnitude")
         if skip is not None and bool(skip):  # the limits cannot wait on the device
             return torch.zeros((), dtype=torch.bool, device=table.device)
         return table.clamp_(self.low, self.high)

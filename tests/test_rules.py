@@ -1,0 +1,703 @@
+"""Every rule against its formula, in float64; the adaptive ones on recorded norms, and saved in the middle."""
+
+import copy
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from cases import parameter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastclip
+from fastclip.rules import AGC, AdaGC, AutoClip, BlockRMS, Except, GlobalNorm, Mask, Only, TensorNorm, Value, ZClip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_two_threads):
+    """Small tensors: a second thread would only be waited for."""
+    torch.set_num_threads(1)
+
+
+UNIT = [torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64), torch.tensor([[0.8], [-0.6]], dtype=torch.float64)]
+SHARES = (0.28, 0.96)  # of the total norm
+
+
+def recorded(name):
+    random = np.random.default_rng(0)
+    steady = 1 + 0.1 * random.standard_normal(70)
+    if name == "steady":
+        return steady
+    if name == "spikes":
+        return np.where(np.arange(70) % 9 == 8, 30 * steady, steady)
+    if name == "plateau":
+        return np.concatenate([np.full(40, 0.5), np.full(20, 2.0), np.full(10, 0.5)])
+    if name == "zeros":
+        return np.where(np.arange(70) % 5 == 1, 0.0, steady)
+    if name == "nothing but zeros":
+        return np.concatenate([np.zeros(35), steady[:20]])
+    if name == "extremes":
+        return 10.0 ** random.uniform(-30, 30, 70)
+    if name == "broken":  # NaN and inf from the first step on
+        norms = steady * random.choice([1.0, 1.0, 1.0, 8.0], 70)
+        norms[[0, 3, 11, 30, 50]] = math.nan
+        norms[[1, 17, 29, 31, 60]] = math.inf
+        return norms
+    raise KeyError(name)
+
+
+RECORDED = ("steady", "spikes", "plateau", "zeros", "nothing but zeros", "extremes", "broken")
+
+
+def with_norm(norm, dtype=torch.float64):
+    """Two parameters whose gradients together have this norm."""
+    ps = []
+    for unit, share in zip(UNIT, SHARES):
+        gradient = unit * share * norm if math.isfinite(norm) else unit * share
+        if not math.isfinite(norm) and not ps:
+            gradient = gradient.clone()
+            gradient.flatten()[0] = norm
+        ps.append(parameter(gradient.to(dtype)))
+    return ps
+
+
+def run(clipper, ps, norms):
+    """The norms of the two gradients after each clip, and the limits."""
+    after, limits = [], []
+    for norm in norms:
+        for p, fresh in zip(ps, with_norm(norm)):
+            p.grad = fresh.grad
+        stats = clipper.clip_()
+        after.append([p.grad.norm().item() for p in ps])
+        limits.append(math.nan if stats.limit is None else stats.limit.item())
+    return np.array(after), np.array(limits)
+
+
+def clipped(norm, limit):
+    """torch's formula: the norm after a clip to `limit`."""
+    if math.isinf(limit):
+        return norm
+    return norm * min(1.0, limit / (norm + 1e-6)) if math.isfinite(norm) else math.nan
+
+
+# ---- the published formulas, on lists of numbers ----
+
+
+def zclip(norms, z_max=2.5, alpha=0.97, warmup=25, eps=1e-6):
+    seen, after = [], []
+    mean = var = None
+    for norm in norms:
+        out = norm
+        if mean is None:
+            if math.isfinite(norm):
+                seen.append(norm)
+        else:
+            z = (norm - mean) / spread if (spread := math.sqrt(var) + eps) else math.inf * np.sign(norm - mean)
+            fed = norm
+            if z > z_max and mean > 0:
+                fed = mean + z_max * math.sqrt(var) / (z / z_max)
+                out = clipped(norm, fed)
+            if math.isfinite(norm):
+                mean = alpha * mean + (1 - alpha) * fed
+                var = alpha * var + (1 - alpha) * (fed - mean) ** 2
+        if mean is None and len(seen) == warmup:
+            mean, var = np.mean(seen), np.var(seen)
+        after.append(out)
+    return np.array(after)
+
+
+def autoclip(norms, percentile=10.0, window=1000):
+    history, after = [], []
+    for norm in norms:
+        if math.isfinite(norm):
+            history = [*history, norm][-window:]
+        after.append(clipped(norm, np.percentile(history, percentile)) if history else norm)
+    return np.array(after)
+
+
+def adagc(norms, lambda_rel=1.05, beta=0.98, warmup=100, lambda_abs=1.0):
+    """For each of two tensors, of which only the first is ever broken."""
+    gamma, count, after = [0.0, 0.0], 0, []
+    for norm in norms:
+        each = [share * norm if math.isfinite(norm) else norm if i == 0 else share for i, share in enumerate(SHARES)]
+        warming = count < warmup
+        out = []
+        for i, n in enumerate(each):
+            if warming:
+                share = min(1.0, lambda_abs / (norm + 1e-6)) if math.isfinite(norm) else math.nan
+                cut = n * share
+            else:
+                cut = clipped(n, lambda_rel * gamma[i]) if gamma[i] > 0 else n
+            if math.isfinite(cut) and cut > 0:
+                old = gamma[i]
+                gamma[i] = cut if old == 0 else min(old, cut) if warming else beta * old + (1 - beta) * cut
+            out.append(cut)
+        count += math.isfinite(norm)
+        after.append(out)
+    return np.array(after)
+
+
+ZCLIPS = {"default": {}, "slow": {"z_max": 1.0, "alpha": 0.9, "warmup": 3}, "at once": {"warmup": 1, "eps": 0.0}}
+AUTOCLIPS = {
+    "default": {},
+    "median": {"percentile": 50, "window": 16},
+    "last": {"window": 1},
+    "max": {"percentile": 100},
+}
+ADAGCS = {"default": {}, "short": {"warmup": 5}, "no warm-up": {"warmup": 0, "lambda_rel": 2.0, "beta": 0.5}}
+
+
+def assert_norms(actual, expected):
+    # what an infinite norm leaves is NaN somewhere, with torch's formula: g * 0
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-35)
+
+
+@pytest.mark.parametrize("options", ZCLIPS)
+@pytest.mark.parametrize("name", RECORDED)
+def test_zclip(name, options):
+    norms = recorded(name)
+    rule = ZClip(**ZCLIPS[options])
+    ps = with_norm(0.0)
+    after, limits = run(fastclip.Clipper(ps, rule), ps, norms)
+    finite = np.isfinite(norms)
+    expected = zclip(norms, **ZCLIPS[options])
+    assert_norms(np.hypot(*after.T)[finite], expected[finite])
+    hit = finite & (expected < norms * (1 - 1e-9))
+    np.testing.assert_allclose(expected[hit], limits[hit], rtol=1e-5)
+    assert (norms[finite & ~hit] <= limits[finite & ~hit] * (1 + 1e-6)).all() or name == "nothing but zeros"
+
+
+@pytest.mark.parametrize("options", AUTOCLIPS)
+@pytest.mark.parametrize("name", RECORDED)
+def test_autoclip(name, options):
+    norms = recorded(name)
+    ps = with_norm(0.0)
+    after, limits = run(fastclip.Clipper(ps, AutoClip(**AUTOCLIPS[options])), ps, norms)
+    finite = np.isfinite(norms)
+    assert_norms(np.hypot(*after.T)[finite], autoclip(norms, **AUTOCLIPS[options])[finite])
+    assert (limits[np.cumsum(finite) > 0] < math.inf).all()
+
+
+@pytest.mark.parametrize("options", ADAGCS)
+@pytest.mark.parametrize("name", RECORDED)
+def test_adagc(name, options):
+    norms = np.concatenate([recorded(name), recorded(name)])
+    ps = with_norm(0.0)
+    after, _ = run(fastclip.Clipper(ps, AdaGC(**ADAGCS[options])), ps, norms)
+    expected = adagc(norms, **ADAGCS[options])
+    finite = np.isfinite(norms)
+    assert_norms(after[finite], expected[finite])
+    gone_through = ~np.isfinite(norms) & np.isfinite(expected[:, 1])
+    assert_norms(after[gone_through, 1], expected[gone_through, 1])  # one broken tensor is nothing to the other
+
+
+ADAPTIVE = {
+    "ZClip": lambda: ZClip(warmup=5),
+    "AutoClip": lambda: AutoClip(30, window=12),
+    "AdaGC": lambda: AdaGC(warmup=7),
+    "one after the other": lambda: [Mask(1e-9), ZClip(warmup=4), AutoClip(80), GlobalNorm(1.0)],
+    "only some": lambda: [Except(ZClip(warmup=4), with_names[0]), Only(AdaGC(warmup=3), with_names[1])],
+    "a schedule": lambda: GlobalNorm(lambda step: 0.1 * (step + 1)),
+}
+with_names = ("first", "second")
+
+
+@pytest.mark.parametrize("rule", ADAPTIVE)
+@pytest.mark.parametrize("name", ["spikes", "broken"])
+def test_saved_and_loaded_in_the_middle(rule, name):
+    """30 steps are 15, a checkpoint through a file, and 15 more; bit by bit."""
+    norms = recorded(name)[:30]
+
+    def clipper(ps):
+        return fastclip.Clipper(list(zip(with_names, ps)), ADAPTIVE[rule](), nonfinite="skip")
+
+    ps = with_norm(0.0)
+    straight = run(clipper(ps), ps, norms)
+    first = clipper(ps)
+    halves = [run(first, ps, norms[:15])]
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = clipper(ps)
+    run(second, ps, recorded("extremes")[:3])  # what it remembers is then replaced
+    second.load_state_dict(torch.load(file))
+    halves.append(run(second, ps, norms[15:]))
+    for whole, parts in zip(straight, zip(*halves)):
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
+    assert second.steps == 30
+    assert (second.skips is None or second.skips.item()) == (~np.isfinite(norms)).sum()
+
+
+def test_a_state_that_does_not_fit():
+    ps = with_norm(1.0)
+    clipper = fastclip.Clipper(ps, [ZClip(), AutoClip(window=4)])
+    run(clipper, ps, [1.0, 2.0])
+    before = copy.deepcopy(clipper.state_dict())
+
+    def of(*rules):
+        other = fastclip.Clipper(ps, list(rules))
+        other.clip_()
+        return other.state_dict()
+
+    for state, message in (
+        (of(ZClip()), "has 1 rules, and this Clipper 2"),
+        (of(AutoClip(window=4), ZClip()), r"state_dict holds count, history for ZClip\(.*remembers count, mean, var"),
+        (of(ZClip(), AutoClip(window=5)), "has a window of 5"),
+        (of(ZClip(), ZClip()), r"for AutoClip\("),
+    ):
+        with pytest.raises(ValueError, match=message):
+            clipper.load_state_dict(state)
+        torch.testing.assert_close(clipper.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="which has no state"):
+        fastclip.Clipper(ps, 1.0).load_state_dict(of(ZClip()))
+
+
+def test_a_state_is_loaded_where_it_was():
+    """A CUDA graph knows the memory that the statistics are in."""
+    ps = with_norm(1.0)
+    clipper = fastclip.Clipper(ps, ZClip())
+    run(clipper, ps, [1.0, 2.0])
+    saved = clipper.state_dict()
+    places = {name: t.data_ptr() for name, t in clipper.rules[0].state.items()}
+    run(clipper, ps, [3.0])
+    clipper.load_state_dict(saved)
+    assert {name: t.data_ptr() for name, t in clipper.rules[0].state.items()} == places
+    assert clipper.rules[0].state["mean"].item() == pytest.approx(1.5)
+    assert saved["rules"][0]["mean"].data_ptr() not in places.values()  # a copy
+
+
+def test_adagc_when_parameters_come_and_go():
+    ps = with_norm(1.0)
+    rule = AdaGC(warmup=0)
+    run(fastclip.Clipper(ps, rule), ps, [1.0])
+    assert rule.state["gamma"].tolist() == pytest.approx(SHARES)
+    ps[0].grad = None  # it keeps what it has
+    stats = fastclip.Clipper(ps, rule).clip_()
+    assert stats.coef.shape == (1,)
+    assert rule.state["gamma"][0].item() == pytest.approx(SHARES[0])
+    more = [*with_norm(1.0), parameter(torch.tensor([5.0]))]
+    stats = fastclip.Clipper(more, rule).clip_()
+    assert stats.coef.tolist() == [1, 1, 1]  # known norms, and a new one
+    assert rule.state["gamma"].tolist() == pytest.approx([*SHARES, 5.0])
+    fewer = with_norm(3.0)[:1]
+    stats = fastclip.Clipper(fewer, rule).clip_()
+    assert stats.coef.tolist() == pytest.approx([1.05 / 3], rel=1e-4)
+    assert len(rule.state["gamma"]) == 3
+
+
+@pytest.mark.parametrize("rule", [ZClip, AutoClip, AdaGC])
+def test_no_gradients_teach_nothing(rule):
+    clipper = fastclip.Clipper([], rule())
+    stats = clipper.clip_()
+    assert stats.total_norm.item() == 0 and not stats.clipped
+    assert clipper.rules[0].state == {}
+
+
+@pytest.mark.parametrize("rule", ["ZClip", "AutoClip", "AdaGC"])
+def test_adaptive_rules_inside_a_step(rule):
+    """Fed to an optimizer they give what clipping in place gives, and a skipped step is as if it had not been."""
+    norms = [n for n in recorded("broken")[:40] if not math.isnan(n)]
+    a, b = with_norm(0.0), with_norm(0.0)
+    one, other = (fastclip.Clipper(ps, ADAPTIVE[rule](), nonfinite="skip") for ps in (a, b))
+    fed, plain = fastclip.optim.AdamW(a, lr=0.1), torch.optim.AdamW(b, lr=0.1)
+    for norm in norms:
+        for ps in (a, b):
+            for p, fresh in zip(ps, with_norm(norm)):
+                p.grad = fresh.grad
+        assert bool(one.step(fed).skipped) == math.isinf(norm)
+        if not other.clip_().skipped:
+            plain.step()
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert one.skips.item() == np.isinf(norms).sum()
+
+
+# ---- rules without a memory ----
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, math.inf])
+def test_block_rms(backend, threshold):
+    ps = [
+        parameter(t)
+        for t in (torch.randn(30, 7), torch.zeros(4), torch.full((5,), 1e19), torch.randn(0), torch.ones(()))
+    ]
+    expected = []
+    for p in ps:
+        g = p.grad.double()
+        rms = g.square().mean().sqrt() if g.numel() else torch.zeros(())
+        expected.append(g if rms <= threshold else g * (threshold / rms))
+    fastclip.Clipper(ps, BlockRMS(threshold)).clip_()
+    for p, e in zip(ps, expected):
+        torch.testing.assert_close(p.grad.double(), e.double(), rtol=1e-6, atol=1e-30)
+
+
+def agc(weights, gradients, clip_factor=0.01, eps=1e-3):
+    """In float64, unit by unit."""
+    result = []
+    for w, g in zip(weights, gradients):
+        units = range(w.shape[0]) if w.dim() > 1 else [...]
+        g = g.double().clone()
+        for u in units:
+            norm, limit = g[u].norm(), clip_factor * max(w[u].double().norm().item(), eps)
+            if norm > limit:
+                g[u] *= limit / max(norm.item(), 1e-6)
+        result.append(g)
+    return result
+
+
+def agc_parameters(dtype=torch.float32):
+    torch.manual_seed(1)
+    shapes = [(16, 9), (8, 3, 3, 3), (7,), (), (1, 5), (4, 1), (3, 0), (0, 3), (0,), (2, 70_000)]
+    ps = [parameter(torch.randn(s).mul(0.05).to(dtype), torch.randn(s).to(dtype)) for s in shapes]
+    with torch.no_grad():
+        ps[0][3] = 0  # its limit is eps
+        ps[0].grad[5] = 0
+        ps[1][:4] *= 100  # unclipped
+    return ps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_agc(backend, dtype):
+    ps = agc_parameters(dtype)
+    before = [p.grad.clone() for p in ps]
+    expected = agc([p.detach() for p in ps], before)
+    stats = fastclip.Clipper(ps, AGC()).clip_()
+    for p, e in zip(ps, expected):
+        torch.testing.assert_close(p.grad.double(), e, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    assert torch.equal(ps[1].grad[:4], before[1][:4])
+    assert stats.clipped
+
+
+def test_agc_in_other_layouts(backend):
+    """Rows that are no pieces of memory, and gradients laid out otherwise than their parameters."""
+    torch.manual_seed(0)
+    ps = [
+        parameter(torch.randn(6, 5), torch.randn(5, 6).t()),
+        parameter(torch.randn(5, 6).t(), torch.randn(6, 5)),
+        parameter(torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)),
+        parameter(torch.randn(40, 9)[:, ::2], torch.randn(40, 5)),
+    ]
+    for chosen in (ps, ps[2:3], ps[:1], ps[3:]):
+        for p in chosen:
+            p.grad = torch.randn(p.shape).to(memory_format=torch.preserve_format) if p is ps[2] else p.grad
+        expected = agc([p.detach() for p in chosen], [p.grad for p in chosen])
+        fastclip.Clipper(chosen, AGC()).clip_()
+        for p, e in zip(chosen, expected):
+            torch.testing.assert_close(p.grad.double(), e, rtol=1e-6, atol=1e-9)
+
+
+def test_agc_leaves_the_head_alone():
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"body": torch.nn.Linear(8, 8), "head": torch.nn.Linear(8, 2)})
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        return model
+
+    model = make()
+    expected = agc([p.detach() for p in model["body"].parameters()], [p.grad for p in model["body"].parameters()])
+    for exclude in ("head.*", ["head.weight", "head.b*"], lambda m: list(m["head"].parameters())):
+        model = make()
+        rule = AGC(exclude=exclude(model) if callable(exclude) else exclude)
+        fastclip.Clipper(model.named_parameters(), [Mask(0.0), rule]).clip_()
+        for p, e in zip(model["body"].parameters(), expected):
+            torch.testing.assert_close(p.grad.double(), e, rtol=1e-6, atol=1e-9)
+        for p, q in zip(model["head"].parameters(), make()["head"].parameters()):
+            assert torch.equal(p.grad, q.grad)
+
+
+def test_agc_with_broken_gradients():
+    w = torch.ones(3, 2)
+    p = parameter(torch.tensor([[math.nan, 1.0], [math.inf, 1.0], [1.0, 1.0]]), w)
+    fastclip.Clipper([p], AGC()).clip_()
+    assert p.grad[0].isnan().tolist() == [True, False] and p.grad[1].isnan().tolist() == [True, False]
+    assert p.grad[1, 1] == 0 and p.grad[2].norm().item() == pytest.approx(0.01 * math.sqrt(2))
+    p = parameter(torch.tensor([[math.nan, 1.0], [1.0, 1.0]]), torch.ones(2, 2))
+    stats = fastclip.Clipper([p], AGC(), nonfinite="skip").clip_()
+    assert stats.skipped and p.grad[1].tolist() == [1, 1]
+
+
+def test_agc_as_timm_has_it():
+    agc_of_timm = pytest.importorskip("timm.utils.agc", reason="needs timm: pip install '.[oracles]'")
+    ps, theirs = agc_parameters(), agc_parameters()
+    ps, theirs = ([p for p in side if p.numel() and p.dim()] for side in (ps, theirs))
+    fastclip.Clipper(ps, AGC(0.02, eps=1e-2)).clip_()
+    agc_of_timm.adaptive_clip_grad(theirs, clip_factor=0.02, eps=1e-2)
+    for p, q in zip(ps, theirs):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_block_rms_as_optax_has_it():
+    optax = pytest.importorskip("optax", reason="needs optax: pip install '.[oracles]'")
+    ps = [p for p in agc_parameters() if p.numel()]
+    transform = optax.clip_by_block_rms(0.03)
+    expected, _ = transform.update([p.grad.numpy() for p in ps], transform.init(None))
+    fastclip.Clipper(ps, BlockRMS(0.03)).clip_()
+    for p, e in zip(ps, expected):
+        np.testing.assert_allclose(p.grad.numpy(), np.asarray(e), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "limits", [(-0.5, 1.0), (0.25, 0.5), (-2.0, -1.0), (-math.inf, 0.0), (-0.1, math.inf), (0.0, 0.0)]
+)
+def test_value_between_two_limits(backend, limits, dtype):
+    torch.manual_seed(0)
+    gradient = torch.cat([torch.randn(1003), torch.tensor([math.nan, math.inf, -math.inf, 0.0])]).to(dtype)
+    p, quiet = (
+        parameter(gradient.clone()),
+        parameter(torch.full((9,), max(limits[0], min(limits[1], 0.0)), dtype=dtype)),
+    )
+    stats = fastclip.Clipper([p, quiet], Value(*limits)).clip_()
+    assert torch.equal(p.grad.nan_to_num(7), gradient.clamp(*limits).nan_to_num(7))
+    assert stats.clipped
+    assert not fastclip.Clipper([quiet], Value(*limits)).clip_().clipped
+
+
+# ---- limits that change, and parameters of which only some are meant ----
+
+
+def test_a_limit_that_warms_up():
+    p = parameter(torch.zeros(2))
+    clipper = fastclip.Clipper([p], GlobalNorm(lambda step: 1.0 + step))
+    for step in range(4):
+        p.grad = torch.tensor([3.0, 4.0])
+        stats = clipper.clip_() if step % 2 else clipper.step(torch.optim.SGD([p], lr=0.0))
+        assert stats.limit.item() == 1.0 + step
+        assert p.grad.norm().item() == pytest.approx(min(5.0, 1.0 + step), rel=1e-5)
+    with pytest.raises(ValueError, match=r"max_norm\(0\) must be >= 0, got -1"):
+        fastclip.Clipper([p], GlobalNorm(lambda step: -1)).clip_()
+    assert p.grad.norm().item() == pytest.approx(4.0, rel=1e-5)
+
+
+def test_a_limit_in_a_tensor():
+    p, limit = parameter(torch.zeros(2)), torch.tensor(2.0)
+    clipper = fastclip.Clipper([p], GlobalNorm(limit))
+    for value in (2.0, 0.5, math.inf, 0.0):
+        limit.fill_(value)
+        p.grad = torch.tensor([3.0, 4.0])
+        assert clipper.clip_().limit.item() == value
+        assert p.grad.norm().item() == pytest.approx(min(5.0, value), rel=1e-5)
+
+
+def named():
+    torch.manual_seed(0)
+    shapes = {"embed.weight": (5, 4), "body.0.weight": (4, 4), "body.0.bias": (4,), "head.weight": (3, 4)}
+    return {name: parameter(torch.randn(shape)) for name, shape in shapes.items()}
+
+
+def test_a_limit_for_each_group(backend):
+    """Each group of parameters to a limit of its own; the excluded ones neither counted nor touched."""
+    ps = named()
+    before = {name: p.grad.clone() for name, p in ps.items()}
+    muon = [ps["body.0.weight"]]
+    rule = [Only(GlobalNorm(0.5), muon), Except(GlobalNorm(1.0), ["body.0.weight", "embed.*"])]
+    stats = fastclip.Clipper(ps.items(), rule).clip_()
+    rest = ["body.0.bias", "head.weight"]
+    norm = math.hypot(*[before[name].norm().item() for name in rest])
+    assert torch.equal(ps["embed.weight"].grad, before["embed.weight"])
+    assert ps["body.0.weight"].grad.norm().item() == pytest.approx(0.5, rel=1e-5)
+    for name in rest:
+        torch.testing.assert_close(ps[name].grad, before[name] / (norm + 1e-6))
+    assert stats.limit is None
+    everything = math.hypot(*[g.norm().item() for g in before.values()])
+    assert stats.total_norm.item() == pytest.approx(everything, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rule", [TensorNorm(0.1), Value(0.1), Value(-0.1, 0.2), Mask(9.0), AGC(0.1), BlockRMS(0.1), 0.1]
+)
+def test_any_rule_for_some(rule):
+    ps, alone = named(), named()
+    before = {name: p.grad.clone() for name, p in ps.items()}
+    fastclip.Clipper(ps.items(), [Except(rule, "body.*")]).clip_()
+    fastclip.Clipper([alone["embed.weight"], alone["head.weight"]], rule).clip_()
+    for name, p in ps.items():
+        assert torch.equal(p.grad, before[name] if name.startswith("body") else alone[name].grad)
+
+
+def test_some_of_them_without_a_gradient():
+    ps = named()
+    ps["embed.weight"].grad = None
+    before = ps["head.weight"].grad.clone()
+    clipper = fastclip.Clipper(ps.items(), [Only(GlobalNorm(0.5), "embed.*"), Only(GlobalNorm(0.5), "head.*")])
+    stats = clipper.clip_()
+    assert stats.coef.tolist() == pytest.approx([1, 1, 0.5 / before.norm().item()], rel=1e-5)
+    ps["embed.weight"].grad = torch.ones(5, 4)
+    assert clipper.clip_().coef.tolist() == pytest.approx([0.5 / math.sqrt(20), 1, 1, 1], rel=1e-5)
+
+
+def test_hold_for_some():
+    ps = named()
+    for p in ps.values():
+        p.grad.mul_(1e-6)
+    optimizer = fastclip.optim.SGD(ps.values(), lr=1.0, weight_decay=0.5)
+    with torch.no_grad():
+        for p in ps.values():
+            p.fill_(1)
+    fastclip.Clipper(ps.items(), Only(Mask(1e-3, hold=True), "head.*")).step(optimizer)
+    assert torch.equal(ps["head.weight"], torch.ones(3, 4))
+    assert ps["embed.weight"].max() < 0.6
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_list_of_rules_decides_as_one_after_the_other(data):
+    """A list in one Clipper is what Clippers with one rule each do one after the other, for everything but Value's
+    statistics."""
+    makers = [
+        lambda: Mask(0.5), lambda: TensorNorm(0.7), lambda: GlobalNorm(1.0), lambda: BlockRMS(0.3), lambda: AGC(0.1),
+        lambda: Value(-0.4, 0.6), lambda: ZClip(warmup=1), lambda: AutoClip(50), lambda: AdaGC(warmup=1),
+        lambda: Only(GlobalNorm(0.3), "1"), lambda: Except(TensorNorm(0.2), "0"),
+    ]  # fmt: skip
+    chosen = data.draw(st.lists(st.sampled_from(makers), min_size=1, max_size=4))
+    shapes = data.draw(st.lists(st.sampled_from([(3, 4), (5,), (2, 2, 2)]), min_size=2, max_size=4))
+    seed = data.draw(st.integers(0, 1000))
+    generator = torch.Generator().manual_seed(seed)
+
+    def fresh():
+        return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+    weights = fresh()
+    ps, qs = ([torch.nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    as_named = [[(str(i), p) for i, p in enumerate(side)] for side in (ps, qs)]
+    together = fastclip.Clipper(as_named[0], [make() for make in chosen])
+    apart = [fastclip.Clipper(as_named[1], make()) for make in chosen]
+    for _ in range(3):
+        for p, q, g in zip(ps, qs, fresh()):
+            p.grad, q.grad = g.clone(), g.clone()
+        together.clip_()
+        for clipper in apart:
+            clipper.clip_()
+        for p, q in zip(ps, qs):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
+# ---- counts ----
+
+
+def test_what_is_not_finite_is_counted(backend):
+    p, q = parameter(torch.zeros(4)), parameter(torch.zeros(2, 2))
+    skipping = fastclip.Clipper([p, q], 1.0, nonfinite="skip")
+    zeroing = fastclip.Clipper([p, q], ZClip(warmup=1), nonfinite="zero")
+    assert skipping.skips is None and zeroing.zeroed is None
+    broken = torch.tensor([math.nan, 3.0, -math.inf, 4.0])
+    for step in range(3):
+        p.grad, q.grad = broken.clone(), torch.zeros(2, 2)
+        assert skipping.clip_().skipped
+        assert torch.equal(p.grad.nan_to_num(7), broken.nan_to_num(7))
+        stats = zeroing.clip_()
+        assert (
+            p.grad.tolist() == [0, 3, 0, 4] and stats.zeroed.tolist() == [2, 0] and stats.nonfinite.tolist() == [1, 0]
+        )
+        assert stats.total_norm.item() == 5 and stats.tensor_absmax.tolist() == [4, 0]
+        p.grad = torch.ones(4)
+        assert not skipping.clip_().skipped and not zeroing.clip_().zeroed.any()
+        assert skipping.skips.item() == step + 1 and zeroing.zeroed.item() == 2 * (step + 1)
+    assert zeroing.rules[0].state["mean"].isfinite()
+
+
+def test_counts_are_saved():
+    p = parameter(torch.tensor([math.nan]))
+    clipper = fastclip.Clipper([p], 1.0, nonfinite="zero")
+    clipper.step(torch.optim.SGD([p], lr=0.1), when=torch.tensor(False))
+    other = fastclip.Clipper([p], 1.0, nonfinite="zero")
+    other.load_state_dict(clipper.state_dict())
+    assert (other.steps, other.skips.item(), other.zeroed.item()) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("rule", ["ZClip", "AutoClip", "AdaGC"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_gradient_is_refused_before_anything_is_remembered(rule, value):
+    ps = with_norm(1.0)
+    clipper = fastclip.Clipper(zip(with_names, ps), ADAPTIVE[rule](), nonfinite="raise")
+    clipper.clip_()
+    before = copy.deepcopy(clipper.state_dict())
+    ps[1].grad[1, 0] = value
+    with pytest.raises(RuntimeError, match=r"second \(1 of 2\); nothing was changed"):
+        clipper.clip_()
+    torch.testing.assert_close(clipper.state_dict(), before, rtol=0, atol=0)
+
+
+# ---- nonsense ----
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: AutoClip(300), ValueError, r"percentile must be in \[0, 100\], got 300"),
+        (lambda: AutoClip(-1), ValueError, "percentile must be in"),
+        (lambda: AutoClip(math.nan), ValueError, "percentile must be in"),
+        (lambda: AutoClip(window=0), ValueError, "window must be >= 1, got 0"),
+        (lambda: AutoClip(window=2.5), TypeError, "window must be an int, got float 2.5"),
+        (lambda: ZClip(z_max=0), ValueError, "z_max must be > 0 and finite, got 0"),
+        (lambda: ZClip(alpha=1.0), ValueError, r"alpha must be in \[0, 1\), got 1.0"),
+        (lambda: ZClip(warmup=0), ValueError, "warmup must be >= 1, got 0"),
+        (lambda: ZClip(eps=-1e-6), ValueError, "eps must be >= 0"),
+        (lambda: AdaGC(lambda_rel=-1.05), ValueError, "lambda_rel must be > 0 and finite, got -1.05"),
+        (lambda: AdaGC(beta="0.9"), TypeError, "beta must be a number, got str '0.9'"),
+        (lambda: AdaGC(warmup=-1), ValueError, "warmup must be >= 1, got -1"),
+        (lambda: AdaGC(lambda_abs=math.inf), ValueError, "lambda_abs must be > 0 and finite"),
+        (lambda: AGC(-0.01), ValueError, "clip_factor must be >= 0, got -0.01"),
+        (lambda: AGC(eps=math.nan), ValueError, "eps must be >= 0, got nan"),
+        (lambda: AGC(exclude=3), TypeError, "exclude must be names or parameters, got int 3"),
+        (lambda: BlockRMS(-1), ValueError, "threshold must be >= 0, got -1"),
+        (lambda: Value(1.0, 0.5), ValueError, r"limit must be <= high, got 1.0 and 0.5"),
+        (lambda: Value(math.nan, 0.5), ValueError, "limit must be <= high, got nan and 0.5"),
+        (lambda: GlobalNorm(torch.ones(2)), ValueError, r"max_norm must be one real number, got a .* shape \(2,\)"),
+        (lambda: GlobalNorm("1"), TypeError, "max_norm must be a number, got str '1'"),
+        (lambda: Only(GlobalNorm(1.0), [3]), TypeError, "which must hold names or parameters, got int 3"),
+        (lambda: Only("norm", "a"), TypeError, "rule must be a rule, a list of rules or a number, got str 'norm'"),
+        (lambda: fastclip.Clipper(named().items(), Only(1.0, "tail.*")), ValueError, r"is called 'tail\.\*'"),
+        (lambda: fastclip.Clipper(named().values(), Only(1.0, "head.*")), ValueError, "needs model.named_parameters"),
+        (lambda: fastclip.Clipper(named().values(), AGC(exclude=[torch.ones(2)])), ValueError, "is no parameter"),
+        (lambda: fastclip.Clipper(named().values(), [ZClip(), GlobalNorm(1.0, 1)]), ValueError, "same norm_type"),
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused_at_once(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_complex_gradients_have_no_low_and_high():
+    p = parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="complex"):
+        fastclip.Clipper([p], Value(-0.5, 1.0)).clip_()
+
+
+def test_repr():
+    assert repr(AGC(exclude="head.*")) == "AGC(0.01, eps=0.001, exclude=['head.*'])"
+    assert repr(Only(1.0, ["a", torch.ones(2, 3)])) == "Only(GlobalNorm(1.0, norm_type=2.0), ['a', (2, 3)])"
+    assert repr(ZClip()) == "ZClip(z_max=2.5, alpha=0.97, warmup=25, eps=1e-06)"
+    assert repr(Value(-1, 2)) == "Value(-1.0, 2.0)" and repr(BlockRMS(1)) == "BlockRMS(1.0)"
+
+
+# ---- compiled ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["ZClip", "AutoClip", "AdaGC"])
+def test_compiled_into_few_kernels(rule, monkeypatch):
+    """What a GPU runs: torch.compile takes the lines whole, and they give the same."""
+    from torch._inductor import metrics
+
+    from fastclip.rules import adaptive
+
+    norms = recorded("broken")[:30]
+    ps = with_norm(0.0)
+    expected = run(fastclip.Clipper(ps, ADAPTIVE[rule]()), ps, norms)
+    compiled = {}
+
+    def fused(function, *arguments):
+        if function not in compiled:
+            torch._dynamo.reset()
+            metrics.reset()
+            compiled[function] = torch.compile(function, fullgraph=True)
+        return compiled[function](*arguments)
+
+    monkeypatch.setattr(adaptive, "fused", fused)
+    actual = run(fastclip.Clipper(ps, ADAPTIVE[rule]()), ps, norms)
+    for a, b in zip(actual, expected):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    assert 1 <= metrics.generated_kernel_count <= 4
