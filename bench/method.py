@@ -43,6 +43,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 MOST_CALLS = 50  # in a row, for the short ones
 SHRINK = 0.99999
 NO_TIME = "no time is left of --minutes"
+SCRIPTS = {"step": "bench/step.py", "rules": "bench/rules.py", "gpu": "-m bench.gpu"}  # of the kinds of results
 RANGE = "one call"  # the profiler's name for it
 
 Calls = dict[str, Callable[[], Any]]
@@ -320,7 +321,7 @@ def write(
         "kind": kind,
         "device": device,
         "date": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        "command": _command({"step": "bench/step.py", "gpu": "-m bench.gpu"}.get(kind, "bench/clip.py"), arguments),
+        "command": _command(SCRIPTS.get(kind, "bench/clip.py"), arguments),
         "commit": _said_by(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
         "machine": _machine(device),
         "versions": {

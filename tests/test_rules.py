@@ -711,3 +711,10 @@ def test_compiled_into_few_kernels(rule, monkeypatch):
     for a, b in zip(actual, expected):
         np.testing.assert_allclose(a, b, rtol=1e-12)
     assert 1 <= metrics.generated_kernel_count <= 4
+
+
+def test_agc_with_a_sparse_gradient():
+    p = torch.nn.Parameter(torch.ones(4, 2))
+    p.grad = torch.ones(4, 2).to_sparse(1)
+    with pytest.raises(NotImplementedError, match="sparse"):
+        fastclip.Clipper([p], AGC()).clip_()

@@ -88,9 +88,12 @@ class AGC:
         """Limit the units of the gradients; [] bool, whether any was changed."""
         if self._but:
             return self._but.write_(table, members, skip)
+        parameters = members.parameters
+        if any(p.grad.layout is not torch.strided for p in parameters):
+            raise NotImplementedError("AGC does not support sparse gradients: it needs the norms of whole rows")
         pairs: list[tuple[Group, Group]] = []
         for group in table.groups:
-            pairs += _units(group, [members.parameters[p] for p in group.positions or range(len(group))])
+            pairs += _units(group, [parameters[p] for p in group.positions or range(len(group))])
         changed = torch.zeros((), dtype=torch.bool, device=table.device)
         for gradients, weights in pairs:
             power, weight_power = (g.backend.measure(g, 2.0).power for g in (gradients, weights))
@@ -117,8 +120,6 @@ def _units(group: Group, parameters: list[Tensor]) -> list[tuple[Group, Group]]:
 
     All in one where the memory of gradients and parameters can be cut that way; else tensor by tensor, as views.
     """
-    if any(g.shape != p.shape for g, p in zip(group.tensors, parameters)):
-        raise NotImplementedError("AGC does not support sparse gradients: it needs the norms of whole rows")
     weights = pack(parameters, gradients=True, write=False)
     if len(weights.groups) == 1 and len(weights) == len(group):
         rows, weight_rows = group.units(), weights.groups[0].units()
