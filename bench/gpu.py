@@ -55,7 +55,12 @@ def parts(results: Path) -> list[Part]:
 
     return [
         Part("build", [*python, "-m", "fastclip", "build"], 120, {}),
-        Part("tests", [*python, "-m", "pytest", "-q", "-m", "gpu", *workers, "tests/test_gpu.py"], 210, {}),
+        Part(
+            "tests",
+            [*python, "-m", "pytest", "-q", "-m", "gpu", *workers, "tests/test_gpu.py", "tests/test_gpu_rules.py"],
+            210,
+            {},
+        ),
         Part("clip", benchmark("clip", 1.5), 150, {}),
         Part("step", benchmark("step", 0.6), 80, {}),
         Part("memcheck", [*sanitizer, "memcheck", *small], 80, exact),

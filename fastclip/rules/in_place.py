@@ -89,7 +89,7 @@ class AGC:
         if self._but:
             return self._but.write_(table, members, skip)
         parameters = members.parameters
-        if any(p.grad.layout is not torch.strided for p in parameters):
+        if any(p.grad is not None and p.grad.layout is not torch.strided for p in parameters):
             raise NotImplementedError("AGC does not support sparse gradients: it needs the norms of whole rows")
         pairs: list[tuple[Group, Group]] = []
         for group in table.groups:
