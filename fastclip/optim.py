@@ -89,12 +89,31 @@ class _Optimizer(torch.optim.Optimizer):
         if self.clipper is not None:
             self.clipper.parameters += self.param_groups[-1]["params"]
 
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim's, and what the rule of `max_norm` remembers as "clipper", which torch.optim passes over."""
+        found = super().state_dict()
+        return found if self.clipper is None else {**found, "clipper": self.clipper.state_dict()}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint, torch.optim's too.
+
+        Raises:
+            ValueError: it is of other parameter groups, or of another rule; nothing is changed then.
+        """
+        clipper, remembered = self.clipper, state_dict.get("clipper")
+        before = clipper.state_dict() if clipper is not None and remembered is not None else None
+        if clipper is not None and remembered is not None:
+            clipper.load_state_dict(remembered)
         saved = state_dict["param_groups"]
         if len(saved) == len(self.param_groups):  # torch's know nothing of these
             own = [{name: group[name] for name in OWN} for group in self.param_groups]
             state_dict = {**state_dict, "param_groups": [{**mine, **theirs} for mine, theirs in zip(own, saved)]}
-        super().load_state_dict(state_dict)
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            if clipper is not None and before is not None:
+                clipper.load_state_dict(before)
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -316,6 +316,36 @@ def test_adaptive_rules_inside_a_step(rule):
     assert one.skips.item() == np.isinf(norms).sum()
 
 
+def test_an_optimizers_checkpoint_holds_what_its_rule_remembers():
+    norms = recorded("spikes")[:30]
+
+    def optimizer(ps):
+        return fastclip.optim.SGD(ps, lr=0.1, momentum=0.9, max_norm=ZClip(warmup=4))
+
+    def take(optimizer, ps, norms):
+        for norm in norms:
+            for p, fresh in zip(ps, with_norm(norm)):
+                p.grad = fresh.grad
+            optimizer.step()
+
+    a, b = with_norm(0.0), with_norm(0.0)
+    straight, first, second = optimizer(a), optimizer(b), optimizer(b)
+    take(straight, a, norms)
+    take(first, b, norms[:15])
+    second.load_state_dict(first.state_dict())
+    take(second, b, norms[15:])
+    for p, q in zip(a, b):
+        assert torch.equal(p, q)
+    torch.optim.SGD(b, lr=0.1, momentum=0.9).load_state_dict(first.state_dict())
+    before = copy.deepcopy(second.state_dict()["clipper"])
+    with pytest.raises(ValueError, match="param"):
+        second.load_state_dict({**first.state_dict(), "param_groups": []})
+    torch.testing.assert_close(second.state_dict()["clipper"], before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="remembers count, mean, var"):
+        second.load_state_dict({**first.state_dict(), "clipper": fastclip.Clipper(b, AutoClip()).state_dict() | {
+            "rules": [{"count": torch.ones(()), "history": torch.ones(3)}]}})  # fmt: skip
+
+
 # ---- rules without a memory ----
 
 
