@@ -63,6 +63,7 @@ def parts(results: Path) -> list[Part]:
         ),
         Part("clip", benchmark("clip", 1.5), 150, {}),
         Part("step", benchmark("step", 0.6), 80, {}),
+        Part("rules", benchmark("rules", 0.3), 60, {}),
         Part("memcheck", [*sanitizer, "memcheck", *small], 80, exact),
         Part("racecheck", [*sanitizer, "racecheck", *small], 80, {}),
     ]

@@ -62,6 +62,12 @@ STYLE = {
 }  # fmt: skip
 
 
+RULES_INTRO = (
+    "What a rule costs: `Clipper.clip_()` with each where it has nothing to clip (`AGC` also reads the parameters, "
+    "and the gradients once more)"
+)
+
+
 def newest(folder: Path = RESULTS) -> dict[tuple[str, str], Run]:
     """The newest run of each kind and device."""
     runs: dict[tuple[str, str], Run] = {}
@@ -91,6 +97,8 @@ def block(runs: dict[tuple[str, str], Run]) -> str:
     if step := runs.get(("step", "cpu")):
         parts += ["Clip and optimizer step together, beside torch's clip and torch's fused optimizer:"]
         parts += [step_table(step["rows"])]
+    if rules := runs.get(("rules", "cpu")):
+        parts += [f"{RULES_INTRO}:", rules_table(rules["rows"])]
     parts += ["### GPU"]
     if clip := runs.get(("clip", "cuda")):
         parts += [gpu_intro(clip), picture("cuda-ratio", "how many times faster than torch, by model")]
@@ -101,6 +109,8 @@ def block(runs: dict[tuple[str, str], Run]) -> str:
         if step := runs.get(("step", "cuda")):
             parts += ["Clip and optimizer step together, beside torch's clip and torch's fused optimizer:"]
             parts += [step_table(step["rows"])]
+        if rules := runs.get(("rules", "cuda")):
+            parts += [f"{RULES_INTRO}:", rules_table(rules["rows"])]
     else:
         parts += ["Not measured yet: `make gpu` on a machine with one."]
     return "\n\n".join([*parts, END]).replace(f"{BEGIN}\n\n", f"{BEGIN}\n")
@@ -241,6 +251,17 @@ def step_table(rows: list[Row]) -> str:
     headers = ["", *(f"{o}, {NAMES.get(m, m.replace('x', ' × '))}, {d}" for o, m, d in columns)]
     return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True,
                     colalign=("left", *["right"] * len(columns)))  # fmt: skip
+
+
+def rules_table(rows: list[Row]) -> str:
+    """A line for each rule, a column for each model: how many times what GlobalNorm takes."""
+    rows = [r for r in rows if r["status"] == "ok"]
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    cells = {(r["provider"], r["model"]): f"{1 / r['vs_torch']['median']:.2f}×" for r in rows}
+    names = dict.fromkeys(r["provider"] for r in rows)
+    lines = [[name, *(cells.get((name, model), "") for model in models)] for name in names]
+    headers = ["rule at rest, GlobalNorm = 1", *(NAMES.get(m, m.replace("x", " × ")) for m in models)]
+    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * len(models)))
 
 
 # ---- growth ----
@@ -451,6 +472,10 @@ def goals(runs: dict[tuple[str, str], Run]) -> str:
         if (r["model"], r["mode"], r["provider"]) == ("10000x16", "not triggered", "fastclip.Clipper"):
             rate = r["tensors"] / r["host_s"]["median"] / 1e6
             lines.append(("Clipper.clip_ on 10,000 × 16", "tensors per µs", rate, 1 / 0.040))
+    for device in ("cpu", "cuda"):
+        for r in runs.get(("rules", device), {"rows": []})["rows"]:
+            if r["model"] == "gpt2-124m" and r["provider"] in ("ZClip", "AutoClip") and r["status"] == "ok":
+                lines.append((f"{r['provider']} on {device}", "speed of GlobalNorm", r["vs_torch"]["median"], 1 / 1.15))
     for first, modes in pairs(runs.get(("clip", "cuda"), {"rows": []})["rows"]):
         for mode, rivals in modes.items():
             torch = rivals.get(BASELINE, {})

@@ -19,6 +19,7 @@ import method  # noqa: E402
 import models  # noqa: E402
 import providers  # noqa: E402
 import report  # noqa: E402
+import rules  # noqa: E402
 import step  # noqa: E402
 
 TENSORS = {
@@ -160,6 +161,17 @@ def test_step(tmp_path):
     assert {row["optimizer"] for row in rows} == {"AdamW", "SGD"}
     assert {row["provider"] for row in rows} >= {step.BASELINE, "fastclip.clip_norm_ + fused"}
     assert all(row["vs_torch"]["median"] > 0 for row in rows)
+
+
+def test_rules(tmp_path, capsys):
+    path = tmp_path / "rules.json"
+    rules.main(["--device", "cpu", "--models", "20x64", "--minutes", "0.05", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert {r["status"] for r in rows} == {"ok"}
+    assert next(r for r in rows if r["provider"] == "GlobalNorm")["vs_torch"]["median"] == 1
+    table = report.rules_table(rows)
+    assert table.count("×") >= len(rows) and "ZClip" in table
+    assert "ZClip" in capsys.readouterr().out
 
 
 def test_readme_shows_the_committed_results():
