@@ -67,9 +67,9 @@ class Clipper:
         self._known: Members | None = None
         self._checked = 0
         if self.parameters:
-            self._check_rules()
+            self.check_rules()
 
-    def _check_rules(self) -> None:
+    def check_rules(self) -> None:
         """ValueError if a rule names a parameter that is not here."""
         self._checked = len(self.parameters)
         for rule in self.rules:
@@ -180,7 +180,7 @@ class Clipper:
         policy = "skip" if scaled else self.nonfinite
         check = self._refuse if policy == "raise" else None
         if self._checked != len(self.parameters):  # an optimizer was given more of them
-            self._check_rules()
+            self.check_rules()
         members = functools.cache(lambda: self._members(len(table)))
         before = Before(factor, skip, self.steps, members)
         stats, pending = decide(table, self.rules, self.norm_type, check, before, policy)
@@ -317,6 +317,7 @@ def decide(
     if nonfinite == "skip":
         broken = before.nonfinite.any()
         skip = broken if skip is None else skip | broken
+    before.skip = skip
     one = torch.ones((), dtype=torch.float64, device=table.device) if coef is None or not len(table) else coef
     if coef is not None or not len(table):
         if fused is not None:
@@ -337,7 +338,7 @@ def decide(
             continue
         if stats is None:
             stats, _ = measure(table, norm_type)
-            stats.step, stats._members = given.step, given.members
+            stats.step, stats.skip, stats._members = given.step, skip, given.members
         mine = checked(rule(stats), rule, stats.count).to(stats.device)
         if stats._limit is not None:
             before._limit = stats._limit

@@ -77,6 +77,8 @@ class _Optimizer(torch.optim.Optimizer):
         self.clipper = None if max_norm is None else Clipper([], max_norm, nonfinite=nonfinite)
         defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "rounding_step": 0}
         super().__init__(params, defaults)
+        if self.clipper is not None:
+            self.clipper.check_rules()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         given = param_group["params"]
@@ -87,7 +89,10 @@ class _Optimizer(torch.optim.Optimizer):
                 raise TypeError(f"params must be floating-point tensors, got one of {p.dtype}")
         super().add_param_group(param_group)
         if self.clipper is not None:
-            self.clipper.parameters += self.param_groups[-1]["params"]
+            group = self.param_groups[-1]
+            self.clipper.parameters += group["params"]
+            if "param_names" in group:
+                self.clipper.names = (*(self.clipper.names or ()), *group["param_names"])
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, and what the rule of `max_norm` remembers as "clipper", which torch.optim passes over."""

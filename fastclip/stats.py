@@ -39,6 +39,7 @@ class Stats:
 
     For rules:
         step: how many steps the Clipper has taken before this one.
+        skip: [] bool, whether nothing will be done; None: it will.
         members(): the parameters that the gradients belong to, :class:`~fastclip.members.Members`.
     """
 
@@ -66,7 +67,7 @@ class Stats:
         self._norm = norm
         self._coef: Tensor | None = None
         self._clamped: Tensor | None = None
-        self._skip: Tensor | None = None
+        self.skip: Tensor | None = None
 
     # Computed anew at every look: none of it is paid for by who does not ask, and after a replay of a CUDA graph it is
     # that replay's.
@@ -132,7 +133,7 @@ class Stats:
     @property
     def coef(self) -> Tensor:
         coef = self._decision().to(self._dtype)
-        return coef if self._skip is None else torch.where(self._skip, 1.0, coef)
+        return coef if self.skip is None else torch.where(self.skip, 1.0, coef)
 
     @property
     def clipped(self) -> Tensor:
@@ -141,9 +142,9 @@ class Stats:
 
     @property
     def skipped(self) -> Tensor:
-        if self._skip is None:
+        if self.skip is None:
             return torch.zeros((), dtype=torch.bool, device=self.device)
-        return self._skip
+        return self.skip
 
     def scaled(self, coef: Tensor) -> Stats:
         """The statistics the gradients will have once multiplied by `coef` ([] or [T]): what the next rule sees."""
@@ -161,12 +162,12 @@ class Stats:
 
     def _like(self, power: Tensor, absmax: Tensor, members: Callable[[], Members] | None = None) -> Stats:
         stats = Stats(self.norm_type, self._dtype, self.device, [Measurement(power, absmax)])
-        stats.step, stats._members = self.step, members or self._members
+        stats.step, stats.skip, stats._members = self.step, self.skip, members or self._members
         return stats
 
     def decided(self, coef: Tensor, clamped: Tensor | None = None, skip: Tensor | None = None) -> Stats:
         """Record what was done."""
-        self._coef, self._clamped, self._skip = coef, clamped, skip
+        self._coef, self._clamped, self.skip = coef, clamped, skip
         return self
 
     def _decision(self) -> Tensor:

@@ -346,6 +346,35 @@ def test_an_optimizers_checkpoint_holds_what_its_rule_remembers():
             "rules": [{"count": torch.ones(()), "history": torch.ones(3)}]}})  # fmt: skip
 
 
+@pytest.mark.parametrize("rule", ["ZClip", "AutoClip", "AdaGC", "after a Value"])
+def test_a_skipped_step_teaches_nothing(rule):
+    make = ADAPTIVE.get(rule, lambda: [Value(1e9), ZClip(warmup=2)])
+    ps, qs = with_norm(0.0), with_norm(0.0)
+    one, other = fastclip.Clipper(ps, make()), fastclip.Clipper(qs, make())
+    optimizers = [torch.optim.SGD(side, lr=0.0) for side in (ps, qs)]
+    for step, norm in enumerate(recorded("spikes")[:30]):
+        for p, q, fresh in zip(ps, qs, with_norm(norm)):
+            p.grad, q.grad = fresh.grad.clone(), fresh.grad.clone()
+        taken = step % 3 != 1
+        one.step(optimizers[0], when=taken, divide_by=4)
+        if taken:
+            other.step(optimizers[1], divide_by=4)
+    torch.testing.assert_close(one.state_dict()["rules"], other.state_dict()["rules"], rtol=0, atol=0)
+    assert one.skips.item() == 10
+
+
+def test_names_from_an_optimizers_groups():
+    ps = named()
+    groups = [{"params": list(ps.items())[:2]}, {"params": list(ps.items())[2:]}]
+    optimizer = fastclip.optim.SGD(groups, lr=0.0, max_norm=Only(0.5, "head.*"))
+    optimizer.step()
+    norm = ps["head.weight"].grad.norm().item()
+    assert optimizer.stats.names == tuple(ps)
+    assert optimizer.stats.coef.tolist() == pytest.approx([1, 1, 1, 0.5 / norm], rel=1e-5)
+    with pytest.raises(ValueError, match="is called 'tail'"):
+        fastclip.optim.SGD(groups, lr=0.0, max_norm=Only(0.5, "tail"))
+
+
 # ---- rules without a memory ----
 
 

@@ -2,7 +2,7 @@
 
 What they remember is small tensors on the device of the gradients, changed in place: no step waits for the device, a
 CUDA graph's replay goes on from where the last one was, and ``Clipper.state_dict`` saves them. A norm that is not
-finite is never remembered.
+finite is never remembered, nor is that of a step that is skipped.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class Adaptive:
         if any(t.device != stats.device for t in self.state.values()):
             self.state = {name: t.to(stats.device) for name, t in self.state.items()}
         return self.state
+
+    def _heard(self, norm: Tensor, stats: Stats) -> Tensor:
+        """`norm`, or NaN if the step is skipped: what is to be remembered."""
+        return norm if stats.skip is None else torch.where(stats.skip, math.nan, norm)
 
     def _remember(self, *new: Tensor) -> None:
         torch._foreach_copy_(list(self.state.values()), list(new))
@@ -105,7 +109,12 @@ class ZClip(Adaptive):
     def __call__(self, stats: Stats) -> Tensor:
         state = self._on(stats)
         coef, stats.limit, *new = fused(
-            *(_zclip, stats.norm), *state.values(), self.z_max, self.alpha, float(self.warmup), self.eps
+            *(_zclip, stats.norm, self._heard(stats.norm, stats)),
+            *state.values(),
+            self.z_max,
+            self.alpha,
+            float(self.warmup),
+            self.eps,
         )
         self._remember(*new)
         return coef
@@ -115,7 +124,15 @@ class ZClip(Adaptive):
 
 
 def _zclip(
-    norm: Tensor, count: Tensor, mean: Tensor, var: Tensor, z_max: float, alpha: float, warmup: float, eps: float
+    norm: Tensor,
+    heard: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    z_max: float,
+    alpha: float,
+    warmup: float,
+    eps: float,
 ) -> tuple[Tensor, ...]:
     """(coefficient, limit, and count, mean and var afterwards)."""
     std = var.sqrt()
@@ -130,7 +147,7 @@ def _zclip(
     share = torch.where(warm, 1 - alpha, 1 / (count + 1))
     new_mean = mean + share * toward
     new_var = var + share * (torch.where(warm, seen - new_mean, toward) * (seen - new_mean) - var)
-    finite = norm.isfinite()
+    finite = heard.isfinite()
     return (
         coef,
         limit,
@@ -169,7 +186,7 @@ class AutoClip(Adaptive):
     def _new(self, stats: Stats) -> dict[str, Tensor]:
         return {
             "count": torch.zeros((), dtype=torch.float64, device=stats.device),
-            # the last place takes what is not to be remembered
+            # the last place is written when there is nothing to remember
             "history": torch.full((self.window + 1,), math.inf, dtype=torch.float64, device=stats.device),
         }
 
@@ -180,7 +197,9 @@ class AutoClip(Adaptive):
 
     def __call__(self, stats: Stats) -> Tensor:
         state = self._on(stats)
-        coef, stats.limit, *new = fused(_autoclip, stats.norm, *state.values(), self.percentile / 100)
+        coef, stats.limit, *new = fused(
+            _autoclip, stats.norm, self._heard(stats.norm, stats), *state.values(), self.percentile / 100
+        )
         self._remember(*new)
         return coef
 
@@ -188,12 +207,12 @@ class AutoClip(Adaptive):
         return f"AutoClip({self.percentile}, window={self.window})"
 
 
-def _autoclip(norm: Tensor, count: Tensor, history: Tensor, share: float) -> tuple[Tensor, ...]:
+def _autoclip(norm: Tensor, heard: Tensor, count: Tensor, history: Tensor, share: float) -> tuple[Tensor, ...]:
     """(coefficient, limit, and count and history afterwards)."""
     window = len(history) - 1
-    finite = norm.isfinite()
+    finite = heard.isfinite()
     place = torch.where(finite, count % window, window).long()
-    history = history.scatter(0, place.unsqueeze(0), norm.unsqueeze(0))
+    history = history.scatter(0, place.unsqueeze(0), torch.where(finite, heard, math.inf).unsqueeze(0))
     count = count + finite
     known = count.clamp(max=window)
     ordered = history[:window].sort().values  # what is not known yet is inf, and so comes last
@@ -255,7 +274,11 @@ class AdaGC(Adaptive):
         index = members.index(stats.device)
         mine = gamma[: members.total] if index is None else gamma[index]
         coef, new_count, new = fused(
-            *(_adagc, stats.norm, stats.norms, count, mine), self.lambda_rel, self.beta, self.warmup, self.lambda_abs
+            *(_adagc, stats.norm, stats.norms, self._heard(stats.norms, stats), count, mine),
+            self.lambda_rel,
+            self.beta,
+            self.warmup,
+            self.lambda_abs,
         )
         count.copy_(new_count)
         if index is None:
@@ -269,7 +292,15 @@ class AdaGC(Adaptive):
 
 
 def _adagc(
-    norm: Tensor, norms: Tensor, count: Tensor, gamma: Tensor, rel: float, beta: float, warmup: int, absolute: float
+    norm: Tensor,
+    norms: Tensor,
+    heard: Tensor,
+    count: Tensor,
+    gamma: Tensor,
+    rel: float,
+    beta: float,
+    warmup: int,
+    absolute: float,
 ) -> tuple[Tensor, ...]:
     """(coefficients, and count and gamma afterwards)."""
     warming = count < warmup
@@ -279,9 +310,9 @@ def _adagc(
     clipped = coef * norms
     least = torch.where(known, torch.minimum(gamma, clipped), clipped)
     followed = torch.where(known, beta * gamma + (1 - beta) * clipped, clipped)
-    usable = clipped.isfinite() & (clipped > 0) & norms.isfinite()
+    usable = clipped.isfinite() & (clipped > 0) & heard.isfinite()
     gamma = torch.where(usable, torch.where(warming, least, followed), gamma)
-    return coef, count + (warming & norm.isfinite()), gamma
+    return coef, count + (warming & heard.isfinite().all()), gamma
 
 
 # ---- one kernel out of a few lines ----
