@@ -14,7 +14,7 @@ from .backends import Measurement, native, upload
 from .feed import Fed, Scaling, check_optimizer, covers, feed
 from .members import Members
 from .rules import GlobalNorm, Rule
-from .rules.formula import checked, clip_coefficient, combined, load_state, norm_type_of, state_of
+from .rules.formula import checked, clip_coefficient, combined, is_zero, load_state, norm_type_of, state_of
 from .rules.norms import as_rule
 from .stats import Stats, measure
 from .table import GradTable, from_native, listed, pack
@@ -257,14 +257,60 @@ class Clipper:
         return f"Clipper({len(self.parameters)} parameters, {self.rules})"
 
 
-class Pending(NamedTuple):
-    """What was decided and is still to be done to gradients: multiply all by `common`, each by `each`."""
+class Pending:
+    """What was decided and is still to be done to the gradients.
 
-    coef: Tensor  # float64 [] or [T]: both together
-    common: Tensor  # [] float64
-    each: Tensor | None  # [] or [T] float64
-    held: Tensor | None  # [T] bool: parameters not to be touched at all
-    skip: Tensor | None  # [] bool: do nothing
+    Args:
+        coef: [] or [T] float64, what they are to be multiplied by.
+        skip: [] bool, whether nothing is to be done; None: it is.
+        factor: the part of `coef` that no rule asked for, [] float64; None: 1.
+        decisions: the other parts of it, each with its rule; None: `coef` is one factor for all.
+    """
+
+    def __init__(
+        self,
+        coef: Tensor,
+        skip: Tensor | None,
+        factor: Tensor | None = None,
+        decisions: list[tuple[Any, Tensor]] | None = None,
+    ) -> None:
+        self.coef, self.skip = coef, skip
+        self._factor, self._decisions = factor, decisions
+
+    @property
+    def common(self) -> Tensor:
+        """[] float64, what all gradients are multiplied by."""
+        return self._split[0]
+
+    @property
+    def each(self) -> Tensor | None:
+        """[] or [T] float64, what they are multiplied by besides; None: nothing."""
+        return self._split[1]
+
+    @functools.cached_property
+    def _split(self) -> tuple[Tensor, Tensor | None]:
+        if self._decisions is None:
+            return self.coef, None
+        common, each = self._factor, None
+        for rule, mine in self._decisions:
+            if mine.dim():
+                each = combined(each, mine)
+                continue
+            if not getattr(rule, "zero_if_finite", False):  # +0 writes zeros, which no factor for all does to a NaN
+                zeroes = torch.where(is_zero(mine), 0.0, 1.0).double()
+                each = combined(each, zeroes)
+                mine = torch.where(zeroes == 0, 1.0, mine)
+            common = combined(common, mine)
+        return torch.ones((), dtype=torch.float64, device=self.coef.device) if common is None else common, each
+
+    @functools.cached_property
+    def held(self) -> Tensor | None:
+        """[T] bool, the gradients whose parameters are not to be touched at all; None: there is none."""
+        found = None
+        for rule, mine in self._decisions or ():
+            if mine.dim() and getattr(rule, "hold", False):
+                found = mine == 0 if found is None else found | (mine == 0)
+        return found
 
     def apply_(self, table: GradTable) -> None:
         if len(table):
@@ -318,20 +364,20 @@ def decide(
         broken = before.nonfinite.any()
         skip = broken if skip is None else skip | broken
     before.skip = skip
-    one = torch.ones((), dtype=torch.float64, device=table.device) if coef is None or not len(table) else coef
     if coef is not None or not len(table):
+        one = torch.ones((), dtype=torch.float64, device=table.device) if coef is None or not len(table) else coef
         if fused is not None:
             before.limit = fused
-        return before.decided(one, None, skip), Pending(one, one, None, None, skip)
+        return before.decided(one, None, skip), Pending(one, skip)
 
-    coef = common = factor  # since the last rule that worked in place; None: 1
-    each, held, overall, changed = None, None, None, None
+    coef, overall, changed = factor, None, None  # None: 1, 1, no
+    decisions: list[tuple[Any, Tensor]] = []  # since the last rule that worked in place
     stats: Stats | None = before
     for i, rule in enumerate(rules):
         if getattr(rule, "in_place", False):
             if coef is not None:
                 table.apply_(coef if skip is None else torch.where(skip, 1.0, coef))
-                coef, common, each = None, None, None
+                coef, factor, decisions = None, None, []
             mine = rule.write_(table, given.members() if given.members else None, skip)
             changed = mine if changed is None else changed | mine
             stats = None  # what the next rule needs must be read again
@@ -342,21 +388,16 @@ def decide(
         mine = checked(rule(stats), rule, stats.count).to(stats.device)
         if stats._limit is not None:
             before._limit = stats._limit
-        coef, overall = combined(coef, mine), combined(overall, mine)
+        decisions.append((rule, mine))
+        same = coef is overall
+        coef = combined(coef, mine)
+        overall = coef if same else combined(overall, mine)
         if i + 1 < len(rules):
             stats = stats.scaled(mine)
-        if mine.dim() == 0:
-            if not getattr(rule, "zero_if_finite", False):  # +0 writes zeros, which no factor for all does to a NaN
-                zeroes = torch.where((mine == 0) & ~mine.signbit(), 0.0, 1.0).double()
-                each = combined(each, zeroes)
-                mine = torch.where(zeroes == 0, 1.0, mine)
-            common = combined(common, mine)
-        else:
-            each = combined(each, mine)
-            if getattr(rule, "hold", False):
-                held = mine == 0 if held is None else held | (mine == 0)
-    coef, common, overall = (one if c is None else c for c in (coef, common, overall))
-    return before.decided(overall, changed, skip), Pending(coef, common, each, held, skip)
+    if coef is None or overall is None:
+        one = torch.ones((), dtype=torch.float64, device=table.device)
+        coef, overall = one if coef is None else coef, one if overall is None else overall
+    return before.decided(overall, changed, skip), Pending(coef, skip, factor, decisions)
 
 
 def _flag(when: Any, device: torch.device) -> Tensor:

@@ -168,8 +168,7 @@ class _Optimizer(torch.optim.Optimizer):
         if factor is None and skip is None:
             return None
         one = torch.ones((), dtype=torch.float64, device=(found_inf if factor is None else factor).device)  # type: ignore[union-attr]
-        factor = one if factor is None else factor
-        return Fed(Pending(factor, factor, None, None, skip), list)
+        return Fed(Pending(one if factor is None else factor, skip), list)
 
     def _advance(self, fed: Fed | None, zero_grad: bool) -> None:
         held = fed.held() if fed and _must_know(self.param_groups) else []

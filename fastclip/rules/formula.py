@@ -32,10 +32,12 @@ def combined(coef: Tensor | None, factor: Tensor) -> Tensor:
     if coef is None:
         return factor
 
-    def zeroes(c: Tensor) -> Tensor:
-        return (c == 0) & ~c.signbit()
+    return torch.where(is_zero(factor) | (is_zero(coef) & ~factor.isnan()), 0.0, coef * factor)
 
-    return torch.where(zeroes(factor) | (zeroes(coef) & ~factor.isnan()), 0.0, coef * factor)
+
+def is_zero(coef: Tensor) -> Tensor:
+    """Where it is +0, not -0."""
+    return coef.reciprocal() == math.inf
 
 
 def checked(factor: Any, rule: Any, count: int) -> Tensor:
