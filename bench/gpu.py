@@ -103,8 +103,10 @@ def small() -> None:
     import torch
 
     import fastclip
+    from fastclip.optim import SGD, AdamW
 
     for backend in ("triton", "cuda"):
+        module = fastclip.backends.get(backend)
         with fastclip.use_backend(backend):
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 parameters = []
@@ -118,6 +120,17 @@ def small() -> None:
                 fastclip.mask_small_(parameters, 1e-5)
                 norm = fastclip.total_norm([p.grad for p in parameters]).item()
                 assert 0 < norm < 10, norm
+                for seed in (None, 0):
+                    clipped = {"max_norm": fastclip.rules.TensorNorm(1e-3), "stochastic_rounding": seed}
+                    AdamW(parameters, amsgrad=seed is None, **clipped).step()
+                    SGD(parameters, lr=0.1, momentum=0.9 * (seed is None), **clipped).step()
+                SGD(
+                    parameters, lr=0.1, momentum=0.9, nesterov=True, max_norm=fastclip.rules.Mask(1e-3, hold=True)
+                ).step(zero_grad=True)
+                parameters[-1].grad.fill_(float("nan"))
+                (group,) = fastclip.table.pack(parameters, gradients=False, write=True).groups
+                _, counts = module.repair_(group, module.measure(group, 2.0), 2.0)
+                assert counts.tolist() == [0] * 6 + [200_000], counts
     print("both backends ran")
 
 

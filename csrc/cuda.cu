@@ -1,26 +1,13 @@
-// The CUDA backend: measure, apply and clamp over a table of gradients, one launch each whatever the number of tensors.
+// The CUDA backend: measure, apply, clamp and repair over a table of gradients, one launch each whatever the number of
+// tensors; repair takes a second one, to measure again.
 //
 // The gradients are cut into tiles of 16 KiB, counted through from tensor to tensor, and every block takes a contiguous
 // run of tiles. So a block meets few tensors, accumulates each in registers, and hands over at most two partial results:
 // of the tensor it begins with and of the tensor it ends with. Whichever block comes last for a tensor, or for the launch,
 // combines what the others left, in block order: no float atomics, bitwise repeatable, a workspace of a few KiB.
-//
-// A tensor is addressed from its address rounded down to 16 bytes, so that all but its edges are 16-byte accesses however
-// it is aligned. Raw pointers and a stream come in; nothing here knows torch.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-
+#include "cuda_tiles.h"
 #include "elementwise.h"
 
-#ifndef FASTCLIP_THREADS
-#define FASTCLIP_THREADS 256
-#endif
 #ifndef FASTCLIP_MOST_PARAMETERS  // tensors of 12 bytes each: a kernel's parameters may take 32,764 bytes since CUDA 12.1
 #define FASTCLIP_MOST_PARAMETERS (CUDART_VERSION >= 12010 ? 2700 : 320)
 #endif
@@ -28,78 +15,14 @@
 namespace fastclip::cuda {
 namespace {
 
-constexpr int THREADS = FASTCLIP_THREADS;
-constexpr int WARP = 32, WARPS = THREADS / WARP;
-constexpr int BLOCKS_PER_SM = 4;
-constexpr int LOADS = 4;  // 16-byte loads a thread has in flight
-constexpr int TILE_BYTES = THREADS * LOADS * 16;
 constexpr double VANISHING = 1e-24;  // a float32 power sum below this may have lost more than rounding
 
-// ---- dtypes ----
-
-// How a gradient's elements are stored, and the type they are computed in.
-struct F32 {
-  using Storage = float;
-  using Wide = float;
-  __device__ static Wide widen(Storage x) { return x; }
-  __device__ static Storage narrow(Wide x) { return x; }
-};
-struct F64 {
-  using Storage = double;
-  using Wide = double;
-  __device__ static Wide widen(Storage x) { return x; }
-  __device__ static Storage narrow(Wide x) { return x; }
-};
-struct BF16 {
-  using Storage = uint16_t;
-  using Wide = float;
-  __device__ static Wide widen(Storage x) { return __uint_as_float(uint32_t(x) << 16); }
-  __device__ static Storage narrow(Wide x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-};
-struct F16 {
-  using Storage = uint16_t;
-  using Wide = float;
-  __device__ static Wide widen(Storage x) { return __half2float(__ushort_as_half(x)); }
-  __device__ static Storage narrow(Wide x) { return __half_as_ushort(__float2half_rn(x)); }
-};
-
-template <class D> constexpr int VECTOR = 16 / sizeof(typename D::Storage);     // elements of 16 bytes
-template <class D> constexpr int TILE = TILE_BYTES / sizeof(typename D::Storage);  // elements of a tile
-
-template <class D>
-__device__ void unpack(const uint4& raw, typename D::Wide (&x)[VECTOR<D>]) {
-  if constexpr (sizeof(typename D::Storage) == 2) {
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      x[2 * i] = D::widen(uint16_t(words[i] & 0xffff));
-      x[2 * i + 1] = D::widen(uint16_t(words[i] >> 16));
-    }
-  } else {
-    memcpy(x, &raw, 16);
-  }
-}
-
-template <class D>
-__device__ uint4 packed(const typename D::Wide (&x)[VECTOR<D>]) {
-  uint4 raw;
-  if constexpr (sizeof(typename D::Storage) == 2) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = D::narrow(x[2 * i]) | uint32_t(D::narrow(x[2 * i + 1])) << 16;
-    raw = make_uint4(words[0], words[1], words[2], words[3]);
-  } else {
-    memcpy(&raw, x, 16);
-  }
-  return raw;
-}
-
-// A thread's vectors of a tile. The empty statements keep the compiler from putting off a load until its value is needed.
+// A thread's vectors of a tile.
 __device__ void load(uint4 (&raw)[LOADS], const uint4* vectors) {
 #pragma unroll
   for (int i = 0; i < LOADS; i++) raw[i] = vectors[i * THREADS];
 #pragma unroll
-  for (int i = 0; i < LOADS; i++) asm volatile("" : "+r"(raw[i].x), "+r"(raw[i].y), "+r"(raw[i].z), "+r"(raw[i].w));
+  for (int i = 0; i < LOADS; i++) keep(raw[i]);
 }
 
 // ---- table ----
@@ -136,60 +59,6 @@ __device__ Span<D> span_of(const Table& table, uint32_t tensor) {
   return {static_cast<typename D::Storage*>(__cvta_global_to_generic(address & ~uint64_t(15))),
           int64_t(address & 15) / int64_t(sizeof(typename D::Storage)),
           (tiles - 1) * TILE<D> + int64_t(place & 0xffff) + 1};
-}
-
-// The block whose run of tiles holds this one; `run_begin` is its inverse.
-__device__ uint32_t block_of(uint32_t tile, uint32_t tiles) {
-  return uint32_t(((uint64_t(tile) + 1) * gridDim.x - 1) / tiles);
-}
-__device__ uint32_t run_begin(uint32_t block, uint32_t tiles) {
-  return uint32_t(uint64_t(tiles) * block / gridDim.x);
-}
-
-// body(tensor, its first tile of this block's run, its last tile + 1) for every tensor that the run meets.
-template <class Table, class Body>
-__device__ void for_each_piece(const Table& table, uint32_t tensors, uint32_t tiles, Body body) {
-  uint32_t tile = run_begin(blockIdx.x, tiles);
-  const uint32_t end = run_begin(blockIdx.x + 1, tiles);
-  if (tile == end) return;
-  uint32_t tensor = 0;  // the last one that starts at this tile or before
-  for (uint32_t after = tensors; after - tensor > 1;) {
-    const uint32_t middle = (tensor + after) / 2;
-    if (table.first[middle] <= tile) tensor = middle;
-    else after = middle;
-  }
-  while (tile < end) {
-    const uint32_t next = table.first[tensor + 1];
-    if (next > tile) {
-      body(tensor, tile, min(end, next));
-      tile = min(end, next);
-    }
-    tensor++;
-  }
-}
-
-// The elements [begin, end) of a span, in 16-byte vectors as far as they go: tile(pointer to LOADS vectors, THREADS apart)
-// for whole tiles, and vector(pointer) and element(pointer) for what is left at the edges.
-template <class D, class TileBody, class VectorBody, class ElementBody>
-__device__ void walk(typename D::Storage* base, int64_t begin, int64_t end, TileBody tile, VectorBody vector,
-                     ElementBody element) {
-  const int thread = threadIdx.x;
-  const int64_t full_begin = (begin + TILE<D> - 1) / TILE<D> * TILE<D>;
-  const int64_t full_end = max(end / TILE<D> * TILE<D>, full_begin);
-  for (int64_t offset = full_begin; offset < full_end; offset += TILE<D>)
-    tile(reinterpret_cast<uint4*>(base + offset) + thread);
-#pragma unroll 1
-  for (int edge = 0; edge < 2; edge++) {
-    const int64_t from = edge ? max(full_end, begin) : begin, to = edge ? end : min(full_begin, end);
-    if (from >= to || (edge && full_begin > end)) continue;
-    const int64_t vectors_begin = (from + VECTOR<D> - 1) / VECTOR<D>, vectors_end = to / VECTOR<D>;
-    for (int64_t v = vectors_begin + thread; v < vectors_end; v += THREADS) vector(reinterpret_cast<uint4*>(base) + v);
-    // What is left on either side is less than a vector; if no vector boundary lies between, all of it is on one.
-    const int64_t head_end = min(vectors_begin * VECTOR<D>, to);
-    if (from + thread < head_end) element(base + from + thread);
-    const int64_t tail_begin = max(vectors_end * VECTOR<D>, head_end);
-    if (tail_begin + thread < to) element(base + tail_begin + thread);
-  }
 }
 
 // ---- measure ----
@@ -329,15 +198,25 @@ __device__ Sum<F64> gather(uint32_t count, Get get) {
   return block_sum<F64>(mine);
 }
 
+// What was measured before a repair: tensors with a finite absmax [tensors] are as they were, and not read again.
+// Null: nothing was.
+struct Repaired {
+  const double* power;
+  const double* absmax;
+  __device__ bool keeps(uint32_t tensor) const { return absmax && absmax[tensor] < INFINITY; }
+};
+
 template <class D, Norm N, class Table>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     measure_kernel(const __grid_constant__ Table table, uint32_t tensors, uint32_t tiles, double p, double max_norm,
                    const double* before,  // null, or the total [2] of tensors measured before
+                   Repaired repaired,
                    Workspace work,
                    double* result)  // power [tensors], absmax [tensors], total [2], norm, clip coefficient
 {
   const uint32_t block = blockIdx.x, blocks = gridDim.x;
   for_each_piece(table, tensors, tiles, [&](uint32_t tensor, uint32_t tile, uint32_t tile_end) {
+    if (repaired.keeps(tensor)) return;
     const auto span = span_of<D>(table, tensor);
     const uint32_t first = table.first[tensor], after = table.first[tensor + 1];
     const int64_t begin = max(span.begin, int64_t(tile - first) * TILE<D>);
@@ -378,6 +257,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       result[i] = result[tensors + i] = 0;
       return {};
     }
+    if (repaired.keeps(i)) {
+      result[i] = repaired.power[i];
+      result[tensors + i] = repaired.absmax[i];
+    }
     const double power = __ldcg(result + i);
     return {N == Norm::Power && p == 0 ? double(power != 0) : power, __ldcg(result + tensors + i)};
   });
@@ -392,7 +275,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   }
 }
 
-// ---- apply and clamp ----
+// ---- apply, clamp and repair ----
 
 // f(x&) for the elements [begin, end); a vector is written only if f says of one of its elements that it changed it.
 template <class D, class F>
@@ -425,18 +308,6 @@ __device__ void rewrite(typename D::Storage* base, int64_t begin, int64_t end, F
     if (f(x)) *pointer = D::narrow(x);
   };
   walk<D>(base, begin, end, tile, vector, element);
-}
-
-template <class D>
-__device__ void zero(typename D::Storage* base, int64_t begin, int64_t end) {
-  const uint4 zeros = make_uint4(0, 0, 0, 0);
-  walk<D>(
-      base, begin, end,
-      [&](uint4* vectors) {
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) vectors[i * THREADS] = zeros;
-      },
-      [&](uint4* pointer) { *pointer = zeros; }, [&](typename D::Storage* pointer) { *pointer = 0; });
 }
 
 // body(tensor, base, begin, end) for every tensor of the block's run.
@@ -486,69 +357,44 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   if (__syncthreads_or(any) && threadIdx.x == 0) *changed = true;
 }
 
+template <class D, class Table>
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    repair_kernel(const __grid_constant__ Table table, uint32_t tensors, uint32_t tiles,
+                  const double* absmax,        // [tensors] as measured: finite where there is nothing to repair
+                  unsigned long long* counts)  // [tensors] of zeros, to which the elements set to zero are added
+{
+  using Wide = typename D::Wide;
+  for_each_span<D>(table, tensors, tiles, [&](uint32_t tensor, typename D::Storage* base, int64_t begin, int64_t end) {
+    if (absmax[tensor] < INFINITY) return;
+    unsigned long long count = 0;
+    rewrite<D>(base, begin, end, [&](Wide& x) {
+      const bool finite = x - x == 0;
+      x = finite ? x : 0;
+      count += !finite;
+      return !finite;
+    });
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) count += __shfl_xor_sync(0xffffffffu, count, step);
+    if (threadIdx.x % WARP == 0 && count) atomicAdd(counts + tensor, count);
+  });
+}
+
 // ---- host ----
 
-// Everything a launch needs but the kernel's own arguments.
-struct Launch {
-  const uint64_t* place;  // the table, on the host if `tensors` <= MANY, else on the device
-  const uint32_t* first;
-  uint32_t tensors, tiles;
-  int device;
-  cudaStream_t stream;
-};
-
-cudaError_t blocks_for(int device, uint32_t tiles, uint32_t& blocks) {
-  int units = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, device);
-  blocks = std::max(1u, std::min(tiles, uint32_t(units * BLOCKS_PER_SM)));
-  return error;
-}
-
-// The only place where a kernel is launched: on its device, on its stream, and with the launch checked.
-template <class Table, class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Table, uint32_t, uint32_t, Parameters...), const Launch& to, const Table& table,
-                   const Arguments&... arguments) {
-  int before = to.device;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess && before != to.device) error = cudaSetDevice(to.device);
-  cudaLaunchConfig_t config{};
-  uint32_t blocks = 1;
-  if (error == cudaSuccess) error = blocks_for(to.device, to.tiles, blocks);
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(THREADS);
-  config.stream = to.stream;
-  if (error == cudaSuccess)
-    error = cudaLaunchKernelEx(&config, kernel, table, to.tensors, to.tiles, Parameters(arguments)...);
-  if (before != to.device) cudaSetDevice(before);
-  return error;
-}
-
-// use(table) with the table in the smallest form that holds it.
+// use(table) with the table, which is on the host if `tensors` <= MANY, in the smallest form that holds it.
 template <class Use>
-cudaError_t with_table(const Launch& to, Use use) {
+cudaError_t with_table(const uint64_t* place, const uint32_t* first, uint32_t tensors, Use use) {
   auto as_parameters = [&](auto& table) {
-    std::memcpy(table.place, to.place, to.tensors * sizeof(uint64_t));
-    std::memcpy(table.first, to.first, (to.tensors + 1) * sizeof(uint32_t));
+    std::memcpy(table.place, place, tensors * sizeof(uint64_t));
+    std::memcpy(table.first, first, (tensors + 1) * sizeof(uint32_t));
     return use(table);
   };
   static thread_local ParameterTable<FEW> few;
   static thread_local ParameterTable<MANY> many;
-  if (to.tensors <= FEW) return as_parameters(few);
-  if (to.tensors <= MANY) return as_parameters(many);
-  return use(DeviceTable{to.place, to.first});
+  if (tensors <= FEW) return as_parameters(few);
+  if (tensors <= MANY) return as_parameters(many);
+  return use(DeviceTable{place, first});
 }
-
-template <class Use>
-cudaError_t with_dtype(int dtype, Use use) {
-  switch (dtype) {
-    case 0: return use(F32());
-    case 1: return use(F64());
-    case 2: return use(BF16());
-    default: return use(F16());
-  }
-}
-
-const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 }  // namespace
 }  // namespace fastclip::cuda
@@ -601,18 +447,19 @@ int64_t fastclip_cuda_pack(const int64_t* addresses, const int64_t* sizes, int64
   return tiles;
 }
 
-// dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. An infinite max_norm gives the coefficient 1.
+// dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. An infinite max_norm gives the coefficient 1. `power` and `absmax`
+// are null, or what was measured before a repair.
 const char* fastclip_cuda_measure(const uint64_t* place, const uint32_t* first, uint32_t tensors, uint32_t tiles,
-                                  int dtype, double p, double max_norm, const double* before, void* workspace,
-                                  double* result, int device, void* stream) {
-  const Launch to{place, first, tensors, tiles, device, static_cast<cudaStream_t>(stream)};
+                                  int dtype, double p, double max_norm, const double* before, const double* power,
+                                  const double* absmax, void* workspace, double* result, int device, void* stream) {
+  const Launch to{tensors, tiles, device, static_cast<cudaStream_t>(stream)};
   uint32_t most = 0;
   if (const cudaError_t error = blocks_for(device, UINT32_MAX, most); error != cudaSuccess) return message(error);
   auto* doubles = static_cast<double*>(workspace);
   const Workspace work{doubles, doubles + 2 * most, reinterpret_cast<uint32_t*>(doubles + 4 * most)};
   return message(with_dtype(dtype, [&](auto d) {
     using D = decltype(d);
-    return with_table(to, [&](const auto& table) {
+    return with_table(place, first, tensors, [&](const auto& table) {
       using Table = std::decay_t<decltype(table)>;
       auto kernel = measure_kernel<D, Norm::Power, Table>;
       switch (norm_kind(p)) {
@@ -621,7 +468,7 @@ const char* fastclip_cuda_measure(const uint64_t* place, const uint32_t* first, 
         case Norm::Max: kernel = measure_kernel<D, Norm::Max, Table>; break;
         case Norm::Power: break;
       }
-      return launch(kernel, to, table, p, max_norm, before, work, result);
+      return launch(kernel, to, table, p, max_norm, before, Repaired{power, absmax}, work, result);
     });
   }));
 }
@@ -629,9 +476,9 @@ const char* fastclip_cuda_measure(const uint64_t* place, const uint32_t* first, 
 // coef: float64 on the device, one (stride 0) or one a tensor (stride 1).
 const char* fastclip_cuda_apply(const uint64_t* place, const uint32_t* first, uint32_t tensors, uint32_t tiles,
                                 int dtype, const double* coef, int stride, int device, void* stream) {
-  const Launch to{place, first, tensors, tiles, device, static_cast<cudaStream_t>(stream)};
+  const Launch to{tensors, tiles, device, static_cast<cudaStream_t>(stream)};
   return message(with_dtype(dtype, [&](auto d) {
-    return with_table(to, [&](const auto& table) {
+    return with_table(place, first, tensors, [&](const auto& table) {
       using Table = std::decay_t<decltype(table)>;
       return launch(apply_kernel<decltype(d), Table>, to, table, coef, stride);
     });
@@ -641,11 +488,24 @@ const char* fastclip_cuda_apply(const uint64_t* place, const uint32_t* first, ui
 // changed: a bool on the device, set where any element was outside [low, high].
 const char* fastclip_cuda_clamp(const uint64_t* place, const uint32_t* first, uint32_t tensors, uint32_t tiles,
                                 int dtype, double low, double high, bool* changed, int device, void* stream) {
-  const Launch to{place, first, tensors, tiles, device, static_cast<cudaStream_t>(stream)};
+  const Launch to{tensors, tiles, device, static_cast<cudaStream_t>(stream)};
   return message(with_dtype(dtype, [&](auto d) {
-    return with_table(to, [&](const auto& table) {
+    return with_table(place, first, tensors, [&](const auto& table) {
       using Table = std::decay_t<decltype(table)>;
       return launch(clamp_kernel<decltype(d), Table>, to, table, low, high, changed);
+    });
+  }));
+}
+
+// absmax: as measured; counts: int64 [tensors] on the device, to which the elements set to zero are added.
+const char* fastclip_cuda_repair(const uint64_t* place, const uint32_t* first, uint32_t tensors, uint32_t tiles,
+                                 int dtype, const double* absmax, int64_t* counts, int device, void* stream) {
+  const Launch to{tensors, tiles, device, static_cast<cudaStream_t>(stream)};
+  return message(with_dtype(dtype, [&](auto d) {
+    return with_table(place, first, tensors, [&](const auto& table) {
+      using Table = std::decay_t<decltype(table)>;
+      return launch(repair_kernel<decltype(d), Table>, to, table, absmax,
+                    reinterpret_cast<unsigned long long*>(counts));
     });
   }));
 }

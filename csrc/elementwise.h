@@ -98,6 +98,27 @@ FASTCLIP_FN V clamped(V x, V low, V high) { return x < low ? low : (x > high ? h
 
 // ---- optimizers ----
 
+// a * b, and a * b + c. Said apart, because CUDA's compiler would fuse some products with the sums behind them in one
+// place and not in another, and an element must come out the same wherever it lies in memory.
+template <class V, class S>
+FASTCLIP_FN V product(V a, S b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(V) == 4) return __fmul_rn(a, b);
+  else return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+template <class V, class S, class C>
+FASTCLIP_FN V product_plus(V a, S b, C c) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(V) == 4) return __fmaf_rn(a, b, c);
+  else return __fma_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // One tensor's constants of a step of torch.optim.AdamW; S is the type it is computed in.
 template <class S>
 struct AdamW {
@@ -111,12 +132,12 @@ struct AdamW {
   // v is the running square, `largest` (AMSGrad) the largest it was; root(x) is the square root.
   template <bool AMSGRAD, class V, class Root>
   FASTCLIP_FN void operator()(V& p, V g, V& m, V& v, V& largest, Root root) const {
-    g = g * coef;
-    m = m + (g - m) * beta1_rest;
-    v = v * beta2 + g * g * beta2_rest;
+    g = product(g, coef);
+    m = product_plus(g - m, beta1_rest, m);
+    v = product_plus(v, beta2, product(product(g, g), beta2_rest));
     V square = v;
     if constexpr (AMSGRAD) square = largest = largest > v ? largest : v;
-    p = p * decay - m * step_size / (root(square) * inv_root_bias2 + eps);
+    p = product_plus(p, decay, -product(m, step_size) / product_plus(root(square), inv_root_bias2, eps));
   }
 };
 
@@ -128,21 +149,25 @@ struct Sgd {
   S lr;
   template <bool MOMENTUM, bool NESTEROV, class V>
   FASTCLIP_FN void operator()(V& p, V g, V& buffer) const {
-    g = g * coef + p * weight_decay;
+    g = product_plus(g, coef, product(p, weight_decay));
     if constexpr (MOMENTUM) {
-      buffer = buffer * momentum + g * rest;
-      g = NESTEROV ? g + buffer * momentum : buffer;
+      buffer = product_plus(buffer, momentum, product(g, rest));
+      g = NESTEROV ? product_plus(buffer, momentum, g) : buffer;
     }
-    p = p - g * lr;
+    p = product_plus(g, -lr, p);
   }
 };
 
-// 32 random bits for each index, by a key (C. Wellons' lowbias32).
+// 32 random bits for each index, by a key (C. Wellons' lowbias32), but for the last step, which leaves the upper 16 alone.
 template <class U>
-FASTCLIP_FN U random_bits(U index, uint32_t key) {
+FASTCLIP_FN U upper_random_bits(U index, uint32_t key) {
   U h = index * 0x9E3779B9u ^ key;
   h = (h ^ h >> 16) * 0x7FEB352Du;
-  h = (h ^ h >> 15) * 0x846CA68Bu;
+  return (h ^ h >> 15) * 0x846CA68Bu;
+}
+template <class U>
+FASTCLIP_FN U random_bits(U index, uint32_t key) {
+  const U h = upper_random_bits(index, key);
   return h ^ h >> 16;
 }
 
@@ -156,11 +181,12 @@ FASTCLIP_FN U round_to_bf16(U bits) {
   return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
 }
 
-// The same rounded up or down by chance, so that the mean is right: `noise` has 16 random bits.
+// The same rounded up or down by chance, so that the mean is right: `noise` has 16 random bits. A NaN must be a quiet one,
+// as those of arithmetic are.
 template <class U>
 FASTCLIP_FN U round_to_bf16_stochastically(U bits, U noise) {
-  U exponent = bits & 0x7f800000u;
-  return exponent == 0x7f800000u ? round_to_bf16(bits) : (bits + noise) >> 16;
+  U up = bits + noise;
+  return ((bits & 0x7fffffffu) < 0x7f800000u ? up : bits) >> 16;
 }
 
 }  // namespace fastclip

@@ -1,5 +1,6 @@
 """Both GPU backends on a GPU: every case, what a call costs, graphs, streams, several devices."""
 
+import copy
 import gc
 import math
 
@@ -353,6 +354,217 @@ def test_cpu_and_gpu_parameters_skip_together():
         assert torch.equal(p, b)
 
 
+# ---- our own optimizers ----
+
+PAIRS = {
+    "AdamW": (fastclip.optim.AdamW, torch.optim.AdamW, {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6}),
+    "AdamW amsgrad": (fastclip.optim.AdamW, torch.optim.AdamW, {"lr": 0.05, "amsgrad": True, "maximize": True}),
+    "SGD": (fastclip.optim.SGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1}),
+    "SGD momentum": (fastclip.optim.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
+    "SGD nesterov": (fastclip.optim.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+}
+SIZES = (70_001, 1, 0, 16, 300_000, 1023)
+EPS = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def placed(sizes, dtype, offsets=(0,)):
+    """Parameters and gradients that start so many elements into their memory."""
+    found = []
+    for i, size in enumerate(sizes):
+        mine = [offsets[(2 * i + k) % len(offsets)] for k in range(2)]
+        value, gradient = (torch.randn(size + n, device="cuda").to(dtype)[n:] for n in mine)
+        found.append(parameter(gradient, value))
+    return found
+
+
+@pytest.mark.parametrize("offsets", [(0,), (1,), (0, 0, 3, 1, 5)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PAIRS)
+def test_optimizer_in_float64(name, dtype, offsets):
+    """Three steps, each to a rounding of torch's in float64 from the same state, wherever the arrays lie."""
+    ours, theirs, options = PAIRS[name]
+    a = placed(SIZES, dtype, offsets)
+    b = [parameter(p.grad.double(), p.detach().double()) for p in a]
+    mine, expected = ours(a, **options), theirs(b, **options, foreach=False)
+    for _ in range(3):
+        with torch.no_grad():
+            for p, q in zip(a, b):
+                p.grad.normal_()
+                p.copy_(q)
+                q.copy_(p)
+                q.grad.copy_(p.grad)
+                for key, value in expected.state[q].items():
+                    if key in mine.state[p]:
+                        mine.state[p][key].copy_(value)
+                        value.copy_(mine.state[p][key])
+        mine.step()
+        expected.step()
+        for p, q in zip(a, b):
+            lost = 32 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps  # where large terms cancel
+            torch.testing.assert_close(p.double(), q, rtol=EPS[dtype], atol=max(EPS[dtype] * 1e-2, lost))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_optimizer_is_bitwise_the_same_wherever_arrays_lie(name):
+    ours, _, options = PAIRS[name]
+    a = placed(SIZES, torch.float32)
+    results = []
+    for offset in (0, 1, 3):
+        ps = []
+        for p in a:
+            q = torch.empty(p.numel() + offset, device="cuda")[offset:].copy_(p.detach())
+            ps.append(parameter(p.grad.clone(), q))
+        optimizer = ours(ps, **options)
+        for _ in range(3):
+            optimizer.step()
+        results.append([p.detach().clone() for p in ps])
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_optimizer_holds_masked_parameters(name):
+    ours, _, options = PAIRS[name]
+    ps = placed((70_001, 5000, 9), torch.float32)
+    optimizer = ours(ps, **options, max_norm=fastclip.rules.Mask(1e-3, hold=True))
+    optimizer.step()
+    for p in ps:
+        p.grad.normal_()
+    ps[1].grad.mul_(1e-6)
+    before = copy.deepcopy([ps[1].detach(), optimizer.state.get(ps[1])])
+    other = ps[0].detach().clone()
+    optimizer.step(zero_grad=True)
+    torch.testing.assert_close([ps[1].detach(), optimizer.state.get(ps[1])], before, rtol=0, atol=0)
+    assert not torch.equal(ps[0], other)
+    assert not any(p.grad.any() for p in ps)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_optimizer_skips_and_masks_on_the_device(name):
+    """NaN: nothing is written. A coefficient of 0: gradients of zeros, whatever is in them."""
+    ours, _, options = PAIRS[name]
+    ps = placed((70_001, 9), torch.float32)
+    skipping = ours(ps, **options, max_norm=1.0, nonfinite="skip")
+    skipping.step()
+    ps[0].grad[70_000] = math.nan
+    before = copy.deepcopy([[p.detach() for p in ps], list(skipping.state.values())])
+    skipping.step()
+    assert skipping.stats.skipped
+    after = [[p.detach() for p in ps], list(skipping.state.values())]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    ours(ps, **options, max_norm=lambda stats: torch.zeros((), device="cuda")).step()
+    assert all(p.isfinite().all() for p in ps)
+
+
+@pytest.mark.parametrize("offsets", [(0,), (1, 2, 3)], ids=str)
+def test_stochastic_rounding(offsets):
+    """The random numbers are the cpu backend's: where the arithmetic is exact, so is the result."""
+    a = placed((200_003, 7, 1025), torch.bfloat16, offsets)
+    for p in a:
+        p.data.mul_(16).round_().div_(16)
+        p.grad.mul_(16).round_().div_(16)
+    b = [parameter(p.grad.cpu(), p.detach().cpu()) for p in a]
+    nearest = [p.detach().clone() for p in a]
+    with fastclip.use_backend("auto"):
+        fastclip.optim.SGD(b, lr=2.0**-10, stochastic_rounding=7).step()
+    fastclip.optim.SGD(a, lr=2.0**-10, stochastic_rounding=7).step()
+    for p, q in zip(a, b):
+        assert torch.equal(p.cpu(), q)
+    assert not torch.equal(a[0], nearest[0])
+
+    p = parameter(
+        torch.full((1_000_000,), -1.0, device="cuda").bfloat16(), torch.ones(1_000_000, device="cuda").bfloat16()
+    )
+    optimizer = fastclip.optim.AdamW([p], lr=1e-4, weight_decay=0.0, stochastic_rounding=3)
+    for _ in range(10):
+        optimizer.step()
+    assert (p.detach().double() - 1).mean().item() == pytest.approx(1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("count", [3, 1000])
+def test_graph_of_a_whole_optimizer_step(count):
+    """Forward, backward, clip and step, replayed; the learning rate is changed on the device in between."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 64).cuda()
+    extra = [torch.nn.Parameter(torch.randn(k % 50, device="cuda")) for k in range(count)]
+    inputs = torch.randn(32, 64, device="cuda")
+    rate = torch.tensor(1e-2, device="cuda")
+    ps = [*model.parameters(), *extra]
+    optimizer = fastclip.optim.AdamW(ps, lr=rate, max_norm=0.5, capturable=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        (model(inputs).square().mean() * 100 + sum(p.square().sum() for p in extra)).backward()
+        optimizer.step()
+        return optimizer.stats.total_norm
+
+    graph, norm = captured(step)
+    copied = copy.deepcopy([[p.detach() for p in ps], [optimizer.state[p] for p in ps]])
+    found = []
+    for run in (graph.replay, step):
+        with torch.no_grad():
+            for p, value, state in zip(ps, *copied):
+                p.copy_(value)
+                for key, kept in state.items():
+                    optimizer.state[p][key].copy_(kept)
+        for lr, scale in ((1e-2, 1.0), (1e-3, 5.0), (1e-1, 0.1)):
+            rate.fill_(lr)
+            torch.manual_seed(1)
+            inputs.copy_(torch.randn(32, 64, device="cuda") * scale)
+            result = run()
+            found.append((norm if result is None else result).item())
+        found.append([p.detach().clone() for p in ps])
+    assert found[:3] == pytest.approx(found[4:7], rel=1e-4)
+    for a, b in zip(found[3], found[7]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_optimizer_step_is_a_few_launches(name):
+    ours, _, options = PAIRS[name]
+    optimizer = ours(make(*[1000] * 300, dtype=torch.bfloat16), **options)
+    optimizer.step()
+    names = launches(lambda: optimizer.step(zero_grad=True))
+    assert 1 <= len(names) <= 4, names
+    assert not [name for name in names if "Memcpy" in name], names
+
+
+def test_a_step_over_more_than_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    size = 2**31 + 4097
+    p = parameter(*(torch.ones(size, dtype=torch.bfloat16, device="cuda") for _ in range(2)))
+    fastclip.optim.SGD([p], lr=3.0).step(zero_grad=True)
+    assert (p.detach() == -2).all() and not p.grad.any()
+    p.grad = None
+    del p
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repair(gpu_backend, dtype, p):
+    backend = fastclip.backends.get(gpu_backend)
+    parameters = placed((300_007, 5, 0, 70_000, 1025), dtype, (0, 1))
+    for place in (0, 150_000, 300_006):
+        parameters[0].grad[place] = (math.nan, math.inf, -math.inf)[place % 3]
+    parameters[4].grad.fill_(math.nan)
+    wanted = [torch.where(g.isfinite(), g, 0) for g in gradients(parameters)]
+    (group,) = fastclip.table.pack(parameters, gradients=False, write=True).groups
+    measured = backend.measure(group, p)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again, counts = backend.repair_(group, measured, p)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert counts.dtype == torch.int64 and counts.tolist() == [3, 0, 0, 0, 1025]
+    assert all(map(torch.equal, gradients(parameters), wanted))
+    anew = backend.measure(group, p)
+    assert torch.equal(again.power, anew.power) and torch.equal(again.absmax, anew.absmax)
+    assert not measured.absmax[0].isfinite()
+
+
 # ---- graphs and streams ----
 
 
@@ -404,8 +616,8 @@ def test_graph_of_a_clipper():
         graph.replay()
         for name in ("total_norm", "tensor_norms", "tensor_absmax", "coef", "clipped", "nonfinite"):
             torch.testing.assert_close(getattr(stats, name), getattr(expected, name), msg=name)
-        for p, copy in zip(parameters, copies):
-            assert torch.equal(p.grad, copy.grad)
+        for p, q in zip(parameters, copies):
+            assert torch.equal(p.grad, q.grad)
 
 
 def test_graph_of_a_whole_step():

@@ -1,7 +1,7 @@
-"""The `cuda` backend: csrc/cuda.cu, for GPUs where Triton is not to be had.
+"""The `cuda` backend: csrc/*.cu, for GPUs where Triton is not to be had.
 
-The addresses of up to some 2,700 gradients travel in the kernels' parameters, so a call uploads nothing; those of more
-are kept on the device and uploaded when they change.
+The addresses of up to some 2,700 gradients, or of all that belongs to some 500 parameters, travel in the kernels'
+parameters, so a call uploads nothing; those of more are kept on the device and uploaded when they change.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from . import Measurement, Recent, capturing, native, upload
 
 if TYPE_CHECKING:
-    from ..table import Group
+    from ..table import Group, StepTable
 
 name = "cuda"
 
 DEVICE = "cuda"  # the emulation that the tests use runs on "cpu"
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in cuda.cu
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc
 
 
 def why_not(device: torch.device) -> str | None:
@@ -50,12 +50,20 @@ def describe() -> str:
 
 
 def measure(group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None) -> Measurement:
+    return _measure(group, norm_type, max_norm, before, None)
+
+
+def _measure(
+    group: Group, norm_type: float, max_norm: float | None, before: Tensor | None, repaired: Measurement | None
+) -> Measurement:
+    """measure(); of tensors that were finite in `repaired`, with the results that stand there."""
     count = len(group)
     _table(group)  # before the workspace: in a CUDA graph neither may be given the other's memory
     workspace = _workspace(group.device)
     result = torch.empty(2 * count + 4, dtype=torch.float64, device=group.device)
     limit = math.inf if max_norm is None else max_norm
-    pointers = (_pointer(before), _pointer(workspace), _pointer(result))
+    earlier = (None, None) if repaired is None else (repaired.power, repaired.absmax)
+    pointers = map(_pointer, (before, *earlier, workspace, result))
     _call("measure", group, _f64(norm_type), _f64(limit), *pointers)
     all_of_them = result[2 * count :]  # total [2], norm, coefficient
     coef = None if max_norm is None else all_of_them[3]
@@ -74,7 +82,78 @@ def clamp_(group: Group, low: float, high: float) -> Tensor:
     return clamped
 
 
+def repair_(group: Group, measured: Measurement, norm_type: float) -> tuple[Measurement, Tensor]:
+    earlier = measured._replace(power=measured.power.contiguous(), absmax=measured.absmax.contiguous())
+    counts = torch.zeros(len(group), dtype=torch.int64, device=group.device)
+    _call("repair", group, _pointer(earlier.absmax), _pointer(counts))
+    group.bump_version()
+    return _measure(group, norm_type, None, None, earlier), counts
+
+
+def adamw_(
+    table: StepTable,
+    coef: Tensor,
+    idle: Tensor | None,
+    group: dict[str, Any],
+    zero_grad: bool,
+    seed: int | None,
+) -> None:
+    options = (*group["betas"], group["eps"], group["weight_decay"])
+    _step("adamw", table, coef, idle, group, zero_grad, seed, *map(_number, options))
+
+
+def sgd_(
+    table: StepTable,
+    coef: Tensor,
+    idle: Tensor | None,
+    group: dict[str, Any],
+    zero_grad: bool,
+    seed: int | None,
+    rest: float,
+) -> None:
+    options = (group["momentum"], rest, group["weight_decay"])
+    _step("sgd", table, coef, idle, group, zero_grad, seed, *map(_number, options), bool(group["nesterov"]))
+
+
+def _step(
+    verb: str,
+    table: StepTable,
+    coef: Tensor,
+    idle: Tensor | None,
+    group: dict[str, Any],
+    zero_grad: bool,
+    seed: int | None,
+    *options: Any,
+) -> None:
+    device, count = table.device, len(table)
+    packed, tiles = _step_table(table)
+    workspace = torch.empty(_step_bytes(count), dtype=torch.uint8, device=device)
+    rate = _on_device(group["lr"], device)
+    rows = packed.data_ptr()
+    _check(
+        f"fastclip_cuda_{verb}",
+        *(ctypes.c_void_p(rows), ctypes.c_void_p(rows + 7 * 8 * count), count, tiles),
+        *(DTYPES[table.dtype], table.states),
+        *(_pointer(coef), coef.dim(), _pointer(idle), 0 if idle is None else idle.dim()),
+        *(_pointer(rate), 0 if rate is None else rate.itemsize, _number(group["lr"] if rate is None else 0)),
+        *(bool(group["maximize"]), bool(zero_grad), ctypes.c_int64(-1 if seed is None else seed), _pointer(workspace)),
+        *(*options, device.index or 0, ctypes.c_void_p(_stream(device))),
+    )
+    table.bump_version(zero_grad)
+
+
+def _on_device(value: Any, device: torch.device) -> Tensor | None:
+    """A tensor that the device can read, as float32 or float64; None for what is on the host."""
+    if not isinstance(value, Tensor) or value.device.type == "cpu" != device.type:
+        return None
+    return value.to(device, value.dtype if value.dtype == torch.float32 else torch.float64)
+
+
 _f64 = ctypes.c_double
+
+
+def _number(value: Any) -> ctypes.c_double:
+    return _f64(float(value))
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -130,6 +209,35 @@ def _table(group: Group) -> _Table:
             packed = _uploaded.get(group.device, key, packed, lambda: upload(packed, torch.int64, group.device))
         group.uploaded = _Table(packed, tiles, count)
     return group.uploaded
+
+
+_uploaded_steps: Recent[Tensor] = Recent()
+
+
+def _step_table(table: StepTable) -> tuple[Tensor, int]:
+    """Addresses and sizes int64 [7, T], then first tiles int32 [T + 1], where the kernels will look; and the tiles."""
+    library = native.cuda.load()
+    addresses = table.addresses()
+    rows, count = addresses.shape
+    packed = torch.zeros(rows * count + count // 2 + 1, dtype=torch.int64, device="cpu")
+    packed[: rows * count] = addresses.view(-1)
+    library.fastclip_cuda_pack_step.restype = ctypes.c_int64
+    tiles = library.fastclip_cuda_pack_step(
+        *(_pointer(packed), ctypes.c_int64(count), table.dtype.itemsize, table.states),
+        ctypes.c_void_p(packed.data_ptr() + 8 * rows * count),
+    )
+    if tiles < 0:
+        raise RuntimeError(f"the parameters on {table.device} are too large for the cuda backend")
+    if count > library.fastclip_cuda_most_step_parameters():
+        key = (table.device, table.dtype, _stream(table.device))
+        packed = _uploaded_steps.get(table.device, key, packed, lambda: upload(packed, torch.int64, table.device))
+    return packed, tiles
+
+
+def _step_bytes(count: int) -> int:
+    library = native.cuda.load()
+    library.fastclip_cuda_step_bytes.restype = ctypes.c_int64
+    return int(library.fastclip_cuda_step_bytes(ctypes.c_int64(count)))
 
 
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}

@@ -198,7 +198,8 @@ def architectures() -> list[str]:
 
 def nvcc_command(library: pathlib.Path, archs: list[str]) -> list[str]:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [nvcc(), *NVCC_FLAGS, *targets, str(source_folder() / "cuda.cu"), "-o", str(library)]
+    sources = [str(source) for source in sorted(source_folder().glob("*.cu"))]
+    return [nvcc(), *NVCC_FLAGS, *targets, *sources, "-o", str(library)]
 
 
 def _cuda_path() -> pathlib.Path:

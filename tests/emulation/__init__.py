@@ -1,4 +1,4 @@
-"""csrc/cuda.cu compiled for the CPU: the same library, whose kernels run on host memory, thread by thread."""
+"""csrc/*.cu compiled for the CPU: the same library, whose kernels run on host memory, thread by thread."""
 
 import ctypes
 import subprocess
@@ -9,9 +9,11 @@ from fastclip.backends import native
 FOLDER = Path(__file__).parent
 THREADS = 64  # of a block: two warps, so that tests see several, and small enough to run as real threads
 MOST_PARAMETERS = 400  # tensors whose table is in the parameters; emulating 2,700 takes a while
+MOST_STEP_PARAMETERS = 80  # the same of an optimizer's step
 FLAGS = [
     *("-std=c++20", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     *(f"-DFASTCLIP_THREADS={THREADS}", f"-DFASTCLIP_MOST_PARAMETERS={MOST_PARAMETERS}"),
+    f"-DFASTCLIP_MOST_STEP_PARAMETERS={MOST_STEP_PARAMETERS}",
 ]
 
 
@@ -22,8 +24,8 @@ def _path():
 
 def _compile(path, verbose):
     command = ["g++", *FLAGS, f"-I{FOLDER}", "-O2", "-shared", "-fPIC", "-o", str(path)]
-    source = native.source_folder() / "cuda.cu"
-    subprocess.run([*command, "-x", "c++", str(source)], check=True, capture_output=not verbose, text=True)
+    sources = map(str, sorted(native.source_folder().glob("*.cu")))
+    subprocess.run([*command, "-x", "c++", *sources], check=True, capture_output=not verbose, text=True)
 
 
 library = native.Library("emulated CUDA", "nothing", _path, _compile, lambda path: ctypes.CDLL(str(path)))

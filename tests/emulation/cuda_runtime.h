@@ -1,4 +1,4 @@
-// CUDA's runtime as far as csrc/cuda.cu uses it, on the CPU: `g++ -x c++ -I tests/emulation csrc/cuda.cu` gives the same
+// CUDA's runtime as far as csrc/*.cu use it, on the CPU: `g++ -x c++ -I tests/emulation csrc/*.cu` gives the same
 // library, whose kernels then run on host memory. Blocks run in turn, in a shuffled order; the threads of a block are real
 // threads that meet at real barriers, so a missing one shows, here or under -fsanitize=thread.
 #pragma once
@@ -48,6 +48,7 @@ To bits_as(From from) {
   return to;
 }
 inline float __uint_as_float(uint32_t x) { return bits_as<float>(x); }
+inline uint32_t __float_as_uint(float x) { return bits_as<uint32_t>(x); }
 inline float __int_as_float(int32_t x) { return bits_as<float>(x); }
 inline int32_t __float_as_int(float x) { return bits_as<int32_t>(x); }
 inline int64_t __double_as_longlong(double x) { return bits_as<int64_t>(x); }
@@ -103,7 +104,8 @@ T __shfl_xor_sync(unsigned mask, T value, int step) {
 
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
-inline uint32_t atomicAdd(uint32_t* pointer, uint32_t value) {
+template <class T>
+T atomicAdd(T* pointer, T value) {
   return __atomic_fetch_add(pointer, value, __ATOMIC_SEQ_CST);
 }
 

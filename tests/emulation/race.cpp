@@ -1,9 +1,10 @@
-// Runs every kernel of cuda.cu on buffers of exactly the tensors' size, for the sanitizers to watch: no thread may touch
+// Runs every kernel of csrc/*.cu on buffers of exactly the tensors' size, for the sanitizers to watch: no thread may touch
 // what another one writes without a barrier between (-fsanitize=thread), nor anything outside (-fsanitize=address).
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
 extern "C" {
@@ -11,10 +12,20 @@ void fastclip_emulate(int units, unsigned order);
 int64_t fastclip_cuda_pack(const int64_t*, const int64_t*, int64_t, int, uint64_t*, uint32_t*);
 const char* fastclip_cuda_workspace_bytes(int, int64_t*);
 const char* fastclip_cuda_measure(const uint64_t*, const uint32_t*, uint32_t, uint32_t, int, double, double, const double*,
-                                  void*, double*, int, void*);
+                                  const double*, const double*, void*, double*, int, void*);
 const char* fastclip_cuda_apply(const uint64_t*, const uint32_t*, uint32_t, uint32_t, int, const double*, int, int, void*);
 const char* fastclip_cuda_clamp(const uint64_t*, const uint32_t*, uint32_t, uint32_t, int, double, double, bool*, int,
                                 void*);
+const char* fastclip_cuda_repair(const uint64_t*, const uint32_t*, uint32_t, uint32_t, int, const double*, int64_t*, int,
+                                 void*);
+int64_t fastclip_cuda_step_bytes(int64_t);
+int64_t fastclip_cuda_pack_step(const int64_t*, int64_t, int, int, uint32_t*);
+const char* fastclip_cuda_adamw(const int64_t*, const uint32_t*, uint32_t, uint32_t, int, int, const double*, int, const bool*,
+                                int, const void*, int, double, bool, bool, int64_t, void*, double, double, double, double,
+                                int, void*);
+const char* fastclip_cuda_sgd(const int64_t*, const uint32_t*, uint32_t, uint32_t, int, int, const double*, int, const bool*,
+                              int, const void*, int, double, bool, bool, int64_t, void*, double, double, double, bool, int,
+                              void*);
 }
 
 namespace {
@@ -57,19 +68,72 @@ void run(int dtype, double p, int64_t misaligned) {
   std::vector<double> result(2 * count + 4), coef(count, 0.5);
   bool changed = false;
   for (int repeat = 0; repeat < 2; repeat++)
-    check(fastclip_cuda_measure(place.data(), first.data(), count, tiles, dtype, p, 0.5, nullptr, workspace.data(),
-                                result.data(), 0, nullptr));
+    check(fastclip_cuda_measure(place.data(), first.data(), count, tiles, dtype, p, 0.5, nullptr, nullptr, nullptr,
+                                workspace.data(), result.data(), 0, nullptr));
   const double norm = std::isinf(p) ? 1 : std::pow(8, 1 / p);  // 8 tensors are not empty
   check(std::abs(result[2 * count + 2] - norm) < 1e-9);
   check(fastclip_cuda_apply(place.data(), first.data(), count, tiles, dtype, coef.data(), 1, 0, nullptr));
   check(fastclip_cuda_clamp(place.data(), first.data(), count, tiles, dtype, -0.25, 0.25, &changed, 0, nullptr));
   check(changed);
-  check(fastclip_cuda_measure(place.data(), first.data(), count, tiles, dtype, INFINITY, 0.5, nullptr, workspace.data(),
-                              result.data(), 0, nullptr));
+  check(fastclip_cuda_measure(place.data(), first.data(), count, tiles, dtype, INFINITY, 0.5, nullptr, nullptr, nullptr,
+                              workspace.data(), result.data(), 0, nullptr));
   check(result[2 * count + 2] == 0.25);
+  // Infinity as the last element of the large one, which several blocks share.
+  const int infinity[] = {0, 0, 0x7f80, 0x7c00};
+  char* last = reinterpret_cast<char*>(addresses[3]) + (SIZES[3] - 1) * itemsize;
+  if (dtype == 0) *reinterpret_cast<float*>(last) = INFINITY;
+  else if (dtype == 1) *reinterpret_cast<double*>(last) = INFINITY;
+  else *reinterpret_cast<uint16_t*>(last) = infinity[dtype];
+  check(fastclip_cuda_measure(place.data(), first.data(), count, tiles, dtype, p, 0.5, nullptr, nullptr, nullptr,
+                              workspace.data(), result.data(), 0, nullptr));
+  std::vector<int64_t> counts(count);
+  std::vector<double> again(2 * count + 4);
+  check(fastclip_cuda_repair(place.data(), first.data(), count, tiles, dtype, result.data() + count, counts.data(), 0,
+                             nullptr));
+  for (uint32_t i = 0; i < count; i++) check(counts[i] == (i == 3));
+  check(fastclip_cuda_measure(place.data(), first.data(), count, tiles, dtype, INFINITY, 0.5, nullptr, result.data(),
+                              result.data() + count, workspace.data(), again.data(), 0, nullptr));
+  check(again[2 * count + 2] == 0.25 && again[count + 3] == 0);
   coef[0] = 0.0;
   check(fastclip_cuda_apply(place.data(), first.data(), count, tiles, dtype, coef.data(), 0, 0, nullptr));
   for (char* buffer : buffers) std::free(buffer);
+}
+
+// An optimizer with this many states, all arrays zeros, so that all stay what they are but for the step counts.
+void run_step(int dtype, bool adam, int states, int64_t misaligned, bool stochastic) {
+  const int itemsize = ITEMSIZE[dtype];
+  const size_t count = SIZES.size();
+  std::vector<std::unique_ptr<char[]>> buffers;
+  std::vector<int64_t> rows(7 * count);
+  std::vector<float> steps(count);
+  for (size_t i = 0; i < count; i++) {
+    for (int row = 0; row < 2 + states; row++) {
+      const int64_t offset = misaligned ? (row == 1 ? misaligned + 1 : misaligned) : 0;
+      buffers.push_back(std::make_unique<char[]>((SIZES[i] + offset) * itemsize));
+      rows[row * count + i] = reinterpret_cast<int64_t>(buffers.back().get()) + offset * itemsize;
+    }
+    rows[5 * count + i] = reinterpret_cast<int64_t>(&steps[i]);
+    rows[6 * count + i] = SIZES[i];
+  }
+  std::vector<uint32_t> first(count + 1);
+  const int64_t tiles = fastclip_cuda_pack_step(rows.data(), count, itemsize, states, first.data());
+  check(tiles > 0);
+  const std::unique_ptr<char[]> workspace(new char[fastclip_cuda_step_bytes(count)]);
+  const std::vector<double> coef = {1, 1, 0, 0.5, 1, 1, 0, 1, 1, 1};
+  const std::unique_ptr<bool[]> idle(new bool[count]());
+  idle[4] = idle[8] = true;
+  const float lr = 0.5;
+  for (int repeat = 0; repeat < 2; repeat++) {
+    const int64_t seed = stochastic ? 7 : -1;
+    const bool zero_grad = repeat == 1;
+    if (adam)
+      check(fastclip_cuda_adamw(rows.data(), first.data(), count, tiles, dtype, states, coef.data(), 1, idle.get(), 1, &lr,
+                                sizeof(lr), 0, false, zero_grad, seed, workspace.get(), 0.9, 0.99, 1e-8, 0.1, 0, nullptr));
+    else
+      check(fastclip_cuda_sgd(rows.data(), first.data(), count, tiles, dtype, states, coef.data(), 1, nullptr, 0, nullptr, 0,
+                              0.5, true, zero_grad, seed, workspace.get(), 0.9, 1, 0.1, repeat == 1, 0, nullptr));
+  }
+  for (size_t i = 0; i < count; i++) check(steps[i] == (adam && !idle[i] ? 2 : 0));
 }
 
 }  // namespace
@@ -82,5 +146,12 @@ int main() {
       run(dtype, p, order % 4);
       order++;
     }
+  for (int dtype = 0; dtype < 4; dtype++)
+    for (int states = 0; states < 4; states++)
+      for (int64_t misaligned : {0, 1}) {
+        fastclip_emulate(1 + order % 2, order);
+        run_step(dtype, states >= 2, states, misaligned, dtype == 2 && misaligned == states % 2);
+        order++;
+      }
   std::puts("clean");
 }

@@ -1,0 +1,224 @@
+// What the CUDA kernels share: how elements are stored, how tiles are dealt out to blocks, how a block walks over its
+// part of a tensor, and how a kernel is launched. Raw pointers and a stream come in; nothing here knows torch.
+//
+// Tensors are cut into tiles, counted through from tensor to tensor, and every block takes a contiguous run of tiles.
+// A tensor is addressed from its address rounded down to 16 bytes, so that all but its edges are 16-byte accesses however
+// it is aligned.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifndef FASTCLIP_THREADS
+#define FASTCLIP_THREADS 256
+#endif
+
+namespace fastclip::cuda {
+
+constexpr int THREADS = FASTCLIP_THREADS;
+constexpr int WARP = 32, WARPS = THREADS / WARP;
+constexpr int BLOCKS_PER_SM = 4;
+constexpr int LOADS = 4;  // 16-byte loads a thread has in flight
+constexpr int TILE_BYTES = THREADS * LOADS * 16;
+
+// ---- dtypes ----
+
+// How a gradient's elements are stored, and the type they are computed in.
+struct F32 {
+  using Storage = float;
+  using Wide = float;
+  __device__ static Wide widen(Storage x) { return x; }
+  __device__ static Storage narrow(Wide x) { return x; }
+};
+struct F64 {
+  using Storage = double;
+  using Wide = double;
+  __device__ static Wide widen(Storage x) { return x; }
+  __device__ static Storage narrow(Wide x) { return x; }
+};
+struct BF16 {
+  using Storage = uint16_t;
+  using Wide = float;
+  __device__ static Wide widen(Storage x) { return __uint_as_float(uint32_t(x) << 16); }
+  __device__ static Storage narrow(Wide x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+};
+struct F16 {
+  using Storage = uint16_t;
+  using Wide = float;
+  __device__ static Wide widen(Storage x) { return __half2float(__ushort_as_half(x)); }
+  __device__ static Storage narrow(Wide x) { return __half_as_ushort(__float2half_rn(x)); }
+};
+
+template <class D> constexpr int VECTOR = 16 / sizeof(typename D::Storage);     // elements of 16 bytes
+template <class D> constexpr int TILE = TILE_BYTES / sizeof(typename D::Storage);  // elements of a tile
+
+template <class D>
+__device__ void unpack(const uint4& raw, typename D::Wide (&x)[VECTOR<D>]) {
+  if constexpr (sizeof(typename D::Storage) == 2) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      x[2 * i] = D::widen(uint16_t(words[i] & 0xffff));
+      x[2 * i + 1] = D::widen(uint16_t(words[i] >> 16));
+    }
+  } else {
+    memcpy(x, &raw, 16);
+  }
+}
+
+template <class D>
+__device__ uint4 joined(const typename D::Storage (&x)[VECTOR<D>]) {
+  uint4 raw;
+  if constexpr (sizeof(typename D::Storage) == 2) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = x[2 * i] | uint32_t(x[2 * i + 1]) << 16;
+    raw = make_uint4(words[0], words[1], words[2], words[3]);
+  } else {
+    memcpy(&raw, x, 16);
+  }
+  return raw;
+}
+
+template <class D>
+__device__ uint4 packed(const typename D::Wide (&x)[VECTOR<D>]) {
+  typename D::Storage narrow[VECTOR<D>];
+#pragma unroll
+  for (int i = 0; i < VECTOR<D>; i++) narrow[i] = D::narrow(x[i]);
+  return joined<D>(narrow);
+}
+
+// The compiler puts off a load until its value is needed, unless it seems to be needed here.
+__device__ inline void keep(uint4& raw) { asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w)); }
+
+// ---- walk ----
+
+// The block whose run of tiles holds this one; `run_begin` is its inverse.
+__device__ inline uint32_t block_of(uint32_t tile, uint32_t tiles) {
+  return uint32_t(((uint64_t(tile) + 1) * gridDim.x - 1) / tiles);
+}
+__device__ inline uint32_t run_begin(uint32_t block, uint32_t tiles) {
+  return uint32_t(uint64_t(tiles) * block / gridDim.x);
+}
+
+// body(tensor, its first tile of this block's run, its last tile + 1) for every tensor that the run meets.
+template <class Table, class Body>
+__device__ void for_each_piece(const Table& table, uint32_t tensors, uint32_t tiles, Body body) {
+  uint32_t tile = run_begin(blockIdx.x, tiles);
+  const uint32_t end = run_begin(blockIdx.x + 1, tiles);
+  if (tile == end) return;
+  uint32_t tensor = 0;  // the last one that starts at this tile or before
+  for (uint32_t after = tensors; after - tensor > 1;) {
+    const uint32_t middle = (tensor + after) / 2;
+    if (table.first[middle] <= tile) tensor = middle;
+    else after = middle;
+  }
+  while (tile < end) {
+    const uint32_t next = table.first[tensor + 1];
+    if (next > tile) {
+      body(tensor, tile, min(end, next));
+      tile = min(end, next);
+    }
+    tensor++;
+  }
+}
+
+// The elements [begin, end), counted from a 16-byte boundary, in 16-byte vectors as far as they go: tile(its first element)
+// for whole tiles, and vector(its first element) and element(which) for what is left at the edges.
+template <int VECTOR, int TILE, class TileBody, class VectorBody, class ElementBody>
+__device__ void walk(int64_t begin, int64_t end, TileBody tile, VectorBody vector, ElementBody element) {
+  const int thread = threadIdx.x;
+  const int64_t full_begin = (begin + TILE - 1) / TILE * TILE;
+  const int64_t full_end = max(end / TILE * TILE, full_begin);
+  for (int64_t offset = full_begin; offset < full_end; offset += TILE) tile(offset);
+#pragma unroll 1
+  for (int edge = 0; edge < 2; edge++) {
+    const int64_t from = edge ? max(full_end, begin) : begin, to = edge ? end : min(full_begin, end);
+    if (from >= to || (edge && full_begin > end)) continue;
+    const int64_t vectors_begin = (from + VECTOR - 1) / VECTOR, vectors_end = to / VECTOR;
+    for (int64_t v = vectors_begin + thread; v < vectors_end; v += THREADS) vector(v * VECTOR);
+    // What is left on either side is less than a vector; if no vector boundary lies between, all of it is on one.
+    const int64_t head_end = min(vectors_begin * VECTOR, to);
+    if (from + thread < head_end) element(from + thread);
+    const int64_t tail_begin = max(vectors_end * VECTOR, head_end);
+    if (tail_begin + thread < to) element(tail_begin + thread);
+  }
+}
+
+// The same of one array: tile(pointer to LOADS vectors, THREADS apart), vector(pointer) and element(pointer).
+template <class D, class TileBody, class VectorBody, class ElementBody>
+__device__ void walk(typename D::Storage* base, int64_t begin, int64_t end, TileBody tile, VectorBody vector,
+                     ElementBody element) {
+  walk<VECTOR<D>, TILE<D>>(
+      begin, end, [&](int64_t offset) { tile(reinterpret_cast<uint4*>(base + offset) + threadIdx.x); },
+      [&](int64_t offset) { vector(reinterpret_cast<uint4*>(base + offset)); },
+      [&](int64_t offset) { element(base + offset); });
+}
+
+template <class D>
+__device__ void zero(typename D::Storage* base, int64_t begin, int64_t end) {
+  const uint4 zeros = make_uint4(0, 0, 0, 0);
+  walk<D>(
+      base, begin, end,
+      [&](uint4* vectors) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) vectors[i * THREADS] = zeros;
+      },
+      [&](uint4* pointer) { *pointer = zeros; }, [&](typename D::Storage* pointer) { *pointer = 0; });
+}
+
+// ---- launch ----
+
+// Everything a launch needs but the kernel's own arguments.
+struct Launch {
+  uint32_t tensors, tiles;
+  int device;
+  cudaStream_t stream;
+  int blocks_per_sm = BLOCKS_PER_SM;
+};
+
+inline cudaError_t blocks_for(int device, uint32_t tiles, uint32_t& blocks, int blocks_per_sm = BLOCKS_PER_SM) {
+  int units = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, device);
+  blocks = std::max(1u, std::min(tiles, uint32_t(units * blocks_per_sm)));
+  return error;
+}
+
+// The only place where a kernel is launched: on its device, on its stream, and with the launch checked.
+template <class Table, class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Table, uint32_t, uint32_t, Parameters...), const Launch& to, const Table& table,
+                   const Arguments&... arguments) {
+  int before = to.device;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && before != to.device) error = cudaSetDevice(to.device);
+  cudaLaunchConfig_t config{};
+  uint32_t blocks = 1;
+  if (error == cudaSuccess) error = blocks_for(to.device, to.tiles, blocks, to.blocks_per_sm);
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(THREADS);
+  config.stream = to.stream;
+  if (error == cudaSuccess)
+    error = cudaLaunchKernelEx(&config, kernel, table, to.tensors, to.tiles, Parameters(arguments)...);
+  if (before != to.device) cudaSetDevice(before);
+  return error;
+}
+
+template <class Use>
+cudaError_t with_dtype(int dtype, Use use) {
+  switch (dtype) {
+    case 0: return use(F32());
+    case 1: return use(F64());
+    case 2: return use(BF16());
+    default: return use(F16());
+  }
+}
+
+inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+}  // namespace fastclip::cuda
