@@ -1,79 +1,38 @@
 """The Triton kernels without a GPU: what they compile to, and their table cache (test_gpu.py runs them on one)."""
 
 import importlib
-import json
-import subprocess
+import math
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, gradients, parameter
+from ahead_of_time import compiled
+from cases import CASES, DTYPES, gradients, parameter
 
 import fastclip
+from fastclip.table import pack
 
 backend = importlib.import_module("fastclip.backends.triton")
 if backend.MISSING:
     pytest.skip(backend.MISSING, allow_module_level=True)
 interpreted = pytest.mark.skipif(not backend.INTERPRET, reason="looks at the tables of CPU tensors")
 
-# Runs without the interpreter, so in a process of its own: compiles every kernel for a GPU that need not be there.
-COMPILE = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import fastclip.backends.triton as kernels
-
-TYPES = dict(table_ptr="*i64", partial_ptr="*fp64", done_ptr="*i32", result_ptr="*fp64", coef_ptr="*fp64",
-             clamped_ptr="*i32",
-             limits_ptr="*fp64", tensors="i32", chunks="i32", chunk_size="i32", coef_stride="i32", before_ptr="*fp64",
-             chained="i32", p_high="fp32", p_low="fp32", max_norm_high="fp32", max_norm_low="fp32")
-cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-ALL = [(kernels._measure_kernel, norm) for norm in range(4)]
-ALL += [(kernels._apply_kernel, None), (kernels._clamp_kernel, None)]
-rows = []
-for kernel, norm in ALL:
-    for dtype in (tl.float32, tl.bfloat16, tl.float16, tl.float64):
-        block = kernels.TILE_BYTES * 8 // dtype.primitive_bitwidth // (8 if norm == 3 else 1)
-        constants = dict(DTYPE=dtype, BLOCK=block, **({} if norm is None else dict(NORM=norm)))
-        signature = {a: "constexpr" if a in constants else TYPES[a] for a in kernel.arg_names}
-        source, target = ASTSource(kernel, signature, constexprs=constants), GPUTarget("cuda", int(sys.argv[1]), 32)
-        compiled = triton.compile(source, target=target, options=dict(num_warps=kernels.NUM_WARPS))
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True)
-        resources = dict(re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage.stdout))
-        # The main loop: a block of instructions that branches back to its own label.
-        blocks = re.findall(r"^(\\$L__BB\\S+):.*?\\n(.*?)(?=^\\$L__BB|\\Z)", compiled.asm["ptx"], re.M | re.S)
-        loops = [body for label, body in blocks if re.search(r"bra(\\.uni)?\\s+" + re.escape(label) + ";", body)]
-        memory = [[re.findall(rf"{op}\\.global[.\\w:]*", loop) for op in ("ld", "st")] for loop in loops]
-        rows.append(dict(kernel=kernel.fn.__name__, dtype=str(dtype), norm=norm, **resources,
-                         loops=[dict(loads=loads, stores=stores) for loads, stores in memory]))
-print(json.dumps(rows))
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_compiles_ahead_of_time(arch, monkeypatch):
+def test_compiles_ahead_of_time(arch):
     """For sm_80, sm_90 and sm_100: 128-bit loads (and stores, where all is written) in the main loop, no spills."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.chdir(Path(__file__).parent.parent)
-    result = subprocess.run([sys.executable, "-c", COMPILE, str(arch)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout)
-    assert len(rows) == 24
+    rows = compiled("triton", arch)
+    assert len(rows) == 32
     wide = {"fp64": "v2.b64"}
     for row in rows:
-        where = f"{row['kernel']} {row['dtype']} {row['norm']}"
-        assert int(row["LOCAL"]) == 0, where
-        assert int(row["STACK"]) == 0 or row["norm"] == 3, where
+        norm = row.get("NORM")
+        where = f"{row['kernel']} {row['dtype']} {norm}"
+        assert row["LOCAL"] == 0, where
+        assert row["STACK"] == 0 or norm == 3, where
         vector = wide.get(row["dtype"], "v4.b32")
-        if row["norm"] == 3:  # a general power waits for float64 logarithms, not for memory
+        if norm == 3:  # a general power waits for float64 logarithms, not for memory
             continue
         main = [loop for loop in row["loops"] if loop["loads"] and all(vector in load for load in loop["loads"])]
         assert any(len(loop["loads"]) >= 4 for loop in main), f"{where}: {row['loops']}"
@@ -116,10 +75,51 @@ def test_workspace_is_left_clean():
 
 
 @interpreted
+@pytest.mark.parametrize("p", [2.0, 1.0, math.inf, 3.0, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repair(dtype, p):
+    """inf and NaN become 0 and are counted; the new measurement is that of the gradients as they are then."""
+    sizes, offset = (5, 40_000, 7, 3001, 0), 1
+    values = [torch.randn(n + offset).to(dtype)[offset:] for n in sizes]
+    values[0][2] = math.inf
+    values[1][::1000] = math.nan
+    values[1][5], values[1][-1] = -math.inf, math.inf
+    expected = [v.nan_to_num(0, 0, 0) for v in values]
+    counts = [int((~v.isfinite()).sum()) for v in values]
+    with fastclip.use_backend("triton"):
+        (group,) = pack(values, gradients=True, write=True).groups
+        measured = backend.measure(group, p)
+        before = [t.clone() for t in measured[:2]]
+        repaired, count = backend.repair_(group, measured, p)
+        torch.testing.assert_close(list(measured[:2]), before, rtol=0, atol=0, equal_nan=True)
+        assert count.tolist() == counts and count.dtype == torch.int64
+        assert all(torch.equal(v, e) for v, e in zip(values, expected))
+        again = backend.measure(group, p)
+        assert repaired.coef is again.coef is None
+        for mine, theirs in ((repaired.power, again.power), (repaired.absmax, again.absmax),
+                             (repaired.norm, again.norm), (repaired.total, again.total)):  # fmt: skip
+            assert torch.equal(mine, theirs)
+        assert (backend._tables.entries[0][2].done == 0).all()
+
+
+@interpreted
+def test_repair_touches_only_what_was_measured_as_broken():
+    """A tensor whose maximum was finite is neither read nor measured again."""
+    values = [torch.ones(100), torch.ones(3000)]
+    values[1][7] = math.inf
+    with fastclip.use_backend("triton"):
+        (group,) = pack(values, gradients=True, write=True).groups
+        measured = backend.measure(group, 2.0)
+        values[0][0] = math.nan  # would be found if it were read
+        repaired, count = backend.repair_(group, measured, 2.0)
+    assert values[0][0].isnan() and count.tolist() == [0, 1]
+    assert repaired.power.tolist() == [100, 2999] and repaired.absmax.tolist() == [1, 1]
+    assert repaired.total.tolist() == [3099, 1] and repaired.norm.item() == pytest.approx(math.sqrt(3099))
+
+
+@interpreted
 def test_threads_share_the_tables_safely():
     """torch.equal lets other threads run in the middle of a search."""
-    from fastclip.table import pack
-
     models = [[parameter(torch.ones(3 + k)) for _ in range(4)] for k in range(3)]
     wrong, interval = [], sys.getswitchinterval()
 

@@ -10,7 +10,6 @@ With TRITON_INTERPRET=1 all of this runs on CPU tensors.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from typing import TYPE_CHECKING, Any
@@ -18,49 +17,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-try:
+from . import Measurement, Recent, upload
+from .triton_step import adamw_, sgd_  # noqa: F401
+from .triton_table import INTERPRET, MISSING, NUM_WARPS, current_stream, cut, on
+
+if MISSING is None:
     import triton
     import triton.language as tl
 
-    MISSING = None
-except ImportError as error:  # pragma: no cover - exercised in a subprocess
-    MISSING = f"triton cannot be imported ({error})"
-
-from . import Measurement, Recent, upload
+    from .triton_table import DTYPES, MOST_EDGE, inside, narrow, tile
 
 if TYPE_CHECKING:
     from ..table import Group
 
 name = "triton"
 
-FLOAT32_MAX = torch.finfo(torch.float32).max
-NUM_WARPS = 8
 TILE_BYTES = 32 * NUM_WARPS * 64  # four 16-byte loads a thread in flight
-PROGRAMS_PER_SM = 4
-CHUNKS_PER_PROGRAM = 8  # enough for an even end, few enough to keep the bookkeeping small
-INTERPRET_PROGRAMS = 3  # more than one, so that the tests see programs share the work
 
 if MISSING is None:
-    INTERPRET = bool(triton.knobs.runtime.interpret)
-    INTERPRETED = tl.constexpr(INTERPRET)
     L2, L1, MAX, POWER = (tl.constexpr(i) for i in range(4))
     VANISHING = tl.constexpr(1e-24)  # a float32 power sum below this may have lost more than rounding
-    MOST_EDGE = tl.constexpr(1024)  # elements of a masked tile, at most
     COMBINE = tl.constexpr(1024)  # chunk or tensor results combined at a time
 
     # ---- measure ----
-
-    @triton.jit
-    def _tile(base, offset, BLOCK: tl.constexpr):
-        """Pointers to the elements [offset, offset + BLOCK) from base."""
-        return base + tl.multiple_of(offset, BLOCK) + tl.arange(0, BLOCK)
-
-    @triton.jit
-    def _inside(offset, begin, end, BLOCK: tl.constexpr):
-        """Which of the elements [offset, offset + BLOCK) lie in [begin, end)."""
-        index = tl.arange(0, BLOCK)
-        low, high = tl.maximum(begin - offset, 0).to(tl.int32), tl.minimum(end - offset, BLOCK).to(tl.int32)
-        return (index >= low) & (index < high)
 
     @triton.jit
     def _split_chunk(begin, end, BLOCK: tl.constexpr):
@@ -111,7 +90,7 @@ if MISSING is None:
             sums = tl.zeros([BLOCK], SUM)
             largest = tl.zeros([BLOCK], BITS)
             for offset in range(full_begin, full_end, BLOCK):
-                x = tl.load(_tile(base, offset, BLOCK))
+                x = tl.load(tile(base, offset, BLOCK))
                 sums, largest = _accumulate(sums, largest, x, scale, p, NORM, SCALED)
             total += tl.sum(sums)
             bits = tl.max(largest)
@@ -120,7 +99,7 @@ if MISSING is None:
             largest = tl.zeros([EDGE], BITS)
             for i in range(0, heads + tails):
                 offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
-                x = tl.load(_tile(base, offset, EDGE), mask=_inside(offset, begin, end, EDGE), other=0.0)
+                x = tl.load(tile(base, offset, EDGE), mask=inside(offset, begin, end, EDGE), other=0.0)
                 sums, largest = _accumulate(sums, largest, x, scale, p, NORM, SCALED)
             total += tl.sum(sums)
             bits = tl.maximum(bits, tl.max(largest))
@@ -152,68 +131,90 @@ if MISSING is None:
             largest = tl.maximum(largest, absmax.to(tl.int64, bitcast=True))
         return tl.sum(powers), tl.max(largest).to(tl.float64, bitcast=True)
 
-    @triton.jit(
-        do_not_specialize=[
-            "tensors",
-            "chunks",
-            "chunk_size",
-            "p_high",
-            "p_low",
-            "max_norm_high",
-            "max_norm_low",
-            "chained",
-        ]
-    )
+    @triton.jit
+    def _is_finite(x):
+        return tl.abs(x) < float("inf")
+
+    @triton.jit
+    def _measure_chunk(
+        partial_ptr,
+        done_ptr,
+        result_ptr,
+        chunk,
+        tensor,
+        first,
+        count,
+        base,
+        begin,
+        end,
+        tensors,
+        chunks,
+        p,
+        DTYPE: tl.constexpr,
+        NORM: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """A chunk's results; those of its tensor, if it is the last chunk to be done."""
+        total, bits = _reduce(base, begin, end, 1.0, p, NORM, False, BLOCK)
+        power = total.to(tl.float64)
+        if DTYPE == tl.float64:
+            absmax = bits.to(tl.float64, bitcast=True)
+        else:
+            absmax = bits.to(tl.float32, bitcast=True).to(tl.float64)
+            if NORM == L2 or NORM == L1:
+                # Squares that overflowed or vanished: once more, scaled by a power of two near 1 / absmax.
+                safe = (total >= VANISHING) & (total < float("inf"))
+                if (not safe) & (bits > 0) & (bits < 0x7F800000):
+                    scale = (tl.maximum(254 - (bits >> 23), 1) << 23).to(tl.float32, bitcast=True)
+                    total, bits = _reduce(base, begin, end, scale, p, NORM, True, BLOCK)
+                    unscale = 1.0 / scale.to(tl.float64)
+                    power = total.to(tl.float64) * unscale
+                    if NORM == L2:
+                        power = power * unscale
+        if count == 1:
+            tl.store(result_ptr + tensor, power)
+            tl.store(result_ptr + tensors + tensor, absmax)
+        else:
+            tl.store(partial_ptr + chunk, power)
+            tl.store(partial_ptr + chunks + chunk, absmax)
+            tl.debug_barrier()
+            if tl.atomic_add(done_ptr + tensor, 1, sem="acq_rel", scope="gpu") == count - 1:
+                power, absmax = _combine(partial_ptr, partial_ptr + chunks, first, count)
+                tl.store(result_ptr + tensor, power)
+                tl.store(result_ptr + tensors + tensor, absmax)
+                tl.store(done_ptr + tensor, 0)
+
+    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size", "chained"])
     def _measure_kernel(
         table_ptr,  # int64: addresses [T], begins [T], ends [T], first chunks [T + 1], tensor of each chunk [chunks]
         partial_ptr,  # float64 [2, chunks]: power, absmax
         done_ptr,  # int32 [T + 1]: chunks done per tensor, programs done; zero between launches
         result_ptr,  # float64 [2 T + 4]: power [T], absmax [T], total [2], norm, coefficient
+        earlier_ptr,  # None, or float64 [T]: tensors whose max |g| was finite there keep the results they have
         before_ptr,  # float64 [2]: the total of tensors measured before
         chained,  # whether there are any
         tensors,
         chunks,
         chunk_size,
-        p_high,  # float32 + float32 = float64: a Python float arrives as float32
-        p_low,
-        max_norm_high,
-        max_norm_low,
+        p: tl.float64,  # a Python float would arrive as float32
+        max_norm: tl.float64,
         DTYPE: tl.constexpr,
         NORM: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         program, programs = tl.program_id(0), tl.num_programs(0)
-        p = tl.full((), p_high, tl.float64) + tl.full((), p_low, tl.float64)
+        p = tl.full((), p, tl.float64)
         for chunk in range(program, chunks, programs):
             tensor, first, count, base, begin, end = _chunk(table_ptr, chunk, tensors, chunk_size, DTYPE)
-            total, bits = _reduce(base, begin, end, 1.0, p, NORM, False, BLOCK)
-            power = total.to(tl.float64)
-            if DTYPE == tl.float64:
-                absmax = bits.to(tl.float64, bitcast=True)
+            if earlier_ptr is None:
+                passed_over = False
             else:
-                absmax = bits.to(tl.float32, bitcast=True).to(tl.float64)
-                if NORM == L2 or NORM == L1:
-                    # Squares that overflowed or vanished: once more, scaled by a power of two near 1 / absmax.
-                    safe = (total >= VANISHING) & (total < float("inf"))
-                    if (not safe) & (bits > 0) & (bits < 0x7F800000):
-                        scale = (tl.maximum(254 - (bits >> 23), 1) << 23).to(tl.float32, bitcast=True)
-                        total, bits = _reduce(base, begin, end, scale, p, NORM, True, BLOCK)
-                        unscale = 1.0 / scale.to(tl.float64)
-                        power = total.to(tl.float64) * unscale
-                        if NORM == L2:
-                            power = power * unscale
-            if count == 1:
-                tl.store(result_ptr + tensor, power)
-                tl.store(result_ptr + tensors + tensor, absmax)
-            else:
-                tl.store(partial_ptr + chunk, power)
-                tl.store(partial_ptr + chunks + chunk, absmax)
-                tl.debug_barrier()
-                if tl.atomic_add(done_ptr + tensor, 1, sem="acq_rel", scope="gpu") == count - 1:
-                    power, absmax = _combine(partial_ptr, partial_ptr + chunks, first, count)
-                    tl.store(result_ptr + tensor, power)
-                    tl.store(result_ptr + tensors + tensor, absmax)
-                    tl.store(done_ptr + tensor, 0)
+                passed_over = _is_finite(tl.load(earlier_ptr + tensor))
+            if not passed_over:
+                _measure_chunk(
+                    partial_ptr, done_ptr, result_ptr, chunk, tensor, first, count, base, begin, end, tensors, chunks,
+                    p, DTYPE, NORM, BLOCK,
+                )  # fmt: skip
 
         tl.debug_barrier()
         if tl.atomic_add(done_ptr + tensors, 1, sem="acq_rel", scope="gpu") == programs - 1:
@@ -229,11 +230,11 @@ if MISSING is None:
                 bits = tl.maximum(absmax.to(tl.int64, bitcast=True), tl.load(before_ptr + 1).to(tl.int64, bitcast=True))
                 absmax = bits.to(tl.float64, bitcast=True)
             norm = tl.sqrt(power) if NORM == L2 else absmax if NORM == MAX else power  # POWER: the root is torch's
-            limit = tl.full((), max_norm_high, tl.float64) + tl.full((), max_norm_low, tl.float64)
+            limit = tl.full((), max_norm, tl.float64)
             coef = limit / (norm + 1e-6)
             coef = tl.where(coef >= 1.0, 1.0, coef)
             coef = tl.where(norm == float("inf"), coef * -1.0, coef)  # -0: multiplies, where +0 would write zeros
-            coef = tl.where(max_norm_high == float("inf"), 1.0, coef)
+            coef = tl.where(limit == float("inf"), 1.0, coef)
             tl.store(result_ptr + 2 * tensors, power)
             tl.store(result_ptr + 2 * tensors + 1, absmax)
             tl.store(result_ptr + 2 * tensors + 2, norm)
@@ -260,17 +261,7 @@ if MISSING is None:
             tl.store(result_ptr + index, 0.0, mask=mask & (first == after))
             tl.store(result_ptr + tensors + index, 0.0, mask=mask & (first == after))
 
-    # ---- apply and clamp ----
-
-    @triton.jit
-    def _narrow(wide, DTYPE: tl.constexpr):
-        """Rounded to nearest even. The interpreter cuts float32 off to bfloat16, so there it is done by hand."""
-        if INTERPRETED and DTYPE == tl.bfloat16:
-            bits = wide.to(tl.uint32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-            return tl.where(wide == wide, rounded, bits).to(tl.float32, bitcast=True).to(DTYPE)
-        else:
-            return wide.to(DTYPE)
+    # ---- apply, clamp and repair ----
 
     @triton.jit
     def _rewrite_tile(pointers, mask, a, b, clamped_ptr, CLAMP: tl.constexpr, MASKED: tl.constexpr):
@@ -281,12 +272,12 @@ if MISSING is None:
             outside = (wide < a) | (wide > b)
             limited = tl.where(wide < a, a, tl.where(wide > b, b, wide))
             outside = outside & mask if MASKED else outside
-            tl.store(pointers, _narrow(limited, x.dtype), mask=outside)
+            tl.store(pointers, narrow(limited, x.dtype), mask=outside)
             tl.store(clamped_ptr + tl.zeros_like(outside).to(tl.int32), 1, mask=outside)
         elif MASKED:
-            tl.store(pointers, _narrow(wide * a, x.dtype), mask=mask)
+            tl.store(pointers, narrow(wide * a, x.dtype), mask=mask)
         else:
-            tl.store(pointers, _narrow(wide * a, x.dtype))
+            tl.store(pointers, narrow(wide * a, x.dtype))
 
     @triton.jit
     def _rewrite(base, begin, end, a, b, clamped_ptr, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
@@ -294,11 +285,33 @@ if MISSING is None:
         EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
         full_begin, full_end, head, heads, tails = _split_chunk(begin, end, BLOCK)
         for offset in range(full_begin, full_end, BLOCK):
-            _rewrite_tile(_tile(base, offset, BLOCK), None, a, b, clamped_ptr, CLAMP, False)
+            _rewrite_tile(tile(base, offset, BLOCK), None, a, b, clamped_ptr, CLAMP, False)
         for i in range(0, heads + tails):
             offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
-            mask = _inside(offset, begin, end, EDGE)
-            _rewrite_tile(_tile(base, offset, EDGE), mask, a, b, clamped_ptr, CLAMP, True)
+            mask = inside(offset, begin, end, EDGE)
+            _rewrite_tile(tile(base, offset, EDGE), mask, a, b, clamped_ptr, CLAMP, True)
+
+    @triton.jit
+    def _repair(base, begin, end, BLOCK: tl.constexpr):
+        """Zeros for those of the elements [begin, end) that are inf or NaN, and how many there were."""
+        EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
+        full_begin, full_end, head, heads, tails = _split_chunk(begin, end, BLOCK)
+        count = tl.zeros((), tl.int32)
+        for offset in range(full_begin, full_end, BLOCK):
+            pointers = tile(base, offset, BLOCK)
+            x = tl.load(pointers)
+            broken = ~_is_finite(x if x.dtype == tl.float64 else x.to(tl.float32))
+            tl.store(pointers, tl.zeros_like(x), mask=broken)
+            count += tl.sum(broken.to(tl.int32))
+        for i in range(0, heads + tails):
+            offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
+            pointers = tile(base, offset, EDGE)
+            mask = inside(offset, begin, end, EDGE)
+            x = tl.load(pointers, mask=mask, other=0.0)
+            broken = mask & ~_is_finite(x if x.dtype == tl.float64 else x.to(tl.float32))
+            tl.store(pointers, tl.zeros_like(x), mask=broken)
+            count += tl.sum(broken.to(tl.int32))
+        return count
 
     @triton.jit
     def _zero(base, begin, end, BLOCK: tl.constexpr):
@@ -306,11 +319,11 @@ if MISSING is None:
         EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
         full_begin, full_end, head, heads, tails = _split_chunk(begin, end, BLOCK)
         for offset in range(full_begin, full_end, BLOCK):
-            tl.store(_tile(base, offset, BLOCK), tl.zeros([BLOCK], base.dtype.element_ty))
+            tl.store(tile(base, offset, BLOCK), tl.zeros([BLOCK], base.dtype.element_ty))
         for i in range(0, heads + tails):
             offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
             zeros = tl.zeros([EDGE], base.dtype.element_ty)
-            tl.store(_tile(base, offset, EDGE), zeros, mask=_inside(offset, begin, end, EDGE))
+            tl.store(tile(base, offset, EDGE), zeros, mask=inside(offset, begin, end, EDGE))
 
     @triton.jit
     def _rounded(coef, DTYPE: tl.constexpr):
@@ -359,14 +372,22 @@ if MISSING is None:
             _, _, _, base, begin, end = _chunk(table_ptr, chunk, tensors, chunk_size, DTYPE)
             _rewrite(base, begin, end, low, high, clamped_ptr, True, BLOCK)
 
-    DTYPES = {
-        torch.float32: tl.float32,
-        torch.bfloat16: tl.bfloat16,
-        torch.float16: tl.float16,
-        torch.float64: tl.float64,
-    }
-else:
-    INTERPRET = False
+    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size"])
+    def _repair_kernel(
+        table_ptr,
+        absmax_ptr,  # float64 [T]: tensors whose max |g| is finite are not read
+        counts_ptr,  # int64 [T], added to
+        tensors,
+        chunks,
+        chunk_size,
+        DTYPE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+            tensor, _, _, base, begin, end = _chunk(table_ptr, chunk, tensors, chunk_size, DTYPE)
+            if not _is_finite(tl.load(absmax_ptr + tensor)):
+                count = _repair(base, begin, end, BLOCK)
+                tl.atomic_add(counts_ptr + tensor, count.to(tl.int64), mask=count > 0, sem="relaxed")
 
 
 # ---- host ----
@@ -397,17 +418,40 @@ def describe() -> str:
 
 
 def measure(group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None) -> Measurement:
-    table = _table(group)
+    result = torch.empty(2 * len(group) + 4, dtype=torch.float64, device=group.device)
+    return _measure(group, norm_type, max_norm, before, result, None)
+
+
+def repair_(group: Group, measured: Measurement, norm_type: float) -> tuple[Measurement, Tensor]:
+    table, count = _table(group), len(group)
+    repaired = torch.zeros(count, dtype=torch.int64, device=group.device)
+    with on(group.device):
+        _repair_kernel[(table.programs,)](
+            table.device, measured.absmax, repaired, count, table.chunks, table.chunk_size,
+            DTYPE=DTYPES[group.dtype], BLOCK=table.block, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    group.bump_version()
+    # Programs go by the old maxima while the last of a tensor writes its new one: these are copies.
+    result = torch.cat([measured.power, measured.absmax, measured.power.new_empty(4)])
+    return _measure(group, norm_type, None, None, result, measured.absmax), repaired
+
+
+def _measure(
+    group: Group,
+    norm_type: float,
+    max_norm: float | None,
+    before: Tensor | None,
+    result: Tensor,
+    earlier: Tensor | None,
+) -> Measurement:
+    """Into `result`; where the maxima `earlier` are finite, what it holds stays."""
+    table, count = _table(group), len(group)
     norm = {2.0: L2, 1.0: L1, math.inf: MAX}.get(norm_type, POWER)
-    count = len(group)
-    result = torch.empty(2 * count + 4, dtype=torch.float64, device=group.device)
-    if max_norm is not None and FLOAT32_MAX < max_norm < math.inf:
-        max_norm = None  # does not go through a float32 argument: the caller decides in torch
-    with _on(group.device):
+    with on(group.device):
         _measure_kernel[(table.programs,)](
-            table.device, table.partial, table.done, result, result if before is None else before,
+            table.device, table.partial, table.done, result, earlier, result if before is None else before,
             int(before is not None), count, table.chunks, table.chunk_size,
-            *_split(0.0 if norm == MAX else norm_type), *_split(math.inf if max_norm is None else max_norm),
+            0.0 if norm == MAX else float(norm_type), math.inf if max_norm is None else float(max_norm),
             DTYPE=DTYPES[group.dtype], NORM=norm, BLOCK=_block(table, norm), num_warps=NUM_WARPS,
         )  # fmt: skip
     power, absmax, all_of_them = result[:count], result[count : 2 * count], result[2 * count :]
@@ -419,7 +463,7 @@ def measure(group: Group, norm_type: float, max_norm: float | None = None, befor
 
 def apply_(group: Group, coef: Tensor) -> None:
     table = _table(group)
-    with _on(group.device):
+    with on(group.device):
         _apply_kernel[(table.programs,)](
             table.device, coef, coef.dim(), len(group), table.chunks, table.chunk_size,
             DTYPE=DTYPES[group.dtype], BLOCK=table.block, num_warps=NUM_WARPS,
@@ -431,7 +475,7 @@ def clamp_(group: Group, low: float, high: float) -> Tensor:
     table = _table(group)
     limits = upload([low, high], torch.float64, group.device)
     clamped = torch.zeros((), dtype=torch.int32, device=group.device)
-    with _on(group.device):
+    with on(group.device):
         _clamp_kernel[(table.programs,)](
             table.device, limits, clamped, len(group), table.chunks, table.chunk_size,
             DTYPE=DTYPES[group.dtype], BLOCK=table.block, num_warps=NUM_WARPS,
@@ -448,18 +492,12 @@ class _Table:
         self.block = TILE_BYTES // group.dtype.itemsize
         begins = addresses % 16 // group.dtype.itemsize
         ends = begins + sizes
-        most = _programs(group.device)
-        tiles = int(((ends + self.block - 1) // self.block)[sizes > 0].sum())
-        self.chunk_size = self.block * min(64, max(1, tiles // (most * CHUNKS_PER_PROGRAM)))
-        counts = torch.where(sizes > 0, (ends + self.chunk_size - 1) // self.chunk_size, 0)
-        firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        owners = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
-        self.chunks = len(owners)
-        self.programs = max(1, min(most, self.chunks))
-        table = torch.cat([addresses - addresses % 16, begins, ends, firsts, owners])
+        chunks = cut(torch.where(sizes > 0, ends, 0), self.block, group.device)
+        self.chunk_size, self.chunks, self.programs = chunks.size, len(chunks.owners), chunks.programs
+        table = torch.cat([addresses - addresses % 16, begins, ends, chunks.firsts, chunks.owners])
         self.device = upload(table, torch.int64, group.device)
         self.partial = torch.empty(2, max(1, self.chunks), dtype=torch.float64, device=group.device)
-        self.done = torch.zeros(len(counts) + 1, dtype=torch.int32, device=group.device)
+        self.done = torch.zeros(len(sizes) + 1, dtype=torch.int32, device=group.device)
 
 
 _tables: Recent[_Table] = Recent()
@@ -469,8 +507,7 @@ def _table(group: Group) -> _Table:
     """The table of the group's present addresses: one made before if they are the same, so that nothing is uploaded."""
     if group.uploaded is None:
         host = group.addresses_and_sizes()
-        stream = None if INTERPRET else torch.get_device_module(group.device.type).current_stream(group.device)
-        key = (group.device, group.dtype, stream)  # two streams must not share a workspace
+        key = (group.device, group.dtype, current_stream(group.device))
         group.uploaded = _tables.get(group.device, key, host, lambda: _Table(group, host))
     return group.uploaded
 
@@ -478,21 +515,3 @@ def _table(group: Group) -> _Table:
 def _block(table: _Table, norm: Any) -> int:
     # A general power takes float64 logarithms: with a full tile of them the registers would spill.
     return table.block // 8 if norm == POWER else table.block
-
-
-def _programs(device: torch.device) -> int:
-    if INTERPRET:
-        return INTERPRET_PROGRAMS
-    properties = torch.get_device_module(device.type).get_device_properties(device)
-    units = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
-    return units * PROGRAMS_PER_SM
-
-
-def _on(device: torch.device) -> Any:
-    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device.type).device(device)
-
-
-def _split(value: float) -> tuple[float, float]:
-    """Two float32 numbers whose sum is `value` to float64's accuracy."""
-    high = torch.tensor(value, dtype=torch.float32, device="cpu").item()
-    return high, value - high if math.isfinite(high) else 0.0

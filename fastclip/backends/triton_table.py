@@ -1,0 +1,96 @@
+"""What the Triton kernels share: tensors cut into chunks, chunks into tiles, and where a launch goes."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    MISSING = None
+except ImportError as error:  # pragma: no cover - exercised in a subprocess
+    MISSING = f"triton cannot be imported ({error})"
+
+NUM_WARPS = 8
+PROGRAMS_PER_SM = 4
+CHUNKS_PER_PROGRAM = 8  # enough for an even end, few enough to keep the bookkeeping small
+TILES_PER_CHUNK = 64  # at most
+INTERPRET_PROGRAMS = 3  # more than one, so that the tests see programs share the work
+
+if MISSING is None:
+    INTERPRET = bool(triton.knobs.runtime.interpret)
+    INTERPRETED = tl.constexpr(INTERPRET)
+    MOST_EDGE = tl.constexpr(1024)  # elements of a masked tile, at most
+    DTYPES = {
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+        torch.float64: tl.float64,
+    }
+
+    @triton.jit
+    def tile(base, offset, BLOCK: tl.constexpr):
+        """Pointers to the elements [offset, offset + BLOCK) from base."""
+        return base + tl.multiple_of(offset, BLOCK) + tl.arange(0, BLOCK)
+
+    @triton.jit
+    def inside(offset, begin, end, BLOCK: tl.constexpr):
+        """Which of the elements [offset, offset + BLOCK) lie in [begin, end)."""
+        index = tl.arange(0, BLOCK)
+        low, high = tl.maximum(begin - offset, 0).to(tl.int32), tl.minimum(end - offset, BLOCK).to(tl.int32)
+        return (index >= low) & (index < high)
+
+    @triton.jit
+    def narrow(wide, DTYPE: tl.constexpr):
+        """Rounded to nearest even. The interpreter cuts float32 off to bfloat16, so there it is done by hand."""
+        if INTERPRETED and DTYPE == tl.bfloat16:
+            bits = wide.to(tl.uint32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            return tl.where(wide == wide, rounded, bits).to(tl.float32, bitcast=True).to(DTYPE)
+        else:
+            return wide.to(DTYPE)
+else:
+    INTERPRET = False
+
+
+class Cut(NamedTuple):
+    """Tensors cut into chunks of one size, numbered through, for a persistent grid to walk."""
+
+    size: int  # elements of a chunk
+    firsts: Tensor  # int64 [T + 1] on the host: each tensor's first chunk, then the number of chunks
+    owners: Tensor  # int64 [chunks] on the host: the tensor a chunk is of
+    programs: int
+
+
+def cut(ends: Tensor, block: int, device: torch.device) -> Cut:
+    """[0, end) of each tensor in chunks of whole tiles of `block` elements; ends: int64 [T] on the host."""
+    most = _most_programs(device)
+    tiles = int(((ends + block - 1) // block).sum())
+    size = block * min(TILES_PER_CHUNK, max(1, tiles // (most * CHUNKS_PER_PROGRAM)))
+    counts = (ends + size - 1) // size
+    firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    owners = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
+    return Cut(size, firsts, owners, max(1, min(most, len(owners))))
+
+
+def _most_programs(device: torch.device) -> int:
+    if INTERPRET:
+        return INTERPRET_PROGRAMS
+    properties = torch.get_device_module(device.type).get_device_properties(device)
+    units = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+    return units * PROGRAMS_PER_SM
+
+
+def on(device: torch.device) -> Any:
+    """Launches inside this block go to `device`."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device.type).device(device)
+
+
+def current_stream(device: torch.device) -> Any:
+    """What launches on `device` go to now: two streams must not share a workspace."""
+    return None if INTERPRET else torch.get_device_module(device.type).current_stream(device)

@@ -1,0 +1,101 @@
+"""Compiles Triton kernels for a GPU that need not be there: `python ahead_of_time.py triton_step 90` prints the result.
+
+Without the interpreter, so in a process of its own: the tests call `compiled`.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TYPES = {
+    "fp64": {"p", "max_norm", "lr", "beta1", "beta2", "eps", "weight_decay", "momentum", "rest", "log_beta1",
+             "log_beta2"},
+    "*fp64": {"partial_ptr", "result_ptr", "earlier_ptr", "before_ptr", "absmax_ptr", "coef_ptr", "limits_ptr",
+              "rates_ptr"},
+    "*fp32": {"lr_ptr"},
+    "*i64": {"table_ptr", "counts_ptr"},
+    "*i32": {"done_ptr", "clamped_ptr"},
+    "*i1": {"idle_ptr"},
+}  # fmt: skip
+
+
+def compiled(file, arch):
+    """A dict for each variant of each kernel in fastclip/backends/`file`.py: registers, stack, loops."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    root = Path(__file__).parent.parent
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, __file__, file, str(arch)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def main(file, arch):
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if file == "triton":
+        import fastclip.backends.triton as kernels
+    else:
+        import fastclip.backends.triton_step as kernels
+
+    def variants(dtype):
+        bits, narrow = dtype.primitive_bitwidth, dtype == tl.bfloat16
+        if file == "triton":
+            block = kernels.TILE_BYTES * 8 // bits
+            for norm in range(4):
+                for options in ({"earlier_ptr": None}, {}) if norm == 0 else ({"earlier_ptr": None},):
+                    yield kernels._measure_kernel, {"NORM": norm, "BLOCK": block // (8 if norm == 3 else 1), **options}
+            for kernel in (kernels._apply_kernel, kernels._clamp_kernel, kernels._repair_kernel):
+                yield kernel, {"BLOCK": block}
+        else:
+            block = min(kernels.MOST_TILE, kernels.TILE_BYTES * 8 // bits)
+            common = {"MAXIMIZE": False, "BLOCK": block}
+            absent = {"idle_ptr": None, "lr_ptr": None}
+            for pointers in ({}, absent) if dtype == tl.float32 else ():
+                yield kernels._count_kernel, {"BLOCK": kernels.COUNTED, **pointers}
+            for stochastic in (False, True) if narrow else (False,):
+                for zero_grad in (False, True):
+                    last = {**common, **({} if zero_grad else absent), "STOCHASTIC": stochastic, "ZERO_GRAD": zero_grad}
+                    for amsgrad in (False, True):
+                        yield kernels._adamw_kernel, {**last, "AMSGRAD": amsgrad}
+                    for momentum in (False, True):
+                        yield kernels._sgd_kernel, {**last, "MOMENTUM": momentum, "NESTEROV": momentum}
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    rows = []
+    for dtype in (tl.float32, tl.bfloat16, tl.float16, tl.float64):
+        for kernel, options in variants(dtype):
+            constants = {n: v for n, v in {"DTYPE": dtype, **options}.items() if n in kernel.arg_names}
+            known = {name: kind for kind, names in TYPES.items() for name in names}
+            signature = {a: "constexpr" if a in constants else known.get(a, "i32") for a in kernel.arg_names}
+            source, target = ASTSource(kernel, signature, constexprs=constants), GPUTarget("cuda", int(arch), 32)
+            binary = triton.compile(source, target=target, options={"num_warps": kernels.NUM_WARPS})
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as opened:
+                opened.write(binary.asm["cubin"])
+                opened.flush()
+                command = [cuobjdump, "--dump-resource-usage", opened.name]
+                usage = subprocess.run(command, capture_output=True, text=True).stdout
+            # A loop: a block of instructions that branches back to its own label.
+            ptx = binary.asm["ptx"]
+            blocks = re.findall(r"^(\$L__BB\S+):.*?\n(.*?)(?=^\$L__BB|\Z)", ptx, re.M | re.S)
+            loops = [body for label, body in blocks if re.search(r"bra(\.uni)?\s+" + re.escape(label) + ";", body)]
+            memory = [[re.findall(rf"{op}\.global[.\w:]*", loop) for op in ("ld", "st")] for loop in loops]
+            rows.append({
+                "kernel": kernel.fn.__name__,
+                "dtype": str(dtype),
+                **{name: value for name, value in options.items() if value is not None},
+                **{name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)},
+                "loops": [{"loads": loads, "stores": stores} for loads, stores in memory],
+            })  # fmt: skip
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
