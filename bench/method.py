@@ -43,7 +43,9 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 MOST_CALLS = 50  # in a row, for the short ones
 SHRINK = 0.99999
 NO_TIME = "no time is left of --minutes"
-SCRIPTS = {"step": "bench/step.py", "rules": "bench/rules.py", "gpu": "-m bench.gpu"}  # of the kinds of results
+SCRIPTS = {  # of the kinds of results
+    "step": "bench/step.py", "rules": "bench/rules.py", "monitor": "bench/monitor.py", "gpu": "-m bench.gpu",
+}  # fmt: skip
 RANGE = "one call"  # the profiler's name for it
 
 Calls = dict[str, Callable[[], Any]]

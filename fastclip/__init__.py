@@ -4,10 +4,10 @@
 
 takes the place of ``torch.nn.utils.clip_grad_norm_``. See :mod:`fastclip.functional` for the functions,
 :class:`fastclip.Clipper` for the object, :mod:`fastclip.rules` for what it can do, :mod:`fastclip.optim` for optimizers
-that clip as they step.
+that clip as they step, :mod:`fastclip.monitor` to watch a run.
 """
 
-from . import optim, rules
+from . import monitor, optim, rules
 from .backends import use_backend
 from .clipper import Clipper
 from .functional import (
@@ -38,6 +38,7 @@ __all__ = [
     "clip_with_norm_",
     "get_total_norm",
     "mask_small_",
+    "monitor",
     "optim",
     "rules",
     "total_norm",

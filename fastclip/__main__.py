@@ -1,4 +1,4 @@
-"""python -m fastclip info | build"""
+"""python -m fastclip info | build | plot"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -67,6 +68,20 @@ def build(force: bool) -> int:
     return 0
 
 
+def plot(record: Path, out: Path) -> int:
+    """Draw the run that a GradMonitor wrote, also one that crashed or is still running."""
+    from .monitor import load
+    from .monitor.plot import draw
+
+    try:
+        draw(load(record), out, title=record.name)
+    except (OSError, ValueError, ImportError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"Picture: {out}")
+    return 0
+
+
 def _nvcc() -> str:
     try:
         return f"{native.nvcc()}, {_lines([native.nvcc(), '--version'])[-1]}"
@@ -85,13 +100,18 @@ def _lines(command: list[str]) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True).stdout.splitlines() or [""]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastclip")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help=info.__doc__)
     builder = commands.add_parser("build", help=build.__doc__)
     builder.add_argument("--force", action="store_true", help="even if there is a build already")
-    arguments = parser.parse_args()
+    plotter = commands.add_parser("plot", help=plot.__doc__)
+    plotter.add_argument("record", type=Path, help="the JSON lines of a fastclip.monitor.GradMonitor")
+    plotter.add_argument("-o", "--out", type=Path, help=".png, .pdf or .svg; the record's name with .png unless told")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "plot":
+        return plot(arguments.record, arguments.out or arguments.record.with_suffix(".png"))
     return info() if arguments.command == "info" else build(arguments.force)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .backends import Measurement, upload
+from .reading import Numbers, flattened
+from .reading import root as _root
 from .table import GradTable
 
 if TYPE_CHECKING:
@@ -146,6 +148,29 @@ class Stats:
             return torch.zeros((), dtype=torch.bool, device=self.device)
         return self.skip
 
+    def log(self, tensors: bool = False) -> dict[str, Any]:
+        """The statistics as plain Python numbers, read by one copy from the device. Waits for it.
+
+        Args:
+            tensors: also ``tensor_norms`` and ``tensor_absmax``, each a dict from a gradient's name, or its index if
+                it has none, to its number.
+
+        Returns:
+            ``total_norm``, ``limit`` (if there is one), ``coef`` (the smallest), ``clipped``, ``skipped``,
+            ``nonfinite`` (how many gradients hold an inf or a NaN) and ``zeroed`` (how many elements
+            ``nonfinite="zero"`` set to 0, if that is the policy).
+        """
+        flat, layout = flattened(self)
+        return Numbers(flat.cpu(), layout).log(tensors)
+
+    def pieces(self) -> dict[str, Tensor]:
+        """The tensors that all the others are computed from."""
+        found = {"norm": self.norm, "coef": self._decision(), "absmax": self.absmax}
+        if not math.isinf(self.norm_type):
+            found["power"] = self.power
+        optional = {"clamped": self._clamped, "skip": self.skip, "limit": self.limit, "zeroed": self.zeroed}
+        return found | {name: piece for name, piece in optional.items() if piece is not None}
+
     def scaled(self, coef: Tensor) -> Stats:
         """The statistics the gradients will have once multiplied by `coef` ([] or [T]): what the next rule sees."""
         factor = coef.abs()
@@ -210,9 +235,3 @@ def measure(
     if repair:
         stats.zeroed = stats._gathered(counts) if counts else torch.zeros(0, dtype=torch.int64, device=table.device)
     return stats, coef
-
-
-def _root(power: Tensor, p: float) -> Tensor:
-    if p == 2:
-        return power.sqrt()
-    return power if p in (0, 1) else power.pow(1 / p)

@@ -1,10 +1,13 @@
 """The examples, with few steps: that they do what they say, and that it works."""
 
 import importlib.util
+import math
 import pathlib
 
 import pytest
 import torch
+
+from fastclip.__main__ import main as fastclip_main
 
 for module in ("matplotlib", "sklearn", "tabulate", "tqdm"):
     pytest.importorskip(module)
@@ -23,6 +26,7 @@ amp_accumulate = load("amp_accumulate")
 steady_training = load("steady_training")
 threshold_training = load("threshold_training")
 to_convergence = load("to_convergence")
+watch_training = load("watch_training")
 
 
 def copies(model):
@@ -140,3 +144,18 @@ def test_refuses_unequal_parts(capsys):
     with pytest.raises(SystemExit):
         amp_accumulate.main(["--parts", "3"])
     assert "--parts must divide 32" in capsys.readouterr().err
+
+
+def test_a_bad_day_under_two_rules(tmp_path, capsys):
+    arguments = ["--steps", "150", "--spike", "120", "--nan", "140", "--rules", "unclipped", "ZClip", "--device", "cpu"]
+    runs = watch_training.main([*arguments, "--folder", str(tmp_path)])
+    unclipped, zclip = runs["unclipped"], runs["ZClip"]
+    assert unclipped.norms[120] > 20 * max(unclipped.norms[:120]) and math.isnan(unclipped.validation[-1])
+    assert max(zclip.clipped[120:140]) < 10 and math.isnan(zclip.clipped[140]) and zclip.skips == 1
+    assert zclip.validation[-1] < 1 and zclip.accuracy > 0.75 > 0.2 > unclipped.accuracy
+    assert any("step 120" in said and "times its recent median" in said for said in zclip.warnings)
+    said = capsys.readouterr().out
+    assert "unclipped, step 140: 6 of 6 gradients were not finite" in said
+    assert (tmp_path / "watch.png").read_bytes().startswith(b"\x89PNG")
+    assert fastclip_main(["plot", str(tmp_path / "ZClip.jsonl")]) == 0
+    assert (tmp_path / "ZClip.png").stat().st_size > 20_000

@@ -1,0 +1,332 @@
+"""Watch loss and gradient norm together while training, without making it wait.
+
+    monitor = fastclip.monitor.GradMonitor("run.jsonl")
+    ...
+    monitor.update(clipper.step(optimizer), loss)
+
+:func:`load` reads such a file back, and ``python -m fastclip plot run.jsonl`` draws it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import os
+import warnings
+from collections import deque
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import capturing
+from ..reading import Layout, Numbers, flattened, root
+from ..stats import Stats
+from .alarms import Alarms, GradientWarning, Seen
+from .history import History, Notice, Span, heat
+from .lines import Lines, brief, load
+from .loggers import loggers
+from .rows import Maxima, Register
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["GradMonitor", "GradientWarning", "History", "Notice", "Span", "load"]
+
+LOUDEST = 3
+SCALARS = {  # what loggers call the numbers of a record
+    "loss": "loss", "total_norm": "grad/norm", "limit": "grad/limit", "coef": "grad/coef",
+    "nonfinite": "grad/nonfinite",
+}  # fmt: skip
+
+
+class Flying(NamedTuple):
+    """Statistics on their way to the host."""
+
+    step: int
+    loss: float | None  # if that was on the host already
+    host: Tensor
+    layout: Layout
+    event: Any  # its query() says whether `host` is complete; None: it is
+
+
+class GradMonitor:
+    """Keeps, writes and judges what the statistics of each step say, a step or more late so that nothing waits.
+
+    On a GPU every step's statistics are copied to the host behind what was launched before, and taken up in the first
+    :meth:`update` that finds them there; on a CPU that is the same one. Steps are taken up in order.
+
+    Args:
+        path: a file to append JSON lines to, one a step; :mod:`fastclip.monitor.lines` says what is in them. If it
+            cannot be written any more (a full disk), training goes on without, after a warning.
+        log: where scalars go: a ``SummaryWriter``, a wandb run, a function of a dict and a step, a folder for
+            TensorBoard to read, or a list of such.
+        log_every: steps between two calls of these.
+        history: how many spans of steps are kept to draw from (an even number). Longer runs get coarser: when so many
+            are kept, neighbours become one, with the mean and the extremes of both.
+        rows_every: how many steps a column of the heat map is made of: the largest norm in them of each gradient.
+        rows: how many rows it has at most; more gradients than that share them, by the beginning of their names.
+        window: how many steps back warnings and :attr:`clip_rate` look.
+        adam_eps: Adam's, to warn where it swallows the clipped gradients; None for other optimizers.
+        elements: how many elements the gradients have together, to judge that by their root mean square; without it,
+            by their largest element.
+
+    Attributes:
+        history: the run so far, a :class:`History`.
+        last: the numbers of the last step taken up, a dict as in the JSON lines; {} before.
+        skips: how many updates were skipped.
+        missed: how many steps were left out because 256 others were still on their way.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, named with its value.
+        OSError: `path` cannot be opened.
+        ImportError: `log` is a folder and there is no TensorBoard.
+
+    Example:
+        >>> with fastclip.monitor.GradMonitor("run.jsonl") as monitor:
+        ...     for batch in batches:
+        ...         loss = ...
+        ...         monitor.update(clipper.step(optimizer), loss)
+    """
+
+    MOST_FLYING = 256
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        log: Any = None,
+        log_every: int = 10,
+        history: int = 4096,
+        rows_every: int = 10,
+        rows: int = 256,
+        window: int = 100,
+        adam_eps: float | None = 1e-8,
+        elements: int | None = None,
+    ) -> None:
+        self.log_every, self.rows_every = _count(log_every, "log_every"), _count(rows_every, "rows_every")
+        self.window = _count(window, "window")
+        if adam_eps is not None and not (_is_number(adam_eps) and adam_eps >= 0):
+            raise ValueError(f"adam_eps must be a number >= 0 or None, got {adam_eps!r}")
+        elements = None if elements is None else _count(elements, "elements")
+        self.history = History(_count(history, "history", 2))
+        self.last: dict[str, Any] = {}
+        self.skips = self.missed = 0
+        self._register = Register(_count(rows, "rows"))
+        self._maxima = Maxima(self._register)
+        self._alarms = Alarms(self.window, adam_eps, elements)
+        self._clipped: deque[bool] = deque(maxlen=self.window)
+        self._flying: deque[Flying] = deque()
+        self._next, self._seen, self._closed = 0, 0, False
+        self._loggers, self._own = loggers(log)
+        self._lines = None if path is None else Lines(path)
+
+    def update(self, stats: Stats, loss: Tensor | float | None = None, step: int | None = None) -> None:
+        """Take note of a step, once its numbers have come to the host. Never waits for the device.
+
+        Args:
+            stats: what ``clip_()`` or ``step()`` returned (``optimizer.stats`` with :mod:`fastclip.optim`). Copied now:
+                a replay of a CUDA graph may overwrite it afterwards.
+            loss: one number, on any device.
+            step: its number; one more than the last unless told, from 0. One that is not above the last takes up a run
+                from there: what was recorded from that step on is forgotten, and superseded in the file.
+
+        Raises:
+            TypeError, ValueError: an argument of another kind, named with its value.
+            RuntimeError: after :meth:`close`, or while a CUDA graph is captured.
+
+        Warns:
+            GradientWarning: of steps just taken up.
+        """
+        if not isinstance(stats, Stats):
+            raise TypeError(f"stats must be a fastclip.Stats, got {type(stats).__name__} {stats!r}")
+        if self._closed:
+            raise RuntimeError("update() after close()")
+        if capturing(stats.device):
+            raise RuntimeError("update() cannot be captured in a CUDA graph: call it after each replay")
+        on_device, on_host = _loss(loss)
+        step = self._next if step is None else _count(step, "step", 0)
+        self._next = step + 1
+        found = self._landed() if len(self._flying) >= self.MOST_FLYING else []
+        if len(self._flying) < self.MOST_FLYING:
+            flat, layout = flattened(stats, on_device)
+            self._flying.append(Flying(step, on_host, *_started(flat, layout)))
+        else:
+            self.missed += 1
+        _warn(found + self._landed(), 3)
+
+    @property
+    def clip_rate(self) -> float:
+        """The share of the window's steps in which gradients were changed; NaN before the first."""
+        return sum(self._clipped) / len(self._clipped) if self._clipped else math.nan
+
+    @property
+    def loudest(self) -> dict[str, float]:
+        """The gradients with the largest norms in the last step taken up, by name (or index), the largest first."""
+        return self.last.get("loudest", {})
+
+    @property
+    def warnings(self) -> list[Notice]:
+        """The last hundred warnings: step, kind and message of each."""
+        return list(self.history.warnings)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw loss, norm, coefficient and a heat map of norms over the steps taken up so far.
+
+        Args:
+            path: where to save it: .png, .pdf or .svg.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ImportError: there is no matplotlib.
+            ValueError: no step has been taken up yet.
+        """
+        from .plot import draw
+
+        _warn(self._landed(), 3)
+        return draw(self.history, path)
+
+    def close(self) -> None:
+        """Wait for the steps on their way, take them up, and close the file. More calls do nothing."""
+        _warn(self._finished(), 3)
+
+    def __enter__(self) -> GradMonitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            _warn(self._finished(), 3)
+        except Exception:
+            if kind is None:  # otherwise the loop's own error is the one to hear of: a broken GPU fails here too
+                raise
+
+    def _finished(self) -> list[Notice]:
+        try:
+            return [] if self._closed else self._landed(wait=True)
+        finally:
+            self._closed = True
+            self._flying.clear()
+            if self._lines:
+                self._lines.close()
+            for writer in self._own:
+                writer.close()
+
+    def _landed(self, wait: bool = False) -> list[Notice]:
+        """Take up the steps whose numbers have come."""
+        found = []
+        while self._flying:
+            event = self._flying[0].event
+            if event is not None and not event.query():
+                if not wait:
+                    break
+                event.synchronize()
+            found += self._take(self._flying.popleft())
+        return found
+
+    def _take(self, flying: Flying) -> list[Notice]:
+        read = Numbers(flying.host, flying.layout)
+        loss = read.loss if flying.loss is None else flying.loss
+        index = self._register.index(read.keys)
+        record: dict[str, Any] = {"step": flying.step} | ({} if loss is None else {"loss": loss}) | read.log()
+        record["loudest"] = _loudest(read)
+        heard = self._alarms.heard(Seen(record, read, index, self._register.names))
+        notices = [Notice(flying.step, kind, message) for kind, message in heard]
+
+        self.last = record
+        self._maxima.add(index, read)
+        self.skips += record["skipped"]
+        self._clipped.append(record["clipped"])
+        cells = None
+        if self._seen % self.rows_every == 0 or notices:  # what led to a warning must not be lost in a crash
+            norms, absmax, missing = self._maxima.take(read.layout.norm_type)
+            cells = heat(norms, missing)
+            record = {**record, "row_norms": brief(norms, missing), "row_absmax": brief(absmax, missing)}
+        self.history.rows, self.history.norm_type = self._register.rows, read.layout.norm_type
+        self.history.add(record, cells)
+        self.history.warnings.extend(notices)
+        if self._lines:
+            notices += self._write(self._lines, record, notices)
+        self._seen += 1
+        if (self._seen - 1) % self.log_every == 0:
+            scalars = {name: record[key] for key, name in SCALARS.items() if key in record}
+            scalars |= {"grad/clip_rate": self.clip_rate, "grad/skips": self.skips}
+            for logger in self._loggers:
+                logger(scalars, flying.step)
+        return notices
+
+    def _write(self, lines: Lines, record: dict[str, Any], notices: list[Notice]) -> list[Notice]:
+        try:
+            lines.rows(self.history.rows, self.history.norm_type)
+            lines.write(record)
+            for step, kind, message in notices:
+                lines.write({"step": step, "warning": kind, "message": message})
+        except OSError as error:
+            self._lines = None
+            with contextlib.suppress(OSError):
+                lines.close()
+            failed = Notice(record["step"], "file", f"the record ends here, training goes on without it: {error}")
+            self.history.warnings.append(failed)
+            return [failed]
+        return []
+
+
+def _started(flat: Tensor, layout: Layout) -> tuple[Tensor, Layout, Any]:
+    """Begin to copy `flat` to the host: the copy, its layout, and the event that follows it (None: it is there)."""
+    if flat.device.type != "cuda":
+        return flat.cpu(), layout, None
+    host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(flat.device))
+    return host, layout, event
+
+
+def _loudest(read: Numbers) -> dict[str, float]:
+    """The largest norms; of gradients that are not finite before all."""
+    p = read.layout.norm_type
+    powers = [math.inf if math.isnan(power) else power for power in read.power] if read.nonfinite else read.power[:]
+    found: dict[str, float] = {}
+    for _ in range(min(LOUDEST, read.count)):
+        at = powers.index(max(powers))
+        power = read.power[at]
+        norm = math.sqrt(power) if p == 2 else _root(power, p)
+        found[str(read.keys[at])] = norm
+        powers[at] = -1.0
+    return found
+
+
+def _root(power: float, p: float) -> float:
+    return power if math.isinf(p) else root(torch.tensor(power, dtype=torch.float64), p).item()
+
+
+def _warn(notices: list[Notice], stacklevel: int) -> None:
+    for step, _, message in notices:
+        warnings.warn(f"step {step}: {message}", GradientWarning, stacklevel)
+
+
+def _loss(loss: Any) -> tuple[Tensor | None, float | None]:
+    """`loss` as a tensor, if reading it may mean to wait, or else as a number."""
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1 or loss.is_complex():
+            raise ValueError(f"loss must be one real number, got a {loss.dtype} tensor of shape {tuple(loss.shape)}")
+        return (None, loss.item()) if loss.device.type == "cpu" else (loss, None)
+    if loss is not None and not _is_number(loss):
+        raise TypeError(f"loss must be a number or a tensor of one, got {type(loss).__name__} {loss!r}")
+    return None, None if loss is None else float(loss)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _count(value: Any, argument: str, least: int = 1) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{argument} must be an int, got {type(value).__name__} {value!r}")
+    if value < least:
+        raise ValueError(f"{argument} must be >= {least}, got {value!r}")
+    return int(value)

@@ -1,0 +1,115 @@
+"""Which gradient is which, and which share a row of the heat map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ..reading import Numbers, root
+
+
+class Register:
+    """Gives each gradient its index among all ever seen, for as long as the run lasts, and its row, of at most `most`.
+
+    Where the gradients first seen are few, each has a row; where they are many, those share one whose names begin
+    alike, for as many parts of the name ("h.0.attn") as leave few enough; and neighbours, where no part does. Gradients
+    that come later follow the same rule, or share the last row when there is no other.
+    """
+
+    RECENT = 16  # sets of names; gradients that come and go have many
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.names: list[str] = []
+        self.rows: list[str] = []
+        self.row: list[int] = []  # of each name
+        self._index: dict[str, int] = {}
+        self._row: dict[str, int] = {}
+        self._key: Callable[[str], str] | None = None
+        self._recent: dict[tuple[str, ...] | range, Tensor] = {}
+
+    def index(self, names: tuple[str, ...] | range) -> Tensor:
+        """The indices, int64 [T], of gradients with these names or, where they have none, these places."""
+        if names not in self._recent:
+            if len(self._recent) == self.RECENT:
+                del self._recent[next(iter(self._recent))]
+            self._recent[names] = self._found([str(name) for name in names])
+        return self._recent[names]
+
+    def _found(self, names: list[str]) -> Tensor:
+        if self._key is None and names:
+            self._key = sharing(names, self.most)
+        for name in names:
+            if name not in self._index:
+                self._index[name] = len(self.names)
+                self.names.append(name)
+                key = self._key(name) if self._key else name
+                if key not in self._row:
+                    if len(self.rows) < self.most:
+                        self.rows.append(key)
+                    self._row[key] = len(self.rows) - 1
+                self.row.append(self._row[key])
+        return torch.tensor([self._index[name] for name in names], dtype=torch.int64)
+
+
+class Maxima:
+    """The largest norm and the largest element of each gradient since they were last taken."""
+
+    def __init__(self, register: Register) -> None:
+        self._register = register
+        self._power = self._absmax = torch.empty(0, dtype=torch.float64)  # of all ever seen; -1: not since
+        self._index = torch.empty(0, dtype=torch.int64)
+        self._lately: tuple[Tensor, Tensor] | None = None  # of those of `_index`, while they are the same
+
+    def add(self, index: Tensor, read: Numbers) -> None:
+        """Take in the gradients of one step, which have these indices."""
+        if self._lately is None or index is not self._index:
+            self._gather()
+            self._index, self._lately = index, (read.vector("power").clone(), read.vector("absmax").clone())
+        else:
+            for most, values in zip(self._lately, (read.vector("power"), read.vector("absmax"))):
+                torch.maximum(most, values, out=most)  # which keeps a NaN
+
+    def take(self, norm_type: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm and largest element of each row, float64 [rows], and whether it had no gradient; then begin anew."""
+        self._gather()
+        there = self._absmax != -1
+        row = torch.tensor(self._register.row, dtype=torch.int64)[there]
+        zeros = torch.zeros(len(self._register.rows), dtype=torch.float64)
+        absmax = norms = zeros.scatter_reduce(0, row, self._absmax[there], "amax")
+        if not math.isinf(norm_type):
+            norms = root(zeros.index_add(0, row, self._power[there]), norm_type)
+        self._power.fill_(-1)
+        self._absmax.fill_(-1)
+        return norms, absmax, torch.ones(len(zeros), dtype=torch.bool).index_fill(0, row, False)
+
+    def _gather(self) -> None:
+        if self._lately is None:
+            return
+        missing = len(self._register.names) - len(self._power)
+        if missing:
+            new = self._power.new_full((missing,), -1.0)
+            self._power, self._absmax = torch.cat([self._power, new]), torch.cat([self._absmax, new])
+        for most, values in zip((self._power, self._absmax), self._lately):
+            most[self._index] = torch.maximum(most[self._index], values)
+        self._lately = None
+
+
+def sharing(names: Iterable[str], most: int) -> Callable[[str], str]:
+    """A function from a name to what its row is called, so that these names have at most `most` rows."""
+    names = list(names)
+    deepest = max((name.count(".") + 1 for name in names), default=1)
+    for depth in range(deepest, 0, -1):
+        if len({_prefix(name, depth) for name in names}) <= most:
+            return lambda name: _prefix(name, depth)
+    width = -(-len(names) // most)
+    runs = [names[i : i + width] for i in range(0, len(names), width)]
+    called = {name: f"{run[0]} … {run[-1]}" if len(run) > 1 else run[0] for run in runs for name in run}
+    return lambda name: called.get(name, "others")
+
+
+def _prefix(name: str, depth: int) -> str:
+    return ".".join(name.split(".")[:depth])

@@ -1,0 +1,131 @@
+"""Statistics on their way to the host: all of them as one tensor, so that reading them is one copy."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import upload
+
+if TYPE_CHECKING:
+    from .stats import Stats
+
+
+VECTORS = ("absmax", "power", "zeroed")  # whatever T is; coefficients are one for all or [T]
+
+
+class Layout(NamedTuple):
+    """What lies where in a flattened Stats: numbers first, then vectors."""
+
+    numbers: list[str]
+    vectors: dict[str, int]  # and their sizes
+    names: tuple[str, ...] | None
+    norm_type: float
+    dtype: torch.dtype
+
+
+def flattened(stats: Stats, loss: Tensor | None = None) -> tuple[Tensor, Layout]:
+    """All that `stats` tells, and the loss, in one new float64 tensor, without waiting for the device.
+
+    It is on the statistics' device, or on the loss's if only that is no CPU. Being a copy, it keeps these values when
+    the next replay of a CUDA graph writes others to where they were.
+    """
+    pieces = stats.pieces() if loss is None else {**stats.pieces(), "loss": loss.detach()}
+    device = stats.device if loss is None or stats.device.type != "cpu" else loss.device
+    vectors = {name: piece.numel() for name, piece in pieces.items() if piece.numel() != 1 or name in VECTORS}
+    numbers = [name for name in pieces if name not in vectors]
+    flat = [_flat(pieces[name], device) for name in (*numbers, *vectors)]
+    return torch.cat(flat), Layout(numbers, vectors, stats.names, stats.norm_type, stats._dtype)
+
+
+def _flat(piece: Tensor, device: torch.device) -> Tensor:
+    """`piece` on `device`, with one dimension; what it is already costs no call."""
+    if piece.device != device:
+        on_host = piece.device.type == "cpu"
+        piece = upload(piece, piece.dtype, device) if on_host else piece.to(device, non_blocking=True)
+    if piece.dtype != torch.float64:
+        piece = piece.double()
+    return piece if piece.dim() == 1 else piece.reshape(-1)
+
+
+class Numbers:
+    """A flattened Stats on the host. Numbers are rounded as the tensors of Stats are.
+
+    Lists, where Python does what is wanted in one go: right after a training step, with cold caches, that costs a third
+    of a call of torch's.
+    """
+
+    def __init__(self, host: Tensor, layout: Layout) -> None:
+        self.layout = layout
+        values, start = host.tolist(), len(layout.numbers)
+        self._numbers = dict(zip(layout.numbers, values))
+        self._vectors: dict[str, slice] = {}
+        for name, size in layout.vectors.items():
+            self._vectors[name] = slice(start, start := start + size)
+        self._host = host
+        self.absmax: list[float] = values[self._vectors["absmax"]]  # T float64
+        power = self._vectors.get("power", self._vectors["absmax"])
+        self.power: list[float] = values[power]  # T float64, sum |g|^p; for p of inf max |g|
+        self.count = len(self.absmax)  # T
+        self.total_norm = self._rounded("norm")
+        self.loss = self._numbers.get("loss")
+        self.skipped = bool(self._numbers.get("skip"))
+        self.broken: list[int] = []  # gradients that hold, or did before they were zeroed, an inf or a NaN
+        if "zeroed" in self._vectors:
+            self.broken = [i for i, count in enumerate(values[self._vectors["zeroed"]]) if count]
+        elif not math.isfinite(sum(self.absmax)):  # in the common case the sum tells that all are finite
+            self.broken = [i for i, most in enumerate(self.absmax) if not math.isfinite(most)]
+        self.nonfinite = len(self.broken)
+
+        self.coef: float | Tensor  # one for all, or [T] float32 or float64; 1 if skipped
+        if self.skipped or "coef" in self._numbers:
+            self.coef = self.least = 1.0 if self.skipped else self._rounded("coef")
+            changed = self.coef != 1
+        else:
+            self.coef = self.vector("coef").to(layout.dtype)
+            self.least = self.coef.min().item() if self.count else 1.0
+            changed = bool((self.coef != 1).any())
+        self.clipped = changed or bool(self._numbers.get("clamped"))
+
+    def vector(self, name: str) -> Tensor:
+        """[T] float64: "absmax", "power" or "zeroed", if there."""
+        return self._host[self._vectors.get(name, self._vectors["absmax"])]
+
+    @property
+    def norms(self) -> Tensor:
+        """[T] float64."""
+        p = self.layout.norm_type
+        return self.vector("absmax") if math.isinf(p) else root(self.vector("power"), p)
+
+    @property
+    def keys(self) -> tuple[str, ...] | range:
+        """What gradients are called: their names, or else their indices."""
+        return range(self.count) if self.layout.names is None else self.layout.names
+
+    def log(self, tensors: bool = False) -> dict[str, Any]:
+        """As :meth:`fastclip.Stats.log` describes."""
+        found: dict[str, Any] = {"total_norm": self.total_norm}
+        if "limit" in self._numbers:
+            found["limit"] = self._rounded("limit")
+        found |= {"coef": self.least, "clipped": self.clipped, "skipped": self.skipped, "nonfinite": self.nonfinite}
+        if "zeroed" in self._vectors:
+            found["zeroed"] = int(self.vector("zeroed").sum())
+        if tensors:
+            for name, values in (("tensor_norms", self.norms), ("tensor_absmax", self.vector("absmax"))):
+                found[name] = dict(zip(self.keys, values.to(self.layout.dtype).tolist()))
+        return found
+
+    def _rounded(self, name: str) -> float:
+        value = self._numbers[name]
+        return value if self.layout.dtype == torch.float64 else ctypes.c_float(value).value
+
+
+def root(power: Tensor, p: float) -> Tensor:
+    """The p-norm whose p-th power is `power`; for p of 0 that itself."""
+    if p == 2:
+        return power.sqrt()
+    return power if p in (0, 1) else power.pow(1 / p)
