@@ -26,6 +26,7 @@ bench: .venv/ready
 	$(BIN)/python bench/clip.py --growth --minutes 1.6 --json bench/results/$(DEVICE)-growth.json
 	$(BIN)/python bench/step.py --minutes 2.5 --json bench/results/$(DEVICE)-step.json
 	$(BIN)/python bench/rules.py --minutes 0.7 --json bench/results/$(DEVICE)-rules.json
+	$(BIN)/python bench/monitor.py --json bench/results/$(DEVICE)-monitor.json
 	$(BIN)/python bench/report.py
 
 # On a GPU machine, with the system's python3: no install, no network.

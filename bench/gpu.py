@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+TESTS = [f"tests/test_{name}.py" for name in ("gpu", "gpu_rules", "monitor")]
 DEADLINE = 8 * 60 - 15  # seconds, for all parts
 
 
@@ -55,15 +56,11 @@ def parts(results: Path) -> list[Part]:
 
     return [
         Part("build", [*python, "-m", "fastclip", "build"], 120, {}),
-        Part(
-            "tests",
-            [*python, "-m", "pytest", "-q", "-m", "gpu", *workers, "tests/test_gpu.py", "tests/test_gpu_rules.py"],
-            210,
-            {},
-        ),
+        Part("tests", [*python, "-m", "pytest", "-q", "-m", "gpu", *workers, *TESTS], 210, {}),
         Part("clip", benchmark("clip", 1.5), 150, {}),
         Part("step", benchmark("step", 0.6), 80, {}),
         Part("rules", benchmark("rules", 0.3), 60, {}),
+        Part("monitor", benchmark("monitor", 0.2), 40, {}),
         Part("memcheck", [*sanitizer, "memcheck", *small], 80, exact),
         Part("racecheck", [*sanitizer, "racecheck", *small], 80, {}),
     ]

@@ -99,6 +99,8 @@ def block(runs: dict[tuple[str, str], Run]) -> str:
         parts += [step_table(step["rows"])]
     if rules := runs.get(("rules", "cpu")):
         parts += [f"{RULES_INTRO}:", rules_table(rules["rows"])]
+    if monitor := runs.get(("monitor", "cpu")):
+        parts += [monitor_words(monitor["rows"])]
     parts += ["### GPU"]
     if clip := runs.get(("clip", "cuda")):
         parts += [gpu_intro(clip), picture("cuda-ratio", "how many times faster than torch, by model")]
@@ -111,6 +113,8 @@ def block(runs: dict[tuple[str, str], Run]) -> str:
             parts += [step_table(step["rows"])]
         if rules := runs.get(("rules", "cuda")):
             parts += [f"{RULES_INTRO}:", rules_table(rules["rows"])]
+        if monitor := runs.get(("monitor", "cuda")):
+            parts += [monitor_words(monitor["rows"])]
     else:
         parts += ["Not measured yet: `make gpu` on a machine with one."]
     return "\n\n".join([*parts, END]).replace(f"{BEGIN}\n\n", f"{BEGIN}\n")
@@ -262,6 +266,14 @@ def rules_table(rows: list[Row]) -> str:
     lines = [[name, *(cells.get((name, model), "") for model in models)] for name in names]
     headers = ["rule at rest, GlobalNorm = 1", *(NAMES.get(m, m.replace("x", " × ")) for m in models)]
     return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * len(models)))
+
+
+def monitor_words(rows: list[Row]) -> str:
+    share = next(r for r in rows if r["provider"] == "GradMonitor(path)")["of_step"]
+    return (
+        f"Watching: `GradMonitor.update` takes {share['median']:.2%} of a training step of the demo's GPT "
+        f"({share['p20']:.2%} – {share['p80']:.2%})."
+    )
 
 
 # ---- growth ----
@@ -476,6 +488,9 @@ def goals(runs: dict[tuple[str, str], Run]) -> str:
         for r in runs.get(("rules", device), {"rows": []})["rows"]:
             if r["model"] == "gpt2-124m" and r["provider"] in ("ZClip", "AutoClip") and r["status"] == "ok":
                 lines.append((f"{r['provider']} on {device}", "speed of GlobalNorm", r["vs_torch"]["median"], 1 / 1.15))
+        for r in runs.get(("monitor", device), {"rows": []})["rows"]:
+            if r["provider"] == "GradMonitor(path)":
+                lines.append((f"GradMonitor on {device}", "times 1 % of a step", 0.01 / r["of_step"]["median"], 1))
     for first, modes in pairs(runs.get(("clip", "cuda"), {"rows": []})["rows"]):
         for mode, rivals in modes.items():
             torch = rivals.get(BASELINE, {})
