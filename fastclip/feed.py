@@ -162,12 +162,21 @@ def feed(optimizer: torch.optim.Optimizer, table: GradTable, fed: Fed, complete:
     kept = [(p, p.grad) for p in fed.held()]
     fused = type(optimizer) in FUSED and all(group.get("fused") for group in optimizer.param_groups)
     if complete and fused and not _dampens(optimizer) and not _tied(optimizer, table):
+        on_host = all(group.device.type == "cpu" for group in table.groups)
+        if on_host and fed.skipped():
+            return
         if pending.each is not None:
             table.apply_(pending.unless_skipped(pending.each))
         if type(optimizer) is torch.optim.SGD:
             _start_momentum(optimizer)
-        skip = torch.zeros((), device=table.device) if pending.skip is None else pending.skip.float()
-        with _without_gradients(kept), _attributes(optimizer, grad_scale=_divisor(pending.common), found_inf=skip):
+        divisor = _divisor(pending.common)
+        given = {}
+        if not on_host:
+            skip = pending.skip
+            given = {"grad_scale": divisor, "found_inf": torch.zeros_like(divisor) if skip is None else skip.float()}
+        elif divisor != 1:  # with a grad_scale torch writes the gradients back, whatever it is
+            given = {"grad_scale": divisor}
+        with _without_gradients(kept), _attributes(optimizer, **given):
             optimizer.step()
         return
     pending.apply_(table)
