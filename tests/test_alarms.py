@@ -192,6 +192,7 @@ def test_warnings_as_errors_leave_the_record_whole(tmp_path):
     path = tmp_path / "run.jsonl"
     with warnings.catch_warnings(), GradMonitor(path) as monitor:
         warnings.simplefilter("error")
+        monitor.TOGETHER = 1
         with pytest.raises(GradientWarning):
             monitor.update(Model("a").step(NAN))
         monitor.update(Model("a").step(0.5))

@@ -407,11 +407,27 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path):
     monitor.update(model.step(1))
     monitor._lines._file.close()
     monitor._lines._file = open("/dev/full", "ab")  # noqa: SIM115
+    for _ in range(monitor.TOGETHER - 2):
+        monitor.update(model.step(1))
     with pytest.warns(GradientWarning, match="the record ends here"):
         monitor.update(model.step(1))
     monitor.update(model.step(1))
     monitor.close()
-    assert monitor.history.last == 2
+    assert monitor.history.last == monitor.TOGETHER
+
+
+def test_on_a_cpu_steps_are_taken_up_together_or_when_looked_at(tmp_path):
+    path = tmp_path / "run.jsonl"
+    model, monitor = Model("a", limit=INF), GradMonitor(path)
+    together = monitor.TOGETHER
+    for step in range(2 * together + 1):
+        monitor.update(model.step(step))
+        assert len(steps_of(path)) == (step + 1) // together * together
+    assert monitor.last["step"] == 2 * together
+    assert len(steps_of(path)) == 2 * together + 1
+    monitor.update(model.step(7))
+    monitor.close()
+    assert [line["total_norm"] for line in steps_of(path)] == [*range(2 * together + 1), 7]
 
 
 # Pictures

@@ -10,6 +10,7 @@ import torch
 
 import fastclip
 from fastclip.monitor import GradientWarning
+from fastclip.reading import flattened
 
 NAN, INF = math.nan, math.inf
 
@@ -75,9 +76,9 @@ def late(monkeypatch):
     """From now on monitors read late; the events, one a step, to complete at will."""
     made = []
 
-    def started(flat, layout):
+    def started(stats, loss):
         made.append(Event())
-        return flat, layout, made[-1]
+        return None, *flattened(stats, loss), made[-1]
 
     monkeypatch.setattr(fastclip.monitor, "_started", started)
     return made

@@ -43,20 +43,22 @@ SCALARS = {  # what loggers call the numbers of a record
 
 
 class Flying(NamedTuple):
-    """Statistics on their way to the host."""
+    """Statistics that are still to be taken up: on their way to the host, or there already."""
 
     step: int
-    loss: float | None  # if that was on the host already
-    host: Tensor
-    layout: Layout
-    event: Any  # its query() says whether `host` is complete; None: it is
+    loss: float | None  # if that was on the host
+    stats: Stats | None  # if they were on the host, where nothing changes them: read when they are taken up
+    host: Tensor | None = None
+    layout: Layout | None = None
+    event: Any = None  # its query() says whether `host` is complete; None: it is
 
 
 class GradMonitor:
     """Keeps, writes and judges what the statistics of each step say, a step or more late so that nothing waits.
 
     On a GPU every step's statistics are copied to the host behind what was launched before, and taken up in the first
-    :meth:`update` that finds them there; on a CPU that is the same one. Steps are taken up in order.
+    :meth:`update` that finds them there. On a CPU they are taken up four at a time, since the first of them finds cold
+    caches, and whenever an attribute is looked at. Steps are taken up in order.
 
     Args:
         path: a file to append JSON lines to, one a step; :mod:`fastclip.monitor.lines` says what is in them. If it
@@ -74,10 +76,7 @@ class GradMonitor:
             by their largest element.
 
     Attributes:
-        history: the run so far, a :class:`History`.
-        last: the numbers of the last step taken up, a dict as in the JSON lines; {} before.
-        skips: how many updates were skipped.
-        missed: how many steps were left out because 256 others were still on their way.
+        missed: how many steps were left out because 256 others were still on their way from a GPU.
 
     Raises:
         TypeError, ValueError: an argument of another kind, named with its value.
@@ -92,6 +91,7 @@ class GradMonitor:
     """
 
     MOST_FLYING = 256
+    TOGETHER = 4  # on a CPU
 
     def __init__(
         self,
@@ -111,9 +111,9 @@ class GradMonitor:
         if adam_eps is not None and not (_is_number(adam_eps) and adam_eps >= 0):
             raise ValueError(f"adam_eps must be a number >= 0 or None, got {adam_eps!r}")
         elements = None if elements is None else _count(elements, "elements")
-        self.history = History(_count(history, "history", 2))
-        self.last: dict[str, Any] = {}
-        self.skips = self.missed = 0
+        self._history = History(_count(history, "history", 2))
+        self._last: dict[str, Any] = {}
+        self._skips = self.missed = 0
         self._register = Register(_count(rows, "rows"))
         self._maxima = Maxima(self._register)
         self._alarms = Alarms(self.window, adam_eps, elements)
@@ -151,16 +151,33 @@ class GradMonitor:
         self._next = step + 1
         found = self._landed() if len(self._flying) >= self.MOST_FLYING else []
         if len(self._flying) < self.MOST_FLYING:
-            flat, layout = flattened(stats, on_device)
-            self._flying.append(Flying(step, on_host, *_started(flat, layout)))
+            self._flying.append(Flying(step, on_host, *_started(stats, on_device)))
         else:
             self.missed += 1
-        _warn(found + self._landed(), 3)
+        if self._flying[0].stats is None or len(self._flying) >= self.TOGETHER:
+            found += self._landed()
+        _warn(found, 3)
+
+    @property
+    def history(self) -> History:
+        """The run so far."""
+        return self._looked_at()._history
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The numbers of the last step taken up, as in the JSON lines; {} before."""
+        return self._looked_at()._last
+
+    @property
+    def skips(self) -> int:
+        """How many updates were skipped."""
+        return self._looked_at()._skips
 
     @property
     def clip_rate(self) -> float:
         """The share of the window's steps in which gradients were changed; NaN before the first."""
-        return sum(self._clipped) / len(self._clipped) if self._clipped else math.nan
+        clipped = self._looked_at()._clipped
+        return sum(clipped) / len(clipped) if clipped else math.nan
 
     @property
     def loudest(self) -> dict[str, float]:
@@ -187,8 +204,12 @@ class GradMonitor:
         """
         from .plot import draw
 
-        _warn(self._landed(), 3)
         return draw(self.history, path)
+
+    def _looked_at(self) -> GradMonitor:
+        """Take up what is on the host before somebody looks."""
+        _warn(self._landed(), 4)
+        return self
 
     def close(self) -> None:
         """Wait for the steps on their way, take them up, and close the file. More calls do nothing."""
@@ -230,7 +251,9 @@ class GradMonitor:
         return found
 
     def _take(self, flying: Flying) -> list[Notice]:
-        read = Numbers(flying.host, flying.layout)
+        host, layout = flattened(flying.stats) if flying.stats is not None else (flying.host, flying.layout)
+        assert host is not None and layout is not None
+        read = Numbers(host, layout)
         loss = read.loss if flying.loss is None else flying.loss
         index = self._register.index(read.keys)
         record: dict[str, Any] = {"step": flying.step} | ({} if loss is None else {"loss": loss}) | read.log()
@@ -238,31 +261,31 @@ class GradMonitor:
         heard = self._alarms.heard(Seen(record, read, index, self._register.names))
         notices = [Notice(flying.step, kind, message) for kind, message in heard]
 
-        self.last = record
+        self._last = record
         self._maxima.add(index, read)
-        self.skips += record["skipped"]
+        self._skips += record["skipped"]
         self._clipped.append(record["clipped"])
         cells = None
         if self._seen % self.rows_every == 0 or notices:  # what led to a warning must not be lost in a crash
             norms, absmax, missing = self._maxima.take(read.layout.norm_type)
             cells = heat(norms, missing)
             record = {**record, "row_norms": brief(norms, missing), "row_absmax": brief(absmax, missing)}
-        self.history.rows, self.history.norm_type = self._register.rows, read.layout.norm_type
-        self.history.add(record, cells)
-        self.history.warnings.extend(notices)
+        self._history.rows, self._history.norm_type = self._register.rows, read.layout.norm_type
+        self._history.add(record, cells)
+        self._history.warnings.extend(notices)
         if self._lines:
             notices += self._write(self._lines, record, notices)
         self._seen += 1
         if (self._seen - 1) % self.log_every == 0:
             scalars = {name: record[key] for key, name in SCALARS.items() if key in record}
-            scalars |= {"grad/clip_rate": self.clip_rate, "grad/skips": self.skips}
+            scalars |= {"grad/clip_rate": sum(self._clipped) / len(self._clipped), "grad/skips": self._skips}
             for logger in self._loggers:
                 logger(scalars, flying.step)
         return notices
 
     def _write(self, lines: Lines, record: dict[str, Any], notices: list[Notice]) -> list[Notice]:
         try:
-            lines.rows(self.history.rows, self.history.norm_type)
+            lines.rows(self._history.rows, self._history.norm_type)
             lines.write(record)
             for step, kind, message in notices:
                 lines.write({"step": step, "warning": kind, "message": message})
@@ -271,19 +294,22 @@ class GradMonitor:
             with contextlib.suppress(OSError):
                 lines.close()
             failed = Notice(record["step"], "file", f"the record ends here, training goes on without it: {error}")
-            self.history.warnings.append(failed)
+            self._history.warnings.append(failed)
             return [failed]
         return []
 
 
-def _started(flat: Tensor, layout: Layout) -> tuple[Tensor, Layout, Any]:
-    """Begin to copy `flat` to the host: the copy, its layout, and the event that follows it (None: it is there)."""
+def _started(stats: Stats, loss: Tensor | None) -> tuple[Stats | None, Tensor | None, Layout | None, Any]:
+    """What a Flying has of these: the statistics themselves where they are on the host; else a copy that has begun."""
+    if stats.device.type == "cpu" and loss is None:
+        return stats, None, None, None
+    flat, layout = flattened(stats, loss)
     if flat.device.type != "cuda":
-        return flat.cpu(), layout, None
+        return None, flat.cpu(), layout, None
     host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(flat.device))
-    return host, layout, event
+    return None, host, layout, event
 
 
 def _loudest(read: Numbers) -> dict[str, float]:
