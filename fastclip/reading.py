@@ -23,6 +23,7 @@ class Layout(NamedTuple):
 
     numbers: list[str]
     vectors: dict[str, int]  # and their sizes
+    known: dict[str, float]  # what the host knew all along
     names: tuple[str, ...] | None
     norm_type: float
     dtype: torch.dtype
@@ -34,12 +35,18 @@ def flattened(stats: Stats, loss: Tensor | None = None) -> tuple[Tensor, Layout]
     It is on the statistics' device, or on the loss's if only that is no CPU. Being a copy, it keeps these values when
     the next replay of a CUDA graph writes others to where they were.
     """
-    pieces = stats.pieces() if loss is None else {**stats.pieces(), "loss": loss.detach()}
+    pieces, layout = _laid_out(stats, loss)
     device = stats.device if loss is None or stats.device.type != "cpu" else loss.device
+    return torch.cat([_flat(pieces[name], device) for name in (*layout.numbers, *layout.vectors)]), layout
+
+
+def _laid_out(stats: Stats, loss: Tensor | None = None) -> tuple[dict[str, Tensor], Layout]:
+    pieces, known = stats.pieces()
+    if loss is not None:
+        pieces["loss"] = loss.detach()
     vectors = {name: piece.numel() for name, piece in pieces.items() if piece.numel() != 1 or name in VECTORS}
     numbers = [name for name in pieces if name not in vectors]
-    flat = [_flat(pieces[name], device) for name in (*numbers, *vectors)]
-    return torch.cat(flat), Layout(numbers, vectors, stats.names, stats.norm_type, stats._dtype)
+    return pieces, Layout(numbers, vectors, known, stats.names, stats.norm_type, stats._dtype)
 
 
 def _flat(piece: Tensor, device: torch.device) -> Tensor:
@@ -60,23 +67,35 @@ class Numbers:
     """
 
     def __init__(self, host: Tensor, layout: Layout) -> None:
+        count = len(layout.numbers)
+        vectors = dict(zip(layout.vectors, torch.split_with_sizes(host[count:], list(layout.vectors.values()))))
+        self._read(dict(zip(layout.numbers, host[:count].tolist())), vectors, layout)
+
+    @classmethod
+    def of(cls, stats: Stats) -> Numbers:
+        """What `stats` tells; read by one copy, or by none from where it is already."""
+        if stats.device.type != "cpu":
+            flat, layout = flattened(stats)
+            return cls(flat.cpu(), layout)
+        pieces, layout = _laid_out(stats)
+        found = cls.__new__(cls)
+        vectors = {name: _flat(pieces[name], stats.device) for name in layout.vectors}
+        found._read({name: float(pieces[name].item()) for name in layout.numbers}, vectors, layout)
+        return found
+
+    def _read(self, numbers: dict[str, float], vectors: dict[str, Tensor], layout: Layout) -> None:
         self.layout = layout
-        values, start = host.tolist(), len(layout.numbers)
-        self._numbers = dict(zip(layout.numbers, values))
-        self._vectors: dict[str, slice] = {}
-        for name, size in layout.vectors.items():
-            self._vectors[name] = slice(start, start := start + size)
-        self._host = host
-        self.absmax: list[float] = values[self._vectors["absmax"]]  # T float64
-        power = self._vectors.get("power", self._vectors["absmax"])
-        self.power: list[float] = values[power]  # T float64, sum |g|^p; for p of inf max |g|
+        self._numbers, self._vectors = {**numbers, **layout.known}, vectors
+        self.absmax: list[float] = vectors["absmax"].tolist()  # T float64
+        # T float64, sum |g|^p; for p of inf max |g|
+        self.power: list[float] = vectors["power"].tolist() if "power" in vectors else self.absmax
         self.count = len(self.absmax)  # T
         self.total_norm = self._rounded("norm")
         self.loss = self._numbers.get("loss")
         self.skipped = bool(self._numbers.get("skip"))
         self.broken: list[int] = []  # gradients that hold, or did before they were zeroed, an inf or a NaN
         if "zeroed" in self._vectors:
-            self.broken = [i for i, count in enumerate(values[self._vectors["zeroed"]]) if count]
+            self.broken = [i for i, count in enumerate(self._vectors["zeroed"].tolist()) if count]
         elif not math.isfinite(sum(self.absmax)):  # in the common case the sum tells that all are finite
             self.broken = [i for i, most in enumerate(self.absmax) if not math.isfinite(most)]
         self.nonfinite = len(self.broken)
@@ -93,7 +112,7 @@ class Numbers:
 
     def vector(self, name: str) -> Tensor:
         """[T] float64: "absmax", "power" or "zeroed", if there."""
-        return self._host[self._vectors.get(name, self._vectors["absmax"])]
+        return self._vectors.get(name, self._vectors["absmax"])
 
     @property
     def norms(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import Measurement, upload
-from .reading import Numbers, flattened
+from .reading import Numbers
 from .reading import root as _root
 from .table import GradTable
 
@@ -160,16 +160,17 @@ class Stats:
             ``nonfinite`` (how many gradients hold an inf or a NaN) and ``zeroed`` (how many elements
             ``nonfinite="zero"`` set to 0, if that is the policy).
         """
-        flat, layout = flattened(self)
-        return Numbers(flat.cpu(), layout).log(tensors)
+        return Numbers.of(self).log(tensors)
 
-    def pieces(self) -> dict[str, Tensor]:
-        """The tensors that all the others are computed from."""
+    def pieces(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The tensors that all the others are computed from, and what the host knows."""
         found = {"norm": self.norm, "coef": self._decision(), "absmax": self.absmax}
         if not math.isinf(self.norm_type):
             found["power"] = self.power
-        optional = {"clamped": self._clamped, "skip": self.skip, "limit": self.limit, "zeroed": self.zeroed}
-        return found | {name: piece for name, piece in optional.items() if piece is not None}
+        known = {"limit": self._limit} if isinstance(self._limit, float) else {}
+        limit = None if known else self._limit
+        optional = {"clamped": self._clamped, "skip": self.skip, "limit": limit, "zeroed": self.zeroed}
+        return found | {name: piece for name, piece in optional.items() if isinstance(piece, Tensor)}, known
 
     def scaled(self, coef: Tensor) -> Stats:
         """The statistics the gradients will have once multiplied by `coef` ([] or [T]): what the next rule sees."""

@@ -251,9 +251,11 @@ class GradMonitor:
         return found
 
     def _take(self, flying: Flying) -> list[Notice]:
-        host, layout = flattened(flying.stats) if flying.stats is not None else (flying.host, flying.layout)
-        assert host is not None and layout is not None
-        read = Numbers(host, layout)
+        if flying.stats is not None:
+            read = Numbers.of(flying.stats)
+        else:
+            assert flying.host is not None and flying.layout is not None
+            read = Numbers(flying.host, flying.layout)
         loss = read.loss if flying.loss is None else flying.loss
         index = self._register.index(read.keys)
         record: dict[str, Any] = {"step": flying.step} | ({} if loss is None else {"loss": loss}) | read.log()
