@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from watching import INF, NAN, Event, Model, late, lines, quiet, steps_of, watch
 import fastclip
 from fastclip import __main__ as command
 from fastclip.monitor import GradientWarning, GradMonitor, History, load, rows
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def assert_png(path, width=1300):
@@ -428,6 +431,22 @@ def test_on_a_cpu_steps_are_taken_up_together_or_when_looked_at(tmp_path):
     monitor.update(model.step(7))
     monitor.close()
     assert [line["total_norm"] for line in steps_of(path)] == [*range(2 * together + 1), 7]
+
+
+def test_a_run_that_ends_without_close_is_whole(tmp_path):
+    path = tmp_path / "run.jsonl"
+    program = f"""
+import torch, fastclip
+p = torch.nn.Parameter(torch.ones(1))
+p.grad = torch.ones(1)
+monitor = fastclip.monitor.GradMonitor({str(path)!r})
+for _ in range(6):
+    monitor.update(fastclip.Clipper([p], 1.0).clip_())
+raise KeyError
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert "KeyError" in run.stderr
+    assert [line["step"] for line in steps_of(path)] == [*range(6)]
 
 
 # Pictures

@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import numbers
 import os
 import warnings
+import weakref
 from collections import deque
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -122,6 +124,7 @@ class GradMonitor:
         self._next, self._seen, self._closed = 0, 0, False
         self._loggers, self._own = loggers(log)
         self._lines = None if path is None else Lines(path)
+        atexit.register(_finish, weakref.ref(self))
 
     def update(self, stats: Stats, loss: Tensor | float | None = None, step: int | None = None) -> None:
         """Take note of a step, once its numbers have come to the host. Never waits for the device.
@@ -299,6 +302,15 @@ class GradMonitor:
             self._history.warnings.append(failed)
             return [failed]
         return []
+
+
+def _finish(monitor: weakref.ref[GradMonitor]) -> None:
+    """What :meth:`GradMonitor.close` does, for a run that ends without it."""
+    if (left := monitor()) is not None:
+        with contextlib.suppress(
+            Exception
+        ):  # the run is over: a broken GPU or disk has been heard of, or never will be
+            left._finished()
 
 
 def _started(stats: Stats, loss: Tensor | None) -> tuple[Stats | None, Tensor | None, Layout | None, Any]:
