@@ -113,7 +113,7 @@ def draw(runs: dict[str, Run], spike: int, nan: int, path: pathlib.Path) -> None
         style = {"color": "gray", "linestyle": ":"} if name == "unclipped" else {}
         top.plot(run.validation, label=f"{name}, {run.accuracy:.1%}", **style)
     top.set(title="Loss on the test images, and accuracy in the end", xlabel="step", yscale="log")
-    top.legend(ncols=2, loc="lower left")
+    top.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     shared = None
     for i, (name, run) in enumerate(runs.items()):
         axes = figure.add_subplot(grid[1 + i // 3, i % 3], sharex=shared, sharey=shared)

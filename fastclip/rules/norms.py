@@ -53,10 +53,11 @@ class GlobalNorm:
 
     def __call__(self, stats: Stats) -> Tensor:
         limit = self.limit(stats.step)
-        if isinstance(limit, Tensor):
-            on_host = limit.device.type == "cpu"
-            to = stats.device
-            limit = upload(limit, torch.float64, to) if on_host else limit.to(to, torch.float64, non_blocking=True)
+        if isinstance(limit, Tensor):  # a copy: the statistics keep it, and it changes
+            if limit.device.type == "cpu" != stats.device.type:
+                limit = upload(limit, torch.float64, stats.device)
+            else:
+                limit = limit.to(stats.device, torch.float64, non_blocking=True, copy=True)
         stats.limit = limit
         return clip_coefficient(stats.norm, limit)
 
