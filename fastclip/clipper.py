@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import Measurement, native, upload
+from .backends import Measurement, capturing, native, upload
 from .feed import Fed, Scaling, check_optimizer, covers, feed
 from .members import Members
 from .rules import GlobalNorm, Rule
-from .rules.formula import checked, clip_coefficient, combined, is_zero, load_state, norm_type_of, state_of
+from .rules.formula import check_state, checked, clip_coefficient, combined, is_zero, norm_type_of, state_of
 from .rules.norms import as_rule
 from .stats import Stats, measure
 from .table import GradTable, from_native, listed, pack
@@ -32,8 +32,9 @@ class Clipper:
             order, each seeing what those before it leave), or a number, which means ``GlobalNorm(number)``.
         nonfinite: what to do when a gradient holds an inf or a NaN: ``"propagate"`` it as torch does; ``"skip"`` (the
             gradients stay as they are, and :meth:`step` leaves the parameters as they are); ``"zero"`` the elements
-            concerned before anything else; or ``"raise"`` before anything is changed, which reads a flag back to the
-            host at every call. Whatever it is, a norm that is not finite enters no rule's running statistics.
+            concerned before anything else, whether or not the step is skipped; or ``"raise"`` before anything is
+            changed, which reads a flag back to the host at every call. Whatever it is, a norm that is not finite enters
+            no rule's running statistics.
 
     Attributes:
         steps: how often :meth:`clip_` and :meth:`step` have decided.
@@ -110,7 +111,7 @@ class Clipper:
         power, absmax, norm, coef, wide = done
         parts = [Measurement(power, absmax)]
         stats = Stats(self.norm_type, torch.float64 if wide else torch.float32, power.device, parts, None, norm)
-        stats.limit = limit
+        stats.limit, stats.step = limit, self.steps
         if self.names is not None:
             stats.names = self._members(len(power)).names
         self.steps += 1
@@ -181,7 +182,8 @@ class Clipper:
         check = self._refuse if policy == "raise" else None
         if self._checked != len(self.parameters):  # an optimizer was given more of them
             self.check_rules()
-        members = functools.cache(lambda: self._members(len(table)))
+        count = len(table)
+        members = functools.cache(lambda: self._members(count))  # not of the table, which holds the gradients
         before = Before(factor, skip, self.steps, members)
         stats, pending = decide(table, self.rules, self.norm_type, check, before, policy)
         if self.names is not None:
@@ -210,14 +212,11 @@ class Clipper:
         if len(saved) != len(self.rules):
             raise ValueError(f"state_dict has {len(saved)} rules, and this Clipper {len(self.rules)}: {self.rules}")
         steps, skips, zeroed = state_dict["steps"], state_dict["skips"], state_dict["zeroed"]
-        kept = [state_of(rule) for rule in self.rules]
-        try:
-            for rule, state in zip(self.rules, saved):
-                load_state(rule, state)
-        except Exception:
-            for rule, state in zip(self.rules, kept):
-                load_state(rule, state)
-            raise
+        for rule, state in zip(self.rules, saved):
+            check_state(rule, state)
+        for rule, state in zip(self.rules, saved):
+            if hasattr(rule, "load_state_dict"):
+                rule.load_state_dict(state)
         self.steps, self.skips, self.zeroed = steps, _loaded(self.skips, skips), _loaded(self.zeroed, zeroed)
 
     def _refuse(self, stats: Stats) -> None:
@@ -243,9 +242,11 @@ class Clipper:
             if known is None or known.total != everyone or len(known.indices) != everyone:
                 known = Members.all_of(self.parameters, self.names)
         else:
-            found = Members.of(self.parameters, self.names)
-            if known is None or known.total != everyone or known.indices != found.indices:
-                known = found
+            there = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+            alone = len(there) == count and known is not None and not known.shared
+            if known is None or not alone or known.total != everyone or known.indices != there:
+                found = Members.of(self.parameters, self.names)
+                known = known if known is not None and found.same_as(known) else found
         self._known = known
         return known
 
@@ -351,6 +352,15 @@ def decide(
     """Read the gradients once and let the rules decide. Only what comes before the last rule that works in place is
     written. The statistics are those of the gradients times ``given.factor``, as they were before any rule."""
     factor, skip = given.factor, given.skip
+    if given.members and any(getattr(rule, "in_place", False) for rule in rules):
+        for rule in rules:
+            if hasattr(rule, "check_gradients"):
+                rule.check_gradients(given.members(), given.step)
+    if capturing(table.device):
+        for rule in rules:
+            rule = getattr(rule, "rule", rule)  # of an Only
+            if hasattr(rule, "check_capture"):
+                rule.check_capture()
     limit = rules[0].limit(given.step) if len(rules) == 1 and type(rules[0]) is GlobalNorm and factor is None else None
     fused = limit if isinstance(limit, float) else None
     before, coef = measure(table, norm_type, fused, repair=nonfinite == "zero")
@@ -368,6 +378,7 @@ def decide(
         one = torch.ones((), dtype=torch.float64, device=table.device) if coef is None or not len(table) else coef
         if fused is not None:
             before.limit = fused
+        before._members = None
         return before.decided(one, None, skip), Pending(one, skip)
 
     coef, overall, changed = factor, None, None  # None: 1, 1, no
@@ -397,6 +408,7 @@ def decide(
     if coef is None or overall is None:
         one = torch.ones((), dtype=torch.float64, device=table.device)
         coef, overall = one if coef is None else coef, one if overall is None else overall
+    before._members = None  # for the rules only: they would keep it for as long as the statistics live
     return before.decided(overall, changed, skip), Pending(coef, skip, factor, decisions)
 
 
@@ -412,14 +424,18 @@ def _flag(when: Any, device: torch.device) -> Tensor:
 def _added(total: Tensor | None, more: Tensor) -> Tensor:
     """`total` and `more`, in the memory of `total`, which a CUDA graph may know."""
     if total is None or total.device != more.device:
+        if capturing(more.device):
+            raise RuntimeError(
+                "call the Clipper once before it is captured in a CUDA graph: it has nothing to count in yet"
+            )
         total = torch.zeros((), dtype=torch.int64, device=more.device) if total is None else total.to(more.device)
     return total.add_(more)
 
 
 def _loaded(mine: Tensor | None, saved: Tensor | None) -> Tensor | None:
-    if mine is None or saved is None:
+    if mine is None:
         return None if saved is None else saved.detach().clone()
-    return mine.copy_(saved)
+    return mine.zero_() if saved is None else mine.copy_(saved)
 
 
 def clip_by_norm(table: GradTable, norm: Tensor, max_norm: float) -> None:

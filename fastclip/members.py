@@ -28,6 +28,7 @@ class Members:
         self, owners: list[list[Tensor]], names: tuple[str, ...] | None, indices: Sequence[int], total: int
     ) -> None:
         self.owners, self.names, self.indices, self.total = owners, names, indices, total
+        self.shared = any(len(each) > 1 for each in owners)  # whether parameters share a gradient
         self._kept: dict[Hashable, Any] = {}
 
     @classmethod
@@ -50,6 +51,14 @@ class Members:
     def all_of(cls, parameters: list[Tensor], names: tuple[str, ...] | None) -> Members:
         """All `parameters`, each with a gradient of its own."""
         return cls([[p] for p in parameters], names, range(len(parameters)), len(parameters))
+
+    def same_as(self, other: Members | None) -> bool:
+        """Whether the parameters are those of `other`, and share the same gradients."""
+        return (
+            other is not None
+            and self.total == other.total
+            and [list(map(id, o)) for o in self.owners] == [list(map(id, o)) for o in other.owners]
+        )
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -83,4 +92,5 @@ class Members:
 
     def on(self, device: torch.device, key: Hashable, make: Callable[[], Made]) -> Made:
         """:meth:`kept`, of something on `device`: in a CUDA graph made anew, since every replay copies it."""
-        return make() if capturing(device) else self.kept((key, device), make)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0  # which it is ready on
+        return make() if capturing(device) else self.kept((key, device, stream), make)

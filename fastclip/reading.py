@@ -108,7 +108,7 @@ class Numbers:
             self.coef = self.vector("coef").to(layout.dtype)
             self.least = self.coef.min().item() if self.count else 1.0
             changed = bool((self.coef != 1).any())
-        self.clipped = changed or bool(self._numbers.get("clamped"))
+        self.clipped = changed or bool(self._numbers.get("clamped")) or ("zeroed" in vectors and self.nonfinite > 0)
 
     def vector(self, name: str) -> Tensor:
         """[T] float64: "absmax", "power" or "zeroed", if there."""

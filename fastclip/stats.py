@@ -140,7 +140,8 @@ class Stats:
     @property
     def clipped(self) -> Tensor:
         changed = (self.coef != 1).any()
-        return changed if self._clamped is None else changed | self._clamped
+        changed = changed if self._clamped is None else changed | self._clamped
+        return changed if self.zeroed is None else changed | (self.zeroed > 0).any()
 
     @property
     def skipped(self) -> Tensor:

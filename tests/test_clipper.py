@@ -155,7 +155,7 @@ def test_no_gradients_yet(backend):
 @pytest.mark.parametrize(
     ("rule", "kind", "message"),
     [
-        ("adam", TypeError, "rule must be a rule, a list of rules or a number, got str 'adam'"),
+        ("adam", TypeError, "rule must be a rule or a number, got str 'adam'"),
         ([], ValueError, "rule must not be an empty list"),
         (None, TypeError, "got NoneType None"),
         (-1.0, ValueError, "max_norm must be >= 0, got -1.0"),

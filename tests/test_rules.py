@@ -1,11 +1,15 @@
 """Every rule against its formula, in float64; the adaptive ones on recorded norms, and saved in the middle."""
 
 import copy
+import gc
 import importlib.util
 import io
 import math
 import pathlib
+import pickle
 import runpy
+import types
+import weakref
 
 import numpy as np
 import pytest
@@ -247,7 +251,7 @@ def test_a_state_that_does_not_fit():
     for state, message in (
         (of(ZClip()), "has 1 rules, and this Clipper 2"),
         (of(AutoClip(window=4), ZClip()), r"state_dict holds count, history for ZClip\(.*remembers count, mean, var"),
-        (of(ZClip(), AutoClip(window=5)), "has a window of 5"),
+        (of(ZClip(), AutoClip(window=5)), "'history' must be of shape \\(5,\\) for AutoClip.*, got \\(6,\\)"),
         (of(ZClip(), ZClip()), r"for AutoClip\("),
     ):
         with pytest.raises(ValueError, match=message):
@@ -373,6 +377,32 @@ def test_names_from_an_optimizers_groups():
     assert optimizer.stats.coef.tolist() == pytest.approx([1, 1, 1, 0.5 / norm], rel=1e-5)
     with pytest.raises(ValueError, match="is called 'tail'"):
         fastclip.optim.SGD(groups, lr=0.0, max_norm=Only(0.5, "tail"))
+
+
+def test_loading_nothing_begins_anew_where_it_was():
+    ps = with_norm(1.0)
+    clipper = fastclip.Clipper(ps, [ZClip(), AutoClip(window=3), AdaGC()], nonfinite="skip")
+    empty = clipper.state_dict()
+    run(clipper, ps, [1.0, 2.0, 3.0, math.nan])
+    places = [{name: t.data_ptr() for name, t in rule.state.items()} for rule in clipper.rules]
+    skips = clipper.skips.data_ptr()
+    clipper.load_state_dict(empty)
+    assert [{name: t.data_ptr() for name, t in rule.state.items()} for rule in clipper.rules] == places
+    assert clipper.skips.data_ptr() == skips and clipper.skips.item() == 0 and clipper.steps == 0
+    other = fastclip.Clipper(ps, [ZClip(), AutoClip(window=3), AdaGC()], nonfinite="skip")
+    np.testing.assert_array_equal(run(clipper, ps, recorded("spikes"))[0], run(other, ps, recorded("spikes"))[0])
+
+
+def test_a_state_of_another_shape_or_order():
+    ps = with_norm(1.0)
+    clipper = fastclip.Clipper(ps, ZClip())
+    run(clipper, ps, [1.0, 2.0])
+    saved = clipper.state_dict()
+    backwards = dict(reversed(saved["rules"][0].items()))
+    clipper.load_state_dict({**saved, "rules": [backwards]})
+    assert clipper.rules[0].state["mean"].item() == pytest.approx(1.5)
+    with pytest.raises(ValueError, match=r"'mean' must be of shape \(\) .* got \(3,\)"):
+        clipper.load_state_dict({**saved, "rules": [{**backwards, "mean": torch.ones(3)}]})
 
 
 # ---- rules without a memory ----
@@ -643,6 +673,76 @@ def test_any_list_of_rules_decides_as_one_after_the_other(data):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_gradients_that_are_shared_otherwise_than_before():
+    a, b = parameter(torch.ones(2)), parameter(torch.zeros(2))
+    b.grad = a.grad
+    clipper = fastclip.Clipper([a, b], Only(TensorNorm(0.1), [b]))
+    clipper.clip_()
+    assert a.grad.norm().item() == pytest.approx(0.1, rel=1e-4)
+    a.grad, b.grad = torch.ones(2), None
+    clipper.clip_()
+    assert a.grad.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("rule", [1.0, TensorNorm(1.0), Value(1.0), ZClip(), AGC(), [Mask(0.0), 1.0]], ids=str)
+def test_statistics_do_not_keep_gradients(rule):
+    """They may live until the next step, and the gradients' memory is wanted before."""
+    for step in (lambda c, o: c.clip_(), lambda c, o: c.step(o)):
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        clipper = fastclip.Clipper([("p", p)], rule)
+        stats = step(clipper, fastclip.optim.SGD([p], lr=0.1))
+        alive = weakref.ref(p.grad.untyped_storage())
+        p.grad = None
+        gc.collect()
+        assert alive() is None
+        assert stats.total_norm.item() > 0
+        pickle.loads(pickle.dumps(stats))
+
+
+def test_complaints_come_before_anything_is_written():
+    """In a list whose second rule works in place, what the later ones would complain about is found out first."""
+
+    def limit(step):
+        return math.nan if step else 1.0
+
+    real, complex_ = parameter(torch.full((2,), 10.0)), parameter(torch.ones(2, dtype=torch.complex64))
+    sparse = torch.nn.Parameter(torch.ones(4, 2))
+    sparse.grad = torch.ones(4, 2).to_sparse(1)
+    for ps, rule, error in (
+        ([real, complex_], [GlobalNorm(1.0), Value(-0.5, 1.0)], TypeError),
+        ([real, complex_], [GlobalNorm(1.0), Only(Value(-0.5, 1.0), [complex_])], TypeError),
+        ([real, sparse], [GlobalNorm(1.0), AGC()], NotImplementedError),
+        ([real], [Value(0.5), ZClip(), GlobalNorm(lambda step: math.nan)], ValueError),
+        ([real], [Value(0.5), Except(GlobalNorm(lambda step: "x"), [real])], TypeError),
+    ):
+        clipper = fastclip.Clipper(ps, rule)
+        with pytest.raises(error):
+            clipper.clip_()
+        assert real.grad.tolist() == [10, 10] and clipper.steps == 0
+        assert not any(getattr(r, "state", None) for r in clipper.rules)
+    clipper = fastclip.Clipper([real, complex_], [GlobalNorm(1.0), Only(Value(-0.5, 1.0), [real])])
+    assert clipper.clip_().clipped
+
+
+def test_a_limit_is_asked_for_once_a_step():
+    asked = []
+
+    def limit(step):
+        asked.append(step)
+        return 1.0
+
+    p = parameter(torch.ones(2))
+    for rules in (GlobalNorm(limit), [Mask(0.0), GlobalNorm(limit)], [Value(9.0), GlobalNorm(limit)]):
+        asked.clear()
+        clipper = fastclip.Clipper([p], rules)
+        for step in range(3):
+            assert clipper.clip_().step == step
+        assert asked == [0, 1, 2]
+    with pytest.raises(TypeError, match="must be a number, got a tensor"):
+        fastclip.Clipper([p], GlobalNorm(lambda step: torch.ones(()))).clip_()
+
+
 # ---- counts ----
 
 
@@ -716,8 +816,10 @@ def test_a_broken_gradient_is_refused_before_anything_is_remembered(rule, value)
         (lambda: Value(math.nan, 0.5), ValueError, "limit must be <= high, got nan and 0.5"),
         (lambda: GlobalNorm(torch.ones(2)), ValueError, r"max_norm must be one real number, got a .* shape \(2,\)"),
         (lambda: GlobalNorm("1"), TypeError, "max_norm must be a number, got str '1'"),
+        (lambda: Only(GlobalNorm(1.0), []), ValueError, "which must not be empty"),
+        (lambda: fastclip.Clipper(named().items(), AGC(exclude="tail")), ValueError, "exclude: no parameter is called"),
         (lambda: Only(GlobalNorm(1.0), [3]), TypeError, "which must hold names or parameters, got int 3"),
-        (lambda: Only("norm", "a"), TypeError, "rule must be a rule, a list of rules or a number, got str 'norm'"),
+        (lambda: Only("norm", "a"), TypeError, "rule must be a rule or a number, got str 'norm'"),
         (lambda: fastclip.Clipper(named().items(), Only(1.0, "tail.*")), ValueError, r"is called 'tail\.\*'"),
         (lambda: fastclip.Clipper(named().values(), Only(1.0, "head.*")), ValueError, "needs model.named_parameters"),
         (lambda: fastclip.Clipper(named().values(), AGC(exclude=[torch.ones(2)])), ValueError, "is no parameter"),
@@ -743,6 +845,70 @@ def test_repr():
 
 
 # ---- compiled ----
+
+
+SETTINGS = {
+    "ZClip": [ZClip(), ZClip(2.0, 0.9, 3, 0.0), ZClip(z_max=1)],
+    "AutoClip": [AutoClip(), AutoClip(50, 4), AutoClip(99.5, 16)],
+    "AdaGC": [AdaGC(), AdaGC(2.0, 0.5, 0, 3.0), AdaGC(warmup=2, lambda_abs=0.5)],
+}
+
+
+@pytest.mark.parametrize("rule", SETTINGS)
+def test_a_compiler_follows_every_setting(rule, monkeypatch):
+    from fastclip.rules import adaptive
+
+    torch._dynamo.reset()
+    compiled = {}
+
+    def fused(function, *arguments):
+        if function not in compiled:
+            compiled[function] = torch.compile(function, fullgraph=True, backend="eager")
+        return compiled[function](*arguments)
+
+    monkeypatch.setattr(adaptive, "fused", fused)
+    for setting in SETTINGS[rule]:
+        for count in (1, 2, 5):
+            ps = [parameter(torch.ones(2)) for _ in range(count)]
+            clipper = fastclip.Clipper(ps, copy.deepcopy(setting), nonfinite="skip")
+            for _ in range(3):
+                clipper.clip_()
+
+
+def test_a_compiler_that_fails_is_done_without(monkeypatch):
+    """At once or later: what was to be compiled changes nothing, so it can be run again."""
+    from fastclip.rules import adaptive
+
+    calls = []
+
+    class Device:  # what fused takes for a GPU
+        type = "cuda"
+
+    class Number:
+        device = Device()
+
+    def plain(number):
+        calls.append("plain")
+        return (number,)
+
+    def compiled(number):
+        calls.append("compiled")
+        if len(calls) > 2:
+            raise ValueError("no more of this")
+        return (number,)
+
+    monkeypatch.setattr(adaptive, "capturing", lambda device: False)
+    monkeypatch.setattr(adaptive, "choose", lambda device: types.SimpleNamespace(name="triton"))
+    monkeypatch.setattr(adaptive, "get", lambda name: types.SimpleNamespace(why_not=lambda device: None))
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compiled)
+    number = Number()
+    assert adaptive.fused(plain, number) == adaptive.fused(plain, number) == (number,)
+    with pytest.warns(UserWarning, match="failed for a rule, which runs uncompiled: no more of this"):
+        assert adaptive.fused(plain, number) == (number,)
+    assert adaptive.fused(plain, number) == (number,)
+    assert calls == ["compiled", "compiled", "compiled", "plain", "plain"]
+    monkeypatch.setattr(adaptive, "capturing", lambda device: True)
+    assert adaptive.fused(lambda number: (number, "anew"), number) == (number, "anew")
 
 
 @pytest.mark.slow

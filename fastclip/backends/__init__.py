@@ -90,6 +90,8 @@ def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     host = torch.as_tensor(values, dtype=dtype, device="cpu")
     if device.type == "cpu":
         return host
+    if isinstance(values, Tensor) and host.data_ptr() == values.data_ptr():
+        host = host.clone()  # pinned already, it would be read after its owner has changed it
     host = host.pin_memory()
     if capturing(device):
         _captured.append(host)

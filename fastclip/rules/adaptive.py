@@ -17,11 +17,15 @@ from torch import Tensor
 
 from ..backends import capturing, choose, get
 from ..stats import Stats
-from .formula import at_least_one, clip_coefficient, fraction, nonnegative, number, positive
+from .formula import EPS, at_least_one, clip_coefficient, fraction, nonnegative, number, positive
 
 
 class Adaptive:
-    """A rule with running statistics, `state`: tensors by name, made in the first step on the gradients' device."""
+    """A rule with running statistics, `state`: tensors by name, made in the first step on the gradients' device.
+
+    From then on they are changed where they are, since a CUDA graph may know their memory; only a move to another
+    device, or another number of parameters, gives them a new one.
+    """
 
     norm_type = 2.0
     zero_if_finite = True  # its coefficient is +0 only where the norm, and so every gradient, is finite
@@ -29,16 +33,21 @@ class Adaptive:
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
 
-    def _new(self, stats: Stats) -> dict[str, Tensor]:
+    def _new(self, device: torch.device) -> dict[str, Tensor]:
         """The state before the first step."""
         raise NotImplementedError
 
-    def _on(self, stats: Stats) -> dict[str, Tensor]:
-        """The state, on the device of these statistics."""
-        if not self.state:
-            self.state = self._new(stats)
-        if any(t.device != stats.device for t in self.state.values()):
-            self.state = {name: t.to(stats.device) for name, t in self.state.items()}
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        """The state, on `device`."""
+        if not self.state or any(t.device != device for t in self.state.values()):
+            if capturing(device):
+                raise RuntimeError(
+                    f"{self!r} remembers nothing on {device} yet: call it once before it is captured in a CUDA graph, "
+                    f"whose replays would otherwise each begin anew"
+                )
+            with torch.inference_mode(False):
+                made = self.state or self._new(device)
+                self.state = {name: t.to(device, copy=True) for name, t in made.items()}
         return self.state
 
     def _heard(self, norm: Tensor, stats: Stats) -> Tensor:
@@ -51,21 +60,34 @@ class Adaptive:
     def state_dict(self) -> dict[str, Any]:
         return {name: t.detach().clone() for name, t in self.state.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state. ValueError if it is another rule's."""
-        loaded = {name: torch.as_tensor(t) for name, t in state.items()}
-        if loaded:
-            self._check(loaded)
-        same = self.state.keys() == loaded.keys() and all(t.shape == loaded[k].shape for k, t in self.state.items())
-        if same:
-            self._remember(*(loaded[name] for name in self.state))  # where a CUDA graph knows them
-        else:
-            self.state = {name: t.detach().clone() for name, t in loaded.items()}
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """ValueError unless `state` is one of this rule's."""
+        if state and set(state) != set(self._names):
+            names = ", ".join(self._names)
+            raise ValueError(f"state_dict holds {', '.join(state)} for {self!r}, which remembers {names}")
+        for name, mine in self._new(torch.device("cpu")).items() if state else ():
+            shape = tuple(torch.as_tensor(state[name]).shape)
+            if not self._fits(name, shape, tuple(mine.shape)):
+                raise ValueError(f"state_dict: {name!r} must be of shape {tuple(mine.shape)} for {self!r}, got {shape}")
 
-    def _check(self, state: dict[str, Tensor]) -> None:
-        expected = self._names
-        if tuple(state) != expected:
-            raise ValueError(f"state_dict holds {', '.join(state)} for {self!r}, which remembers {', '.join(expected)}")
+    def _fits(self, name: str, shape: tuple[int, ...], mine: tuple[int, ...]) -> bool:
+        return shape == mine
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state, an empty one too. ValueError if it is another rule's."""
+        self.check_state_dict(state)
+        loaded = {name: torch.as_tensor(state[name], dtype=torch.float64) for name in self._names if state}
+        if not self.state:
+            self.state = {name: t.detach().clone() for name, t in loaded.items()}
+            return
+        for name, mine in self.state.items():
+            value = loaded[name] if loaded else self._new(mine.device)[name]
+            if len(value) > len(mine) if mine.dim() else False:  # more parameters than there were
+                self.state[name] = value.detach().to(mine.device, copy=True)
+            elif mine.dim():
+                mine.zero_()[: len(value)].copy_(value)
+            else:
+                mine.copy_(value)
 
     _names: tuple[str, ...]
 
@@ -103,11 +125,11 @@ class ZClip(Adaptive):
         self.warmup = at_least_one(warmup, "warmup")
         self.eps = nonnegative(eps, "eps")
 
-    def _new(self, stats: Stats) -> dict[str, Tensor]:
-        return {name: torch.zeros((), dtype=torch.float64, device=stats.device) for name in self._names}
+    def _new(self, device: torch.device) -> dict[str, Tensor]:
+        return {name: torch.zeros((), dtype=torch.float64, device=device) for name in self._names}
 
     def __call__(self, stats: Stats) -> Tensor:
-        state = self._on(stats)
+        state = self._on(stats.device)
         coef, stats.limit, *new = fused(
             *(_zclip, stats.norm, self._heard(stats.norm, stats)),
             *state.values(),
@@ -139,7 +161,8 @@ def _zclip(
     z = (norm - mean) / (std + eps)
     warm = count >= warmup
     spike = warm & (z > z_max) & (mean > 0)
-    limit = torch.where(spike, mean + z_max * z_max * std / z, torch.where(warm, mean + z_max * (std + eps), math.inf))
+    above = torch.where(warm & (mean > 0), mean + z_max * (std + eps), math.inf)
+    limit = torch.where(spike, mean + z_max * z_max * std / z, above)
     coef = torch.where(spike, clip_coefficient(norm, limit), 1.0)
     # A NaN is no spike; it and inf go on as torch's clip would let them, for whatever rule or policy comes after.
     seen = torch.where(spike, limit, norm)
@@ -183,20 +206,15 @@ class AutoClip(Adaptive):
             raise ValueError(f"percentile must be in [0, 100], got {percentile!r}")
         self.window = at_least_one(window, "window")
 
-    def _new(self, stats: Stats) -> dict[str, Tensor]:
+    def _new(self, device: torch.device) -> dict[str, Tensor]:
         return {
-            "count": torch.zeros((), dtype=torch.float64, device=stats.device),
+            "count": torch.zeros((), dtype=torch.float64, device=device),
             # the last place is written when there is nothing to remember
-            "history": torch.full((self.window + 1,), math.inf, dtype=torch.float64, device=stats.device),
+            "history": torch.full((self.window + 1,), math.inf, dtype=torch.float64, device=device),
         }
 
-    def _check(self, state: dict[str, Tensor]) -> None:
-        super()._check(state)
-        if len(state["history"]) != self.window + 1:
-            raise ValueError(f"state_dict has a window of {len(state['history']) - 1}, and {self!r} another one")
-
     def __call__(self, stats: Stats) -> Tensor:
-        state = self._on(stats)
+        state = self._on(stats.device)
         coef, stats.limit, *new = fused(
             _autoclip, stats.norm, self._heard(stats.norm, stats), *state.values(), self.percentile / 100
         )
@@ -260,16 +278,23 @@ class AdaGC(Adaptive):
         self.warmup = at_least_one(warmup, "warmup") if warmup != 0 or isinstance(warmup, bool) else 0
         self.lambda_abs = positive(lambda_abs, "lambda_abs")
 
-    def _new(self, stats: Stats) -> dict[str, Tensor]:
+    def _new(self, device: torch.device) -> dict[str, Tensor]:
         return {
-            "count": torch.zeros((), dtype=torch.float64, device=stats.device),
-            "gamma": torch.zeros(0, dtype=torch.float64, device=stats.device),  # 0: none yet
+            "count": torch.zeros((), dtype=torch.float64, device=device),
+            "gamma": torch.zeros(0, dtype=torch.float64, device=device),  # 0: none yet
         }
 
+    def _fits(self, name: str, shape: tuple[int, ...], mine: tuple[int, ...]) -> bool:
+        return len(shape) == len(mine)  # as many as there were parameters
+
     def __call__(self, stats: Stats) -> Tensor:
-        state, members = self._on(stats), stats.members()
+        state, members = self._on(stats.device), stats.members()
         count, gamma = state["count"], state["gamma"]
         if len(gamma) < members.total:
+            if capturing(stats.device):
+                raise RuntimeError(
+                    f"{self!r} has met new parameters: call it once before it is captured in a CUDA graph"
+                )
             gamma = state["gamma"] = torch.cat([gamma, gamma.new_zeros(members.total - len(gamma))])
         index = members.index(stats.device)
         mine = gamma[: members.total] if index is None else gamma[index]
@@ -306,7 +331,9 @@ def _adagc(
     warming = count < warmup
     known = gamma > 0
     apart = torch.where(known, clip_coefficient(norms, rel * gamma), 1.0)
-    coef = torch.where(warming, clip_coefficient(norm, absolute), apart)
+    # Not by clip_coefficient, whose look at the limit a compiler could not follow.
+    together = torch.where(norm.isinf(), -0.0, (absolute / (norm + EPS)).clamp(max=1.0))
+    coef = torch.where(warming, together, apart)
     clipped = coef * norms
     least = torch.where(known, torch.minimum(gamma, clipped), clipped)
     followed = torch.where(known, beta * gamma + (1 - beta) * clipped, clipped)
@@ -319,6 +346,7 @@ def _adagc(
 
 
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}  # a function that cannot be compiled stands for itself
+_compiled_for: set[Any] = set()  # what a compiled function was called with
 
 
 def fused(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
@@ -327,23 +355,24 @@ def fused(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple
     `function` must not change anything, so that it can be called again where compiling fails.
     """
     device = arguments[0].device
-    if device.type == "cpu":
+    if device.type == "cpu" or _compiled.get(function) is function:
         return function(*arguments)
+    key = function, device, tuple(x.shape if isinstance(x, Tensor) else x for x in arguments)
+    if capturing(device) and key not in _compiled_for:
+        return function(*arguments)  # nothing can be compiled in the middle of a capture
     if function not in _compiled:
-        if capturing(device):
-            return function(*arguments)  # nothing can be compiled in the middle of a capture
         if choose(device).name == "reference" or get("triton").why_not(device) is not None:
             return function(*arguments)
-        try:
-            compiled = torch.compile(function, fullgraph=True)
-            results = compiled(*arguments)
-        except Exception as error:  # noqa: BLE001 - whatever the compiler lacks: the lines run one by one instead
-            _compiled[function] = function
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            warnings.warn(
-                f"fastclip: torch.compile failed for a rule, which runs uncompiled: {reason[0]}", stacklevel=2
-            )
-            return function(*arguments)
-        _compiled[function] = compiled
-        return results
-    return _compiled[function](*arguments)
+        _compiled[function] = torch.compile(function, fullgraph=True)
+    try:
+        with torch.no_grad():  # one of the modes that would each be compiled for
+            results = _compiled[function](*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the compiler lacks: the lines run one by one instead
+        _compiled[function] = function
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(f"fastclip: torch.compile failed for a rule, which runs uncompiled: {reason[0]}", stacklevel=2)
+        return function(*arguments)
+    _compiled_for.add(key)
+    return results

@@ -13,7 +13,7 @@ from ..backends import upload
 from ..members import Members
 from ..stats import Stats
 from ..table import GradTable, pack
-from .formula import checked, load_state, state_of
+from .formula import check_state, checked, state_of
 from .norms import as_rule
 
 
@@ -26,20 +26,24 @@ class Only:
         [Only(GlobalNorm(1.0), ["*.weight"]), Only(GlobalNorm(0.1), embedding.parameters())]
 
     Args:
-        rule: as :class:`~fastclip.Clipper` takes it.
+        rule: a rule, a function of :class:`Stats`, or a number, which means ``GlobalNorm(number)``.
         which: names of parameters, as patterns of the shell (``"head.*"``; the Clipper must then have been given named
             parameters), or the parameters themselves; or a list of such.
 
     Raises:
         TypeError: `rule` or `which` is no such thing.
-        ValueError: from the Clipper, if a name matches no parameter, or `which` holds one that the Clipper has not.
+        ValueError: `which` is empty; from the Clipper, if a name matches no parameter, or `which` holds one that the
+            Clipper has not.
     """
 
     _others = False  # whether `which` says whom to leave alone
+    _argument = "which"
 
     def __init__(self, rule: Any, which: Any) -> None:
         self.rule = as_rule(rule)
-        self.which = chosen(which, "which")
+        self.which = chosen(which, self._argument)
+        if not self.which:
+            raise ValueError(f"{self._argument} must not be empty, got {which!r}")
 
     @property
     def in_place(self) -> bool:
@@ -61,11 +65,15 @@ class Only:
         for item in self.which:
             if isinstance(item, Tensor):
                 if id(item) not in known:
-                    raise ValueError(f"which: a tensor of shape {tuple(item.shape)} is no parameter of this Clipper")
+                    raise ValueError(
+                        f"{self._argument}: a tensor of shape {tuple(item.shape)} is no parameter of this Clipper"
+                    )
             elif names is None:
-                raise ValueError(f"which: {item!r} is a name, so the Clipper needs model.named_parameters()")
+                raise ValueError(f"{self._argument}: {item!r} is a name, so the Clipper needs model.named_parameters()")
             elif not any(fnmatch.fnmatchcase(name, item) for name in names):
-                raise ValueError(f"which: no parameter is called {item!r}; the first ones are {', '.join(names[:5])}")
+                raise ValueError(
+                    f"{self._argument}: no parameter is called {item!r}; the first ones are {', '.join(names[:5])}"
+                )
 
     def _positions(self, members: Members) -> list[int]:
         """Of the chosen gradients among the T of a decision."""
@@ -93,11 +101,20 @@ class Only:
         mine = members.only(self, self._positions(members))
         return self.rule.write_(pack(mine.parameters, gradients=False, write=True), mine, skip).to(table.device)
 
+    def check_gradients(self, members: Members, step: int) -> None:
+        """What the rule would complain about in its turn, before anything is written."""
+        if hasattr(self.rule, "check_gradients"):
+            self.rule.check_gradients(members.only(self, self._positions(members)), step)
+
     def state_dict(self) -> dict[str, Any]:
         return state_of(self.rule)
 
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        check_state(self.rule, state)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_state(self.rule, state)
+        if hasattr(self.rule, "load_state_dict"):
+            self.rule.load_state_dict(state)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rule}, {self.shown()})"

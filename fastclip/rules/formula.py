@@ -64,10 +64,11 @@ def state_of(rule: Any) -> dict[str, Any]:
     return rule.state_dict() if hasattr(rule, "state_dict") else {}
 
 
-def load_state(rule: Any, state: dict[str, Any]) -> None:
-    if hasattr(rule, "load_state_dict"):
-        rule.load_state_dict(state)
-    elif state:
+def check_state(rule: Any, state: dict[str, Any]) -> None:
+    """ValueError unless `state` is one that `rule` can load."""
+    if hasattr(rule, "check_state_dict"):
+        rule.check_state_dict(state)
+    elif state and not hasattr(rule, "load_state_dict"):
         raise ValueError(f"state_dict has {', '.join(state)} for the rule {rule!r}, which has no state")
 
 

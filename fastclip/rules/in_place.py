@@ -40,10 +40,13 @@ class Value:
             if not self.low <= self.high:
                 raise ValueError(f"limit must be <= high, got {limit!r} and {high!r}")
 
+    def check_gradients(self, members: Members, step: int) -> None:
+        """TypeError where a gradient is complex and there are two limits."""
+        if self.low != -self.high and any(p.is_complex() for p in members.parameters):
+            raise TypeError(f"{self!r} has two limits, and a complex gradient can only be limited by magnitude")
+
     def write_(self, table: GradTable, members: Members, skip: Tensor | None) -> Tensor:
         """Limit the gradients; [] bool, whether any was changed."""
-        if self.low != -self.high and any(group.dtype.is_complex for group in table.groups):
-            raise TypeError(f"{self!r} has two limits, and a complex gradient can only be limited by magnitude")
         if skip is not None and bool(skip):  # the limits cannot wait on the device
             return torch.zeros((), dtype=torch.bool, device=table.device)
         return table.clamp_(self.low, self.high)
@@ -60,7 +63,8 @@ class AGC:
 
     with u the rows of a tensor of two or more dimensions (its slices along dimension 0), and otherwise all of it. Brock
     et al. 2021, "High-Performance Large-Scale Image Recognition Without Normalization"; timm's ``adaptive_clip_grad``.
-    A pass of its own, as `Value` is: it reads gradients and parameters once more and writes only the units it clips.
+    A pass of its own, as `Value` is: it reads gradients and parameters once more and writes only the units it clips. A
+    tensor whose rows are no pieces of memory (a transposed one) takes a view for each row, which is slow.
 
     Args:
         clip_factor: the share, >= 0.
@@ -78,19 +82,24 @@ class AGC:
         self.clip_factor = nonnegative(clip_factor, "clip_factor")
         self.eps = nonnegative(eps, "eps")
         left_alone = chosen(exclude, "exclude")
-        self._but = Except(AGC(clip_factor, eps), left_alone) if left_alone else None
+        self._but = _Excluding(AGC(clip_factor, eps), left_alone) if left_alone else None
 
     def check(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
         if self._but:
             self._but.check(parameters, names)
+
+    def check_gradients(self, members: Members, step: int) -> None:
+        """NotImplementedError where a gradient is sparse."""
+        if self._but:
+            self._but.check_gradients(members, step)
+        elif any(p.grad is not None and p.grad.layout is not torch.strided for p in members.parameters):
+            raise NotImplementedError("AGC does not support sparse gradients: it needs the norms of whole rows")
 
     def write_(self, table: GradTable, members: Members, skip: Tensor | None) -> Tensor:
         """Limit the units of the gradients; [] bool, whether any was changed."""
         if self._but:
             return self._but.write_(table, members, skip)
         parameters = members.parameters
-        if any(p.grad is not None and p.grad.layout is not torch.strided for p in parameters):
-            raise NotImplementedError("AGC does not support sparse gradients: it needs the norms of whole rows")
         pairs: list[tuple[Group, Group]] = []
         for group in table.groups:
             pairs += _units(group, [parameters[p] for p in group.positions or range(len(group))])
@@ -113,6 +122,10 @@ class AGC:
     def __repr__(self) -> str:
         but = f", exclude={self._but.shown()}" if self._but else ""
         return f"AGC({self.clip_factor}, eps={self.eps}{but})"
+
+
+class _Excluding(Except):
+    _argument = "exclude"
 
 
 def _units(group: Group, parameters: list[Tensor]) -> list[tuple[Group, Group]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import upload
+from ..members import Members
 from ..stats import Stats
 from .formula import clip_coefficient, nonnegative, within
 
@@ -25,11 +26,13 @@ class GlobalNorm:
     Args:
         max_norm: the limit, >= 0: a number; or a function from the number of steps taken (0 in the first) to one, for a
             limit that warms up or decays; or a tensor of one element, on any device, of which each step takes the
-            present value (it is not checked, since that would wait for the device).
+            present value (it is not checked, since that would wait for the device). In a CUDA graph, whose replays
+            take steps that Python does not see, only a number or a tensor on the GPU.
         norm_type: p: 2, 1, ``inf``, 0 (the number of tensors that are not all zero) or any other p > 0.
 
     Raises:
         ValueError, TypeError: a limit or a norm type that is no such number; in the step, a function that returns none.
+        RuntimeError: a function, or a tensor on the host, in a CUDA graph.
     """
 
     zero_if_finite = True  # its coefficient is +0 only where the norm, and so every gradient, is finite
@@ -44,12 +47,31 @@ class GlobalNorm:
             max_norm = nonnegative(max_norm, "max_norm")
         self.max_norm = max_norm
         self.norm_type = nonnegative(norm_type, "norm_type")
+        self._called: tuple[Any, int, float] | None = None  # function, step and what it returned: once a step
 
     def limit(self, step: int) -> float | Tensor:
         """The limit after `step` steps."""
         if isinstance(self.max_norm, Tensor):
             return self.max_norm.detach().reshape(())
-        return nonnegative(self.max_norm(step), f"max_norm({step})") if callable(self.max_norm) else self.max_norm
+        if not callable(self.max_norm):
+            return self.max_norm
+        if self._called is None or self._called[0] is not self.max_norm or self._called[1] != step:
+            value = self.max_norm(step)
+            if isinstance(value, Tensor):
+                raise TypeError(f"max_norm({step}) must be a number, got a tensor; give the tensor itself as max_norm")
+            self._called = self.max_norm, step, nonnegative(value, f"max_norm({step})")
+        return self._called[2]
+
+    def check_gradients(self, members: Members, step: int) -> None:
+        """What is wrong with a limit that Python computes, before anything is written."""
+        self.limit(step)
+
+    def check_capture(self) -> None:
+        """RuntimeError where the limit is one that Python computes."""
+        if callable(self.max_norm) or (isinstance(self.max_norm, Tensor) and self.max_norm.device.type == "cpu"):
+            raise RuntimeError(
+                "max_norm must be a number or a tensor on the GPU in a CUDA graph, which would keep its value"
+            )
 
     def __call__(self, stats: Stats) -> Tensor:
         limit = self.limit(stats.step)
@@ -156,4 +178,4 @@ def as_rule(rule: Any) -> Any:
         return rule
     if isinstance(rule, (numbers.Real, Tensor)) and not isinstance(rule, bool):
         return GlobalNorm(rule if isinstance(rule, Tensor) else float(rule))
-    raise TypeError(f"rule must be a rule, a list of rules or a number, got {type(rule).__name__} {rule!r}")
+    raise TypeError(f"rule must be a rule or a number, got {type(rule).__name__} {rule!r}")
