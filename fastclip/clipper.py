@@ -66,6 +66,7 @@ class Clipper:
         self.skips: Tensor | None = None
         self.zeroed: Tensor | None = None
         self._known: Members | None = None
+        self._distinct = 0  # gradients of the last decision
         self._checked = 0
         if self.parameters:
             self.check_rules()
@@ -182,7 +183,7 @@ class Clipper:
         check = self._refuse if policy == "raise" else None
         if self._checked != len(self.parameters):  # an optimizer was given more of them
             self.check_rules()
-        count = len(table)
+        count = self._distinct = len(table)
         members = functools.cache(lambda: self._members(count))  # not of the table, which holds the gradients
         before = Before(factor, skip, self.steps, members)
         stats, pending = decide(table, self.rules, self.norm_type, check, before, policy)
@@ -251,8 +252,8 @@ class Clipper:
         return known
 
     def owners(self) -> list[list[Tensor]]:
-        """For each distinct gradient, in order, the parameters that have it."""
-        return Members.of(self.parameters, None).owners
+        """For each distinct gradient of the last decision, in order, the parameters that have it."""
+        return self._members(self._distinct).owners
 
     def __repr__(self) -> str:
         return f"Clipper({len(self.parameters)} parameters, {self.rules})"
