@@ -284,7 +284,7 @@ def test_sanitizers(case, tmp_path):
         (tmp_path / name).write_text(text)
     program = tmp_path / "program"
     command = [
-        *("g++", *emulation.FLAGS, f"-I{emulation.FOLDER}", "-g", "-O1", *flags),
+        *("g++", *emulation.FLAGS, f"-I{emulation.FOLDER}", "-g", "-O0", *flags),
         *("-x", "c++", *sorted(tmp_path.glob("*.cu")), emulation.FOLDER / "race.cpp", "-o", program),
     ]
     subprocess.run(command, check=True, capture_output=True)

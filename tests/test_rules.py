@@ -499,6 +499,14 @@ def test_agc_leaves_the_head_alone():
             assert torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.parametrize(("factor", "expected"), [(0.0, 0.0), (math.inf, 1.0)])
+def test_agc_at_its_ends(backend, factor, expected):
+    ps = [parameter(torch.ones(3, 2)), parameter(torch.ones(5))]
+    stats = fastclip.Clipper(ps, AGC(factor)).clip_()
+    assert all((p.grad == expected).all() for p in ps) and stats.clipped.item() == (expected == 0)
+    assert not fastclip.Clipper([], AGC(factor)).clip_().clipped
+
+
 def test_agc_with_broken_gradients():
     w = torch.ones(3, 2)
     p = parameter(torch.tensor([[math.nan, 1.0], [math.inf, 1.0], [1.0, 1.0]]), w)

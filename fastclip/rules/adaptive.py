@@ -2,7 +2,7 @@
 
 What they remember is small tensors on the device of the gradients, changed in place: no step waits for the device, a
 CUDA graph's replay goes on from where the last one was, and ``Clipper.state_dict`` saves them. A norm that is not
-finite is never remembered, nor is that of a step that is skipped.
+finite is never remembered, nor is that of a step that is skipped; a step without gradients changes nothing.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class ZClip(Adaptive):
     their mean and variance are what mu and sigma^2 start from. While mu is 0, all norms having been 0, nothing is
     clipped, or nothing would ever be learnt. Kumar et al. 2025, "ZClip" (arXiv 2504.02507).
 
-    ``stats.limit`` is tau where something was clipped, elsewhere the norm above which something would have been.
+    Parameters may come and go: only their common norm counts. ``stats.limit`` is tau where something was clipped, elsewhere the norm above which something would have been.
 
     Args:
         z_max: how many standard deviations above the mean a norm may be, > 0.

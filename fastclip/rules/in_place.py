@@ -67,7 +67,7 @@ class AGC:
     tensor whose rows are no pieces of memory (a transposed one) takes a view for each row, which is slow.
 
     Args:
-        clip_factor: the share, >= 0.
+        clip_factor: the share, >= 0; 0 sets all gradients to zero, inf leaves them.
         eps: the least norm of weights, >= 0, so that units of zeros can learn.
         exclude: parameters to leave alone, as :class:`Except` takes them: the paper leaves out the last layer.
 
