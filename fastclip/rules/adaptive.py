@@ -104,7 +104,8 @@ class ZClip(Adaptive):
     their mean and variance are what mu and sigma^2 start from. While mu is 0, all norms having been 0, nothing is
     clipped, or nothing would ever be learnt. Kumar et al. 2025, "ZClip" (arXiv 2504.02507).
 
-    Parameters may come and go: only their common norm counts. ``stats.limit`` is tau where something was clipped, elsewhere the norm above which something would have been.
+    Parameters may come and go: only their common norm counts. ``stats.limit`` is tau where something was clipped,
+    elsewhere the norm above which something would have been.
 
     Args:
         z_max: how many standard deviations above the mean a norm may be, > 0.

@@ -20,8 +20,8 @@ class GlobalNorm:
 
     .. math:: g \leftarrow g \cdot \min\left(1, \frac{max\_norm}{N + 10^{-6}}\right)
 
-    with N the p-norm of all gradients as one vector; ``torch.nn.utils.clip_grad_norm_``'s formula. A limit of 0 sets all
-    gradients to zero, one of inf only measures.
+    with N the p-norm of all gradients as one vector; ``torch.nn.utils.clip_grad_norm_``'s formula. A limit of 0 sets
+    all gradients to zero, one of inf only measures.
 
     Args:
         max_norm: the limit, >= 0: a number; or a function from the number of steps taken (0 in the first) to one, for a
