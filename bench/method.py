@@ -233,12 +233,13 @@ def traced(call: Callable[[], Any], device: str) -> dict[str, int | None]:
         }  # fmt: skip
     on_host = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
     on_device = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    on_device = [name for name in on_device if not name.startswith((RANGE, "Optimizer."))]  # shadows of ranges
     whole = next(event.time_range for event in on_host if event.name == RANGE)
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in on_device)
     waits = [event for event in on_host if event.name.endswith("Synchronize")]
     return {
         "ops": sum(event.name.startswith("aten::") for event in on_host),
-        "launches": len(on_device) - copies - on_device.count(RANGE),  # the range has its shadow on the device
+        "launches": len(on_device) - copies,
         "copies": copies,
         "syncs": sum(whole.start <= event.time_range.start <= whole.end for event in waits),
         "extra_bytes": extra,

@@ -216,9 +216,17 @@ void apply_(const Group& group, const at::Tensor& coef) {
 
 // ---- optimizer steps ----
 
+// Whether a plain tensor's storage was not freed or shrunk.
+bool has_memory(const c10::TensorImpl& tensor) {
+  const size_t itemsize = c10::elementSize(c10::typeMetaToScalarType(tensor.dtype()));
+  const size_t end = (tensor.storage_offset() + tensor.numel()) * itemsize;
+  return tensor.numel() == 0 || tensor.unsafe_storage().nbytes() >= end;
+}
+
 // Whether an array of a parameter has its elements where the gradient has them.
 bool matches(const c10::TensorImpl& tensor, const c10::TensorImpl& gradient) {
-  if (!plain(tensor) || tensor.dtype() != gradient.dtype() || tensor.device() != gradient.device()) return false;
+  if (!plain(tensor) || !has_memory(tensor)) return false;
+  if (tensor.dtype() != gradient.dtype() || tensor.device() != gradient.device()) return false;
   if (tensor.sizes() != gradient.sizes()) return false;
   return tensor.strides() == gradient.strides() || (tensor.is_contiguous() && gradient.is_contiguous());
 }
@@ -271,7 +279,7 @@ std::unique_ptr<StepGroup> pack_step(const py::list& params, const py::list& gra
       auto& tensor = *columns[c][i];
       auto& segment = made->states.segments[i];
       if (c == 2) {
-        if (!plain(tensor) || tensor.device() != made->group.device || tensor.numel() != 1 ||
+        if (!plain(tensor) || !has_memory(tensor) || tensor.device() != made->group.device || tensor.numel() != 1 ||
             c10::typeMetaToScalarType(tensor.dtype()) != at::kFloat)
           return nullptr;
         segment.step = static_cast<float*>(memory(tensor));

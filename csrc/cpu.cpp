@@ -98,6 +98,12 @@ void for_each_chunk(const Group& group, Body body) {
   });
 }
 
+// The coefficient of each segment, rounded to the type that it multiplies in: what rounds to 0 stands for zeros.
+auto coefficients(const Group& group, const double* coef, int64_t stride) {
+  const bool wide = group.dtype == at::kDouble;
+  return [=](size_t i) { return wide ? coef[i * stride] : double(float(coef[i * stride])); };
+}
+
 }  // namespace
 
 const char* isa() { return chosen().name; }
@@ -135,8 +141,7 @@ Moments measure(const Group& group, double p, bool absmax, Moments* per_segment)
 }
 
 void apply_(const Group& group, const double* coef, int64_t stride) {
-  const bool wide = group.dtype == at::kDouble;
-  auto coef_of = [=](size_t i) { return wide ? coef[i * stride] : double(float(coef[i * stride])); };
+  auto coef_of = coefficients(group, coef, stride);
   if (stride == 0 && touch(coef_of(0)) == Touch::Keep) return;
   const auto& k = kernels_of(group.dtype);
   const size_t itemsize = c10::elementSize(group.dtype);
@@ -176,15 +181,15 @@ namespace {
 alignas(64) const char ZEROS[CPU_CHUNK * sizeof(double)] = {};
 
 // run(arrays of a chunk, its segment) for every chunk of the group.
-template <class Run>
-void for_each_step(const Group& group, const States& states, const double* coef, int64_t stride, Run run) {
+template <class Coef, class Run>
+void for_each_step(const Group& group, const States& states, Coef coef_of, Run run) {
   const size_t itemsize = c10::elementSize(group.dtype);
   for_each_chunk(group, [&](size_t i, const Segment&, int64_t chunk, void* data, int64_t n) {
     const auto& s = states.segments[i];
     auto zero_grad = [&] { if (states.zero_grad) std::memset(data, 0, n * itemsize); };
     if (states.is_idle(i)) return zero_grad();
     auto part = [&](void* array) { return array ? static_cast<char*>(array) + chunk * CPU_CHUNK * itemsize : nullptr; };
-    const void* grad = touch(coef[i * stride]) == Touch::Zero ? ZEROS : data;
+    const void* grad = touch(coef_of(i)) == Touch::Zero ? ZEROS : data;
     StepArrays arrays{part(s.param), {part(s.state[0]), part(s.state[1]), part(s.state[2])},
                       grad, n, chunk * CPU_CHUNK, states.stochastic, 0};
     if (states.stochastic) arrays.key = random_bits(uint32_t(i), states.seed) * 8;  // 8 keys apart, one for each array
@@ -197,6 +202,7 @@ void for_each_step(const Group& group, const States& states, const double* coef,
 
 void adamw_(const Group& group, const States& states, const AdamWOptions& o, const double* coef, int64_t stride) {
   std::vector<AdamW<double>> constants(group.segments.size());
+  const auto coef_of = coefficients(group, coef, stride);
   double last_step = -1, bias1 = 1, root_bias2 = 1;
   for (size_t i = 0; i < constants.size(); i++) {
     if (states.is_idle(i)) continue;
@@ -206,17 +212,18 @@ void adamw_(const Group& group, const States& states, const AdamWOptions& o, con
       root_bias2 = std::sqrt(1 - std::pow(o.beta2, step));
       last_step = step;
     }
-    constants[i] = {states.maximize ? -coef[i * stride] : coef[i * stride], 1 - o.lr * o.weight_decay, 1 - o.beta1, o.beta2, 1 - o.beta2,
-                    o.lr / bias1, 1 / root_bias2, o.eps};
+    constants[i] = {states.maximize ? -coef_of(i) : coef_of(i), 1 - o.lr * o.weight_decay, 1 - o.beta1, o.beta2,
+                    1 - o.beta2, o.lr / bias1, 1 / root_bias2, o.eps};
   }
   const auto& k = kernels_of(group.dtype);
-  for_each_step(group, states, coef, stride, [&](const StepArrays& arrays, size_t i) { k.adamw(arrays, constants[i]); });
+  for_each_step(group, states, coef_of, [&](const StepArrays& arrays, size_t i) { k.adamw(arrays, constants[i]); });
 }
 
 void sgd_(const Group& group, const States& states, const SgdOptions& o, const double* coef, int64_t stride) {
   const auto& k = kernels_of(group.dtype);
-  for_each_step(group, states, coef, stride, [&](const StepArrays& arrays, size_t i) {
-    k.sgd(arrays, {states.maximize ? -coef[i * stride] : coef[i * stride], o.weight_decay, o.momentum, o.rest, o.lr}, o.nesterov);
+  const auto coef_of = coefficients(group, coef, stride);
+  for_each_step(group, states, coef_of, [&](const StepArrays& arrays, size_t i) {
+    k.sgd(arrays, {states.maximize ? -coef_of(i) : coef_of(i), o.weight_decay, o.momentum, o.rest, o.lr}, o.nesterov);
   });
 }
 

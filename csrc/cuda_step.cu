@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(THREADS)
       prepared[i].work = Work::Idle;
       continue;
     }
-    const double coef = d.coef[i * d.coef_stride];
+    const S coef = S(d.coef[i * d.coef_stride]);  // rounded first: what rounds to 0 stands for zeros
     auto* step = reinterpret_cast<float*>(table.rows[STEP * tensors + i]);
     prepared[i] = {constants_of<S>(options, d.maximize ? -coef : coef, lr, step),
                    touch(coef) == Touch::Zero ? Work::FromZeros : Work::FromGradient};

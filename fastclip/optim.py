@@ -11,6 +11,7 @@ compiler to pack with, it is torch's own fused kernel, fed with the coefficient.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ from . import backends
 from .clipper import Clipper, Pending
 from .feed import Fed
 from .rules import Rule
-from .stats import Stats
-from .table import pack, pack_step
+from .stats import Stats, measure
+from .table import StepTable, has_memory, pack, pack_step
 
+NUMBERS = ("eps", "momentum", "dampening", "weight_decay")  # entries of a parameter group, besides lr and betas
 OWN = ("stochastic_rounding", "rounding_step")  # entries of a parameter group that torch's do not have
 
 
@@ -47,6 +49,16 @@ class Arrays(NamedTuple):
         return Arrays(only(self.params), only(self.grads), states, only(self.steps), self.first)
 
 
+class Planned(NamedTuple):
+    """The step of some arrays: by the kernel of a backend on a table, or by torch's where there is none."""
+
+    group: dict[str, Any]
+    arrays: Arrays
+    kernel: Callable[..., None] | None
+    table: StepTable | None
+    seed: int | None  # to round by chance with
+
+
 class _Optimizer(torch.optim.Optimizer):
     """What AdamW and SGD share: the decision, and the pass over all parameters."""
 
@@ -66,7 +78,7 @@ class _Optimizer(torch.optim.Optimizer):
             value = defaults[name]
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
-            if not isinstance(value, Tensor) and not value >= 0:
+            if not (name == "lr" and isinstance(value, Tensor)) and not value >= 0:
                 raise ValueError(f"{name} must be >= 0, got {value!r}")
         if stochastic_rounding is not None and (
             isinstance(stochastic_rounding, bool) or not isinstance(stochastic_rounding, int)
@@ -76,6 +88,7 @@ class _Optimizer(torch.optim.Optimizer):
             raise ValueError(f"nonfinite={nonfinite!r} needs a max_norm; float('inf') only measures")
         self.clipper = None if max_norm is None else Clipper([], max_norm, nonfinite=nonfinite)
         defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "rounding_step": 0}
+        _read_numbers(defaults)
         super().__init__(params, defaults)
         if self.clipper is not None:
             self.clipper.check_rules()
@@ -88,8 +101,9 @@ class _Optimizer(torch.optim.Optimizer):
             if isinstance(p, Tensor) and not p.is_floating_point():
                 raise TypeError(f"params must be floating-point tensors, got one of {p.dtype}")
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _read_numbers(group)
         if self.clipper is not None:
-            group = self.param_groups[-1]
             self.clipper.parameters += group["params"]
             if "param_names" in group:
                 self.clipper.names = (*(self.clipper.names or ()), *group["param_names"])
@@ -125,6 +139,7 @@ class _Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            _read_numbers(group)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "clipper": self.clipper}
@@ -160,6 +175,9 @@ class _Optimizer(torch.optim.Optimizer):
         if clipper is not None:
             table = pack(clipper.parameters, gradients=False, write=True)
             if not len(table):
+                nothing, _ = measure(table, clipper.norm_type, repair=clipper.nonfinite == "zero")
+                self.stats = nothing.decided(torch.ones((), dtype=torch.float64, device=table.device))
+                self.stats.names = None if clipper.names is None else ()
                 return None
             factor = None if factor is None else factor.to(table.device)
             skip = None if skip is None else skip.to(table.device)
@@ -172,46 +190,77 @@ class _Optimizer(torch.optim.Optimizer):
 
     def _advance(self, fed: Fed | None, zero_grad: bool) -> None:
         held = fed.held() if fed and _must_know(self.param_groups) else []
-        passed_over = set(map(id, held))
-        work = [
-            (group, self._arrays(group, passed_over)) for group in self.param_groups
-        ]  # complains before any is written
+        plan = self._plan(set(map(id, held)))  # complains before anything is written
+        shared = _shared([one.arrays for one in plan])
+        zero_later = [p.grad for p in held]
         positions = fed.positions() if fed and fed.each_its_own() else {}
-        for number, (group, found) in enumerate(work):
-            seed = _seed(group, number)
-            for arrays in found:
-                step = getattr(backends.choose(arrays.params[0].device), self._verb, None)
-                table = pack_step(arrays.params, arrays.grads, arrays.states, arrays.steps) if step else None
-                if step is None or table is None:
-                    self._fused(arrays, group, fed, positions)
-                    _zero(arrays.grads if zero_grad else [])
-                    continue
-                rounded = seed if arrays.params[0].dtype == torch.bfloat16 else None
-                if rounded is not None and backends.capturing(table.device):
+        coef, idle = (None, None) if fed is None else (fed.pending.coef, fed.idle())
+        for group, arrays, kernel, table, seed in plan:
+            if kernel is None or table is None or shared:
+                zero_later += arrays.grads
+            if kernel is None or table is None:
+                self._fused(arrays, group, fed, positions, shared)
+            else:
+                mine = torch.ones((), dtype=torch.float64, device=table.device) if coef is None else coef
+                rows = [None if t is None else _rows(t, arrays, positions) for t in (mine, idle)]
+                kernel(table, *rows, group, zero_grad and not shared, seed, *self._more(arrays, group))
+            if arrays.first:
+                for p, momentum in zip(arrays.params, arrays.states[0]):
+                    self.state[p]["momentum_buffer"] = momentum
+        for group in self.param_groups:
+            if group["stochastic_rounding"] is not None:
+                group["rounding_step"] += 1
+        _zero(zero_later if zero_grad else [])
+
+    def _plan(self, held: set[int]) -> list[Planned]:
+        """What is to be stepped, and how; an error if any of it cannot be."""
+        found = []
+        for number, group in enumerate(self.param_groups):
+            for part, arrays in enumerate(self._arrays(group, held)):
+                kernel = getattr(backends.choose(arrays.params[0].device), self._verb, None)
+                table = pack_step(arrays.params, arrays.grads, arrays.states, arrays.steps) if kernel else None
+                seed = _seed(group, number, part) if arrays.params[0].dtype == torch.bfloat16 else None
+                if table is None:
+                    self._check(arrays)
+                if seed is not None and table is None:
+                    raise NotImplementedError(
+                        "stochastic_rounding needs a backend with kernels, a C++ compiler, and gradients laid out as "
+                        "their parameters are, one each"
+                    )
+                if seed is not None and backends.capturing(arrays.params[0].device):
                     raise NotImplementedError(
                         "stochastic_rounding cannot be captured in a CUDA graph: every replay would round alike"
                     )
-                coef, idle = (None, None) if fed is None else (fed.pending.coef, fed.idle())
-                coef = torch.ones((), dtype=torch.float64, device=table.device) if coef is None else coef
-                rows = [None if t is None else _rows(t, arrays, positions) for t in (coef, idle)]
-                step(table, *rows, group, zero_grad, rounded, *self._more(arrays, group))
-            if group["stochastic_rounding"] is not None:
-                group["rounding_step"] += 1
-        _zero(p.grad for p in held if zero_grad)
+                found.append(Planned(group, arrays, kernel, table, seed))
+        return found
 
-    def _fused(self, arrays: Arrays, group: dict[str, Any], fed: Fed | None, positions: dict[int, int]) -> None:
+    def _check(self, arrays: Arrays) -> None:
+        """An error where torch's kernel, which asks nothing, would read or write memory that is not there."""
+        columns = {"parameter": arrays.params, "gradient": arrays.grads, **dict(zip(self._names, arrays.states))}
+        for name, tensors in columns.items():
+            for p, t in zip(arrays.params, tensors):
+                if t.shape != p.shape:
+                    raise ValueError(
+                        f"{name} has the shape {tuple(t.shape)}, and its parameter {tuple(p.shape)}; nothing was changed"
+                    )
+        for name, tensors in {**columns, "step": arrays.steps}.items():
+            for t in tensors:
+                if not has_memory(t):
+                    raise RuntimeError(
+                        f"{name} of shape {tuple(t.shape)} has no memory: its storage was freed or shrunk; nothing was "
+                        f"changed"
+                    )
+
+    def _fused(
+        self, arrays: Arrays, group: dict[str, Any], fed: Fed | None, positions: dict[int, int], shared: set[int]
+    ) -> None:
         """The step by torch's fused kernel."""
-        if group["stochastic_rounding"] is not None and arrays.params[0].dtype == torch.bfloat16:
-            raise NotImplementedError(
-                "stochastic_rounding needs a backend with kernels, a C++ compiler, and gradients laid out as their "
-                "parameters are, one each"
-            )
         if fed is not None and fed.pending.held is not None:
             arrays = arrays.without(set(map(id, fed.held())))
             if not arrays.params:
                 return
         grad_scale, found_inf = None, None
-        plain, copies = _for_torch(arrays)
+        plain, copies = _for_torch(arrays, shared)
         if fed is not None:
             device, pending = arrays.params[0].device, fed.pending
             if pending.each is not None:
@@ -250,6 +299,7 @@ class _Optimizer(torch.optim.Optimizer):
         return list(found.values())
 
     _verb: str
+    _names: tuple[str, ...]  # of the states, in order
 
     def _more(self, arrays: Arrays, group: dict[str, Any]) -> tuple[float, ...]:
         """What the verb takes besides."""
@@ -291,6 +341,7 @@ class AdamW(_Optimizer):
     """
 
     _verb = "adamw_"
+    _names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
         self,
@@ -344,15 +395,16 @@ class AdamW(_Optimizer):
     def _by_torch(
         self, arrays: Arrays, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        torch._foreach_add_(arrays.steps, 1)
+        steps = torch._foreach_add(arrays.steps, 1)
         torch._fused_adamw_(  # type: ignore[call-overload]
-            arrays.params, arrays.grads, *arrays.states[:2], arrays.states[2] if group["amsgrad"] else [], arrays.steps,
-            lr=group["lr"], beta1=float(group["betas"][0]), beta2=float(group["betas"][1]), eps=group["eps"],
+            arrays.params, arrays.grads, *arrays.states[:2], arrays.states[2] if group["amsgrad"] else [], steps,
+            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
             weight_decay=group["weight_decay"], amsgrad=group["amsgrad"], maximize=group["maximize"],
             grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
         if found_inf is not None:
-            torch._foreach_sub_(arrays.steps, [found_inf] * len(arrays.steps))
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
+        torch._foreach_copy_(arrays.steps, steps)
 
 
 class SGD(_Optimizer):
@@ -374,6 +426,7 @@ class SGD(_Optimizer):
     """
 
     _verb = "sgd_"
+    _names = ("momentum_buffer",)
 
     def __init__(
         self,
@@ -408,10 +461,13 @@ class SGD(_Optimizer):
         if group["momentum"] == 0:
             return [], None, False
         state = self.state[p]
-        first = state.get("momentum_buffer") is None
-        if first:  # from zeros, the first step gives torch's b = g, unless there is dampening
-            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return [state["momentum_buffer"]], None, first and group["dampening"] != 0
+        momentum = state.get("momentum_buffer")
+        first = momentum is None and group["dampening"] != 0
+        if momentum is None:  # from zeros, the first step gives torch's b = g, unless there is dampening
+            momentum = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if not first:  # kept only once that step, which is another one, was taken
+                state["momentum_buffer"] = momentum
+        return [momentum], None, first
 
     def _more(self, arrays: Arrays, group: dict[str, Any]) -> tuple[float, ...]:
         return (1.0 if arrays.first else 1 - group["dampening"],)
@@ -446,24 +502,31 @@ def _zero(gradients: Iterable[Tensor | None]) -> None:
         torch._foreach_zero_(there)
 
 
-def _for_torch(arrays: Arrays) -> tuple[Arrays, list[tuple[Tensor, Tensor]]]:
+def _shared(work: list[Arrays]) -> set[int]:
+    """The addresses of gradients that are there more than once: what is written to one would be read of the other."""
+    addresses = [gradient.data_ptr() for arrays in work for gradient in arrays.grads]
+    if len(set(addresses)) == len(addresses):
+        return set()
+    return {address for address, count in Counter(addresses).items() if count > 1 and address}  # 0: of no elements
+
+
+def _for_torch(arrays: Arrays, shared: set[int]) -> tuple[Arrays, list[tuple[Tensor, Tensor]]]:
     """The arrays as torch's fused kernels take them, and which of them are copies to be copied back (original, copy).
 
-    The kernels go through memory, whatever the strides; they write gradients back, of which two parameters may share
-    one; and on CPUs they step wrongly with momentum in 16 bits.
+    The kernels go through memory, whatever the strides; they write gradients back, of which several parameters may
+    share one; and torch's SGD steps wrongly on CPUs in 16 bits, from 16 elements on.
     """
-    seen: set[int] = set()
     copies: list[tuple[Tensor, Tensor]] = []
     plain = Arrays([], [], [[] for _ in arrays.states], arrays.steps, arrays.first)
     for p, gradient, *states in zip(arrays.params, arrays.grads, *arrays.states):
         narrow = p.device.type == "cpu" and p.itemsize < 4
         dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)
-        mine = [p.detach(), gradient.detach(), *states]
-        shared = gradient.numel() > 0 and gradient.data_ptr() in seen
-        seen.add(gradient.data_ptr())
-        if narrow or shared or not dense or any(t.stride() != p.stride() for t in mine):
+        mine = [p.detach(), gradient.detach().resolve_neg(), *states]
+        if narrow or not dense or any(t.stride() != p.stride() for t in mine):
             mine = [t.to(torch.float32 if narrow else p.dtype, copy=True).contiguous() for t in mine]
             copies += [(p, mine[0]), *zip(states, mine[2:])]
+        elif gradient.data_ptr() in shared:
+            mine[1] = mine[1].clone()
         plain.params.append(mine[0])
         plain.grads.append(mine[1])
         for column, state in zip(plain.states, mine[2:]):
@@ -471,12 +534,19 @@ def _for_torch(arrays: Arrays) -> tuple[Arrays, list[tuple[Tensor, Tensor]]]:
     return plain, copies
 
 
-def _seed(group: dict[str, Any], number: int) -> int | None:
-    """32 bits for the random numbers of this step of the group, from the seed, the count of steps and its number."""
+def _read_numbers(group: dict[str, Any]) -> None:
+    """Tensors among a group's numbers as Python numbers: to read one at every step would wait for its device."""
+    group.update({name: group[name].item() for name in NUMBERS if isinstance(group.get(name), Tensor)})
+    if "betas" in group:
+        group["betas"] = tuple(map(float, group["betas"]))
+
+
+def _seed(group: dict[str, Any], number: int, part: int) -> int | None:
+    """32 bits for the random numbers of this step of a part of the group, from the seed and the count of steps."""
     if group["stochastic_rounding"] is None:
         return None
     mixed = group["stochastic_rounding"] * 0x9E3779B97F4A7C15 + group["rounding_step"] * 0xD1B54A32D192ED03
-    mixed = (mixed + number * 0x8CB92BA72F3D8DD7) % 2**64
+    mixed = (mixed + number * 0x8CB92BA72F3D8DD7 + part * 0xABC98388FB8FAC03) % 2**64
     return (mixed ^ mixed >> 32) % 2**32
 
 

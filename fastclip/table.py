@@ -255,8 +255,7 @@ def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
     if gradient.layout is not torch.strided:
         raise TypeError(f"{label} has the layout {gradient.layout}, which is not supported")
     memory = gradient.detach()
-    end = memory.storage_offset() * memory.itemsize + _extent(memory)
-    if memory.numel() and memory.untyped_storage().nbytes() < end:
+    if not has_memory(memory):
         raise RuntimeError(f"{label} has no memory: its storage was freed or shrunk")
     if write and torch._debug_has_internal_overlap(memory) == 1:
         raise RuntimeError(
@@ -322,6 +321,11 @@ def _check_cluster(cluster: list[Tensor]) -> None:
             f"two gradients overlap in memory (one has shape {tuple(t.shape)} and stride {t.stride()}), so the shared "
             f"elements would be scaled twice. Clone one of them first"
         )
+
+
+def has_memory(t: Tensor) -> bool:
+    """Whether the storage reaches to the end of the tensor."""
+    return not t.numel() or t.untyped_storage().nbytes() >= t.storage_offset() * t.itemsize + _extent(t)
 
 
 def _extent(t: Tensor) -> int:

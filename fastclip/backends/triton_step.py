@@ -104,11 +104,11 @@ if MISSING is None:
             return tl.load(idle_ptr + tensor * idle_stride) != 0
 
     @triton.jit
-    def _source(coef_ptr, coef_stride, tensor, grad, param, MAXIMIZE: tl.constexpr):
-        """The coefficient, whether it stands for zeros (+0; -0 multiplies), and what is read in the gradient's place:
-        the parameter, which is read anyway, where the gradient is not to be read."""
-        coef = tl.load(coef_ptr + tensor * coef_stride)
-        zeros = coef.to(tl.int64, bitcast=True) == 0
+    def _source(coef_ptr, coef_stride, tensor, grad, param, MAXIMIZE: tl.constexpr, COMPUTE: tl.constexpr):
+        """The coefficient, whether it stands for zeros (+0 once rounded; -0 multiplies), and what is read in the
+        gradient's place: the parameter, which is read anyway, where the gradient is not to be read."""
+        coef = tl.load(coef_ptr + tensor * coef_stride).to(COMPUTE)
+        zeros = coef.to(tl.float64).to(tl.int64, bitcast=True) == 0
         return -coef if MAXIMIZE else coef, zeros, tl.where(zeros, param, grad)
 
     @triton.jit
@@ -249,11 +249,10 @@ if MISSING is None:
             state2 = _address(table_ptr, 4, tensor, tensors)
             step_size = tl.load(rates_ptr + tensor).to(COMPUTE)
             inv_root_bias2 = tl.load(rates_ptr + tensors + tensor).to(COMPUTE)
-            coef, zeros, source = _source(coef_ptr, coef_stride, tensor, grad, param, MAXIMIZE)
+            coef, zeros, source = _source(coef_ptr, coef_stride, tensor, grad, param, MAXIMIZE, COMPUTE)
             addresses = (grad, param, state0, state1, state2, source)
             constants = (
-                coef.to(COMPUTE), decay, beta1_rest, beta2_compute, beta2_rest, step_size, inv_root_bias2,
-                eps_compute,
+                coef, decay, beta1_rest, beta2_compute, beta2_rest, step_size, inv_root_bias2, eps_compute,
             )  # fmt: skip
             key = _key(tensor, seed)
             whole_end = _whole_end(grad | param | state0 | state1 | state2, begin, end, BLOCK)
@@ -374,9 +373,9 @@ if MISSING is None:
         else:
             param = _address(table_ptr, 1, tensor, tensors)
             state0 = _address(table_ptr, 2, tensor, tensors)
-            coef, zeros, source = _source(coef_ptr, coef_stride, tensor, grad, param, MAXIMIZE)
+            coef, zeros, source = _source(coef_ptr, coef_stride, tensor, grad, param, MAXIMIZE, COMPUTE)
             addresses = (grad, param, state0, source)
-            constants = (coef.to(COMPUTE), decay, keep, take, rate)
+            constants = (coef, decay, keep, take, rate)
             key = _key(tensor, seed)
             whole_end = _whole_end(grad | param | state0, begin, end, BLOCK)
             for offset in range(begin, whole_end, BLOCK):
