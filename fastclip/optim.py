@@ -241,7 +241,8 @@ class _Optimizer(torch.optim.Optimizer):
             for p, t in zip(arrays.params, tensors):
                 if t.shape != p.shape:
                     raise ValueError(
-                        f"{name} has the shape {tuple(t.shape)}, and its parameter {tuple(p.shape)}; nothing was changed"
+                        f"{name} has the shape {tuple(t.shape)}, and its parameter {tuple(p.shape)}; nothing was "
+                        f"changed"
                     )
         for name, tensors in {**columns, "step": arrays.steps}.items():
             for t in tensors:
@@ -498,7 +499,8 @@ def _rows(each: Tensor, arrays: Arrays, positions: dict[int, int]) -> Tensor:
 
 
 def _zero(gradients: Iterable[Tensor | None]) -> None:
-    if there := [g for g in gradients if g is not None]:
+    there = [torch._neg_view(g) if g.is_neg() else g for g in gradients if g is not None]  # foreach takes no negative
+    if there:
         torch._foreach_zero_(there)
 
 

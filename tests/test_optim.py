@@ -358,8 +358,10 @@ def test_parameters_added_later_are_clipped_too():
     assert optimizer.stats.total_norm.item() == pytest.approx(fastclip.total_norm([p.grad for p in ps]).item())
 
 
-def test_parameters_that_share_a_gradient(step_backend):
-    """It counts once in the norm, and is multiplied once for each of them."""
+@pytest.mark.parametrize("zero_grad", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_parameters_that_share_a_gradient(step_backend, groups, zero_grad):
+    """It counts once in the norm, and is multiplied once for each of them, in whichever group."""
 
     def make():
         ps = [torch.nn.Parameter(torch.full((6,), float(k))) for k in range(3)]
@@ -378,8 +380,18 @@ def test_parameters_that_share_a_gradient(step_backend):
             fastclip.Clipper(ps, rule).clip_()
             torch.optim.SGD(ps, 0.1, 0.9).step()
 
+        def own_step(ps, rule=rule):
+            parts = [ps] if groups == 1 else [ps[:1], ps[1:]]
+            optimizer = SGD([{"params": part} for part in parts], 0.1, 0.9, max_norm=rule)
+            before = [p.grad.clone() for p in ps]
+            optimizer.step(zero_grad=zero_grad)
+            if zero_grad:
+                assert not any(p.grad.any() for p in ps)
+            elif step_backend != "reference":  # a shared one is not written by torch's kernel either
+                assert_same([p.grad for p in ps[:2]], before[:2], rtol=0, atol=0)
+
         expected = run(clip_then_step)
-        own = run(lambda ps, rule=rule: SGD(ps, 0.1, 0.9, max_norm=rule).step())
+        own = run(own_step)
         fed = run(lambda ps, rule=rule: fastclip.Clipper(ps, rule).step(torch.optim.SGD(ps, 0.1, 0.9, fused=True)))
         assert_same(own, expected)
         assert_same(fed, expected)
@@ -397,6 +409,125 @@ def test_a_refusal_leaves_everything_as_it_was(step_backend):
     with pytest.raises(TypeError, match="params must be floating-point tensors"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2) * 1j)]})
     assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("make", [AdamW, lambda ps: SGD(ps, momentum=0.9)], ids=["AdamW", "SGD"])
+def test_a_state_of_another_shape_is_refused(step_backend, make):
+    ps = parameters()
+    give_gradients(ps, 0)
+    optimizer = make([{"params": ps[:1]}, {"params": ps[1:]}])
+    optimizer.step()
+    name = list(optimizer.state[ps[-1]])[-1]
+    optimizer.state[ps[-1]][name] = torch.zeros(7)
+    before = copy.deepcopy([[p.detach() for p in ps], list(optimizer.state.values())])
+    with pytest.raises(ValueError, match=rf"{name} has the shape \(7,\), and its parameter \(33, 2\)"):
+        optimizer.step()
+    assert_same([[p.detach() for p in ps], list(optimizer.state.values())], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["parameter", "gradient", "momentum_buffer"])
+@pytest.mark.parametrize("size", [0, 8])
+def test_memory_that_was_freed_is_refused(step_backend, name, size):
+    p, q = (parameter(torch.ones(5), torch.ones(5)) for _ in range(2))
+    optimizer = SGD([{"params": [p]}, {"params": [q]}], momentum=0.9)
+    optimizer.step()
+    tensors = {"parameter": q, "gradient": q.grad, "momentum_buffer": optimizer.state[q]["momentum_buffer"]}
+    tensors[name].untyped_storage().resize_(size)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match=rf"{name} of shape \(5,\) has no memory: its storage was freed or shrunk"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_a_count_of_steps_that_was_freed_is_refused(step_backend):
+    p = parameter(torch.ones(5))
+    optimizer = AdamW([p])
+    optimizer.step()
+    optimizer.state[p]["step"].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"step of shape \(\) has no memory"):
+        optimizer.step()
+
+
+def test_a_refusal_comes_before_the_first_group_steps(step_backend):
+    """The second group cannot round by chance, the gradient being laid out otherwise; nor was this a first step."""
+    a = parameter(torch.ones(4, 3), torch.ones(4, 3))
+    b = parameter(torch.ones(3, 4).bfloat16().t(), torch.ones(4, 3).bfloat16())
+    optimizer = SGD([{"params": [a]}, {"params": [b], "stochastic_rounding": 1}], lr=1.0, momentum=0.9, dampening=0.5)
+    with pytest.raises(NotImplementedError, match="stochastic_rounding needs a backend with kernels"):
+        optimizer.step()
+    assert (a == 1).all() and (b == 1).all()
+    b.grad = None
+    optimizer.step()
+    assert not a.any()  # without dampening, as the first step is
+
+
+def test_steps_are_not_counted_when_torchs_kernel_raises(monkeypatch):
+    p = parameter(torch.ones(3))
+
+    def fails(*_, **__):
+        raise RuntimeError("no")
+
+    with fastclip.use_backend("reference"):
+        optimizer = AdamW([p])
+        optimizer.step()
+        monkeypatch.setattr(torch, "_fused_adamw_", fails)
+        with pytest.raises(RuntimeError, match="no"):
+            optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+
+
+def test_a_negative_view_as_gradient(step_backend):
+    p = parameter(torch._neg_view(torch.full((3,), 2.0)), torch.ones(3))
+    SGD([p], lr=0.5).step(zero_grad=True)
+    assert p.tolist() == [2.0] * 3 and not p.grad.any()
+
+
+def test_a_coefficient_that_rounds_to_zero_stands_for_zeros(step_backend):
+    """1e-60 is +0 in float32, in which all but float64 is multiplied."""
+    if step_backend == "reference":
+        pytest.skip("torch's kernel divides")
+    tiny = torch.tensor(1e-60, dtype=torch.float64)
+    for make in (AdamW, lambda ps, **more: SGD(ps, momentum=0.9, **more)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for coef in (tiny, tiny.reshape(1)):
+                p = parameter(torch.tensor([math.nan, math.inf, 1.0]).to(dtype), torch.ones(3, dtype=dtype))
+                make([p], max_norm=lambda stats, coef=coef: coef).step()
+                assert p.isfinite().tolist() == ([False, False, True] if dtype == torch.float64 else [True] * 3)
+
+
+def test_hyperparameters_given_as_tensors_are_read_once(step_backend):
+    tensors = {"betas": (torch.tensor(0.5), torch.tensor(0.75)), "weight_decay": torch.tensor(0.25)}
+    numbers = {"betas": (0.5, 0.75), "weight_decay": 0.25}
+    a, b = parameters(), parameters()
+    mine, other = AdamW([{"params": a, "eps": torch.tensor(0.5)}], **tensors), AdamW(b, **numbers, eps=0.5)
+    for step in range(2):
+        for ps, optimizer in ((a, mine), (b, other)):
+            give_gradients(ps, step)
+            optimizer.step()
+        for name in ("betas", "eps", "weight_decay"):
+            value = mine.param_groups[0][name]
+            assert value == other.param_groups[0][name] and not isinstance(value, torch.Tensor)
+            assert not any(isinstance(v, torch.Tensor) for v in (value if name == "betas" else [value]))
+        saved = mine.state_dict()
+        saved["param_groups"][0] |= tensors
+        mine.load_state_dict(saved)
+    assert_same([p.detach() for p in a], [p.detach() for p in b], rtol=0, atol=0)
+    momentum = SGD(parameters(), momentum=torch.tensor(0.5), dampening=torch.tensor(0.25))
+    assert momentum.param_groups[0]["momentum"] == 0.5 and type(momentum.param_groups[0]["dampening"]) is float
+    with pytest.raises(ValueError, match="weight_decay must be >= 0"):
+        AdamW(parameters(), weight_decay=torch.tensor(-1.0))
+
+
+def test_a_step_without_gradients_has_the_stats_of_nothing():
+    ps = parameters()
+    optimizer = AdamW([(f"p{i}", p) for i, p in enumerate(ps)], max_norm=1.0)
+    give_gradients(ps, 0)
+    optimizer.step()
+    assert optimizer.stats.total_norm > 0 and len(optimizer.stats.names) == len(ps)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.stats.total_norm == 0 and not optimizer.stats.clipped and optimizer.stats.names == ()
+    assert optimizer.stats.log(tensors=True)["total_norm"] == 0
 
 
 def test_zero_grad_with_groups_that_have_none(step_backend):
@@ -521,6 +652,19 @@ def test_stochastic_rounding_repeats_and_resumes():
     assert not torch.equal(run(1, False), run(2, False))
     both = run(1, False)
     assert not torch.equal(both[:5000], both[5000:])  # each tensor has numbers of its own
+
+
+def test_stochastic_rounding_has_other_numbers_for_each_part_of_a_group():
+    """Here those that take their first step of SGD with dampening, and those that took it."""
+    ps = [parameter(torch.ones(5000).bfloat16(), torch.zeros(5000).bfloat16()) for _ in range(2)]
+    optimizer = SGD(ps, lr=2.0**-8 + 2.0**-16, momentum=0.5, dampening=0.5, stochastic_rounding=1)
+    ps[1].grad = None
+    optimizer.step()
+    ps[1].grad = ps[0].grad.clone()
+    with torch.no_grad():
+        ps[0].zero_()
+    optimizer.step()
+    assert len(ps[0].unique()) > 1 and not torch.equal(*ps)
 
 
 def test_stochastic_rounding_trains_what_rounding_to_nearest_does_not():
