@@ -23,7 +23,7 @@ from .clipper import Clipper, Pending
 from .feed import Fed
 from .rules import Rule
 from .stats import Stats, measure
-from .table import StepTable, has_memory, pack, pack_step
+from .table import StepTable, are_apart, has_memory, pack, pack_step
 
 NUMBERS = ("eps", "momentum", "dampening", "weight_decay")  # entries of a parameter group, besides lr and betas
 OWN = ("stochastic_rounding", "rounding_step")  # entries of a parameter group that torch's do not have
@@ -191,7 +191,7 @@ class _Optimizer(torch.optim.Optimizer):
     def _advance(self, fed: Fed | None, zero_grad: bool) -> None:
         held = fed.held() if fed and _must_know(self.param_groups) else []
         plan = self._plan(set(map(id, held)))  # complains before anything is written
-        shared = _shared([one.arrays for one in plan])
+        shared = _shared(plan)
         zero_later = [p.grad for p in held]
         positions = fed.positions() if fed and fed.each_its_own() else {}
         coef, idle = (None, None) if fed is None else (fed.pending.coef, fed.idle())
@@ -328,7 +328,8 @@ class AdamW(_Optimizer):
     with c the coefficient of the rule. Loshchilov and Hutter, "Decoupled Weight Decay Regularization".
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as torch's.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as torch's. A tensor is read once, but for
+            `lr`, which may change on its device.
         foreach, fused, differentiable: accepted for torch's sake; the step is always fused, never differentiable.
         max_norm: what :class:`~fastclip.Clipper` takes as its rule: a number (the limit of the global norm), a rule, or
             a list of rules. None: the gradients are taken as they are.
@@ -504,11 +505,14 @@ def _zero(gradients: Iterable[Tensor | None]) -> None:
         torch._foreach_zero_(there)
 
 
-def _shared(work: list[Arrays]) -> set[int]:
+def _shared(plan: list[Planned]) -> set[int]:
     """The addresses of gradients that are there more than once: what is written to one would be read of the other."""
-    addresses = [gradient.data_ptr() for arrays in work for gradient in arrays.grads]
-    if len(set(addresses)) == len(addresses):
+    if len(plan) == 1 and plan[0].table is not None:  # in a table each is there once
         return set()
+    gradients = [gradient for one in plan for gradient in one.arrays.grads]
+    if are_apart(gradients):
+        return set()
+    addresses = [gradient.data_ptr() for gradient in gradients]
     return {address for address, count in Counter(addresses).items() if count > 1 and address}  # 0: of no elements
 
 

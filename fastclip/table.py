@@ -222,6 +222,13 @@ def pack_step(params: list[Tensor], grads: list[Tensor], states: list[list[Tenso
     return None if packed is None else StepTable(params, grads, len(states), packed)
 
 
+def are_apart(tensors: list[Tensor]) -> bool:
+    """Whether no two share memory, for certain: False also where the native packer cannot tell."""
+    library = native.cpp.load()
+    packed = library.pack(tensors, False) if library is not None else None
+    return packed is not None and sum(map(len, packed)) == len(tensors)
+
+
 def identity(gradient: Tensor) -> Any:
     """Equal for two gradients that are the same values in memory, such as those of tied weights."""
     plain = gradient.layout is torch.strided and not _is_wrapped(gradient) and not gradient.is_meta

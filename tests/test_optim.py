@@ -461,6 +461,14 @@ def test_a_refusal_comes_before_the_first_group_steps(step_backend):
     assert not a.any()  # without dampening, as the first step is
 
 
+def test_a_captured_step_that_would_round_by_chance_is_refused_before_it_begins(monkeypatch):
+    a, b = (parameter(torch.ones(3).to(dtype), torch.ones(3).to(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(fastclip.backends, "capturing", lambda device: True)
+    with pytest.raises(NotImplementedError, match="cannot be captured in a CUDA graph"):
+        SGD([a, b], stochastic_rounding=0).step()
+    assert (a == 1).all() and (b == 1).all()
+
+
 def test_steps_are_not_counted_when_torchs_kernel_raises(monkeypatch):
     p = parameter(torch.ones(3))
 
