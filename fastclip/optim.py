@@ -100,10 +100,10 @@ class _Optimizer(torch.optim.Optimizer):
             p = item[1] if isinstance(item, tuple) else item
             if isinstance(p, Tensor) and not p.is_floating_point():
                 raise TypeError(f"params must be floating-point tensors, got one of {p.dtype}")
+        _read_numbers(param_group)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        _read_numbers(group)
         if self.clipper is not None:
+            group = self.param_groups[-1]
             self.clipper.parameters += group["params"]
             if "param_names" in group:
                 self.clipper.names = (*(self.clipper.names or ()), *group["param_names"])
