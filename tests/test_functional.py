@@ -132,11 +132,13 @@ def test_mixed_dtypes(backend):
 
 
 def test_three_thousand_tensors(backend):
-    parameters = [parameter(torch.randn(1 + k % 5)) for k in range(3000)]
+    """More than fit into a kernel's parameters; a quarter of that for Triton's interpreter, which has no such limit."""
+    count = 750 if backend == "triton" else 3000
+    parameters = [parameter(torch.randn(1 + k % 5)) for k in range(count)]
     before = wide(gradients(parameters))
     expected = total_norm(before)
     assert close(fastclip.clip_norm_(parameters, 1.0).item(), expected)
-    assert_scaled(gradients(parameters), before, [1 / (expected + 1e-6)] * 3000, torch.float32)
+    assert_scaled(gradients(parameters), before, [1 / (expected + 1e-6)] * count, torch.float32)
 
 
 def test_complex(backend):

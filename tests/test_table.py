@@ -23,12 +23,12 @@ def check(parameters, clip, limit):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_churn(backend, dtype):
-    """200 steps of gradients that appear, vanish, move, change size, and of memory reused by others."""
+    """Gradients that appear, vanish, move, change size, and memory reused by others; less of it where it is slow."""
     rng = random.Random(0)
     parameters = [torch.nn.Parameter(torch.zeros(1, dtype=dtype)) for _ in range(12)]
     clipper = fastclip.Clipper(parameters, 0.5)
     hostages = []
-    for step in range(200):
+    for step in range(200 if backend in ("cpu", "reference") else 60):
         for p in parameters:
             action = rng.random()
             if action < 0.3:
