@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -153,8 +153,9 @@ class Clipper:
             RuntimeError: a second step with `scaler` without its ``update()``.
             As :meth:`clip_`.
 
-        A skip is decided on the device and read back to the host only for optimizers that are not fused (SGD with
-        dampening counts as such) and where the rules have a ``Value``; ``Mask(hold=True)`` reads which are held.
+        A skip is decided on the device and read back to the host only for optimizers that are not fused (torch's SGD
+        with dampening counts as such) and where the rules have a ``Value``. ``Mask(hold=True)`` reads which are held,
+        but not with :mod:`fastclip.optim`, where only SGD with dampening reads either.
         """
         check_optimizer(optimizer)
         complete = covers(optimizer, self.parameters)
@@ -267,6 +268,7 @@ class Pending:
         skip: [] bool, whether nothing is to be done; None: it is.
         factor: the part of `coef` that no rule asked for, [] float64; None: 1.
         decisions: the other parts of it, each with its rule; None: `coef` is one factor for all.
+        holds: [T] coefficients, 0 for gradients whose parameters are not to be touched at all.
     """
 
     def __init__(
@@ -275,9 +277,10 @@ class Pending:
         skip: Tensor | None,
         factor: Tensor | None = None,
         decisions: list[tuple[Any, Tensor]] | None = None,
+        holds: Sequence[Tensor] = (),
     ) -> None:
         self.coef, self.skip = coef, skip
-        self._factor, self._decisions = factor, decisions
+        self._factor, self._decisions, self._holds = factor, decisions, holds
 
     @property
     def common(self) -> Tensor:
@@ -309,9 +312,8 @@ class Pending:
     def held(self) -> Tensor | None:
         """[T] bool, the gradients whose parameters are not to be touched at all; None: there is none."""
         found = None
-        for rule, mine in self._decisions or ():
-            if mine.dim() and getattr(rule, "hold", False):
-                found = mine == 0 if found is None else found | (mine == 0)
+        for mine in self._holds:
+            found = mine == 0 if found is None else found | (mine == 0)
         return found
 
     def apply_(self, table: GradTable) -> None:
@@ -384,6 +386,7 @@ def decide(
 
     coef, overall, changed = factor, None, None  # None: 1, 1, no
     decisions: list[tuple[Any, Tensor]] = []  # since the last rule that worked in place
+    holds: list[Tensor] = []
     stats: Stats | None = before
     for i, rule in enumerate(rules):
         if getattr(rule, "in_place", False):
@@ -401,6 +404,8 @@ def decide(
         if stats._limit is not None:
             before._limit = stats._limit
         decisions.append((rule, mine))
+        if mine.dim() and getattr(rule, "hold", False):
+            holds.append(mine)
         same = coef is overall
         coef = combined(coef, mine)
         overall = coef if same else combined(overall, mine)
@@ -410,7 +415,7 @@ def decide(
         one = torch.ones((), dtype=torch.float64, device=table.device)
         coef, overall = one if coef is None else coef, one if overall is None else overall
     before._members = None  # for the rules only: they would keep it for as long as the statistics live
-    return before.decided(overall, changed, skip), Pending(coef, skip, factor, decisions)
+    return before.decided(overall, changed, skip), Pending(coef, skip, factor, decisions, holds)
 
 
 def _flag(when: Any, device: torch.device) -> Tensor:

@@ -635,6 +635,15 @@ def test_some_of_them_without_a_gradient():
     assert clipper.clip_().coef.tolist() == pytest.approx([0.5 / math.sqrt(20), 1, 1, 1], rel=1e-5)
 
 
+@pytest.mark.parametrize("between", [Value(1.0), AGC(1e9), TensorNorm(1.0)], ids=str)
+@pytest.mark.parametrize("make", [fastclip.optim.SGD, torch.optim.SGD])
+def test_what_is_held_stays_so_whatever_comes_after(make, between):
+    ps = [parameter(torch.full((2,), scale), torch.ones(2)) for scale in (1e-6, 1.0)]
+    optimizer = make(ps, lr=0.1, weight_decay=0.5)
+    fastclip.Clipper(ps, [Mask(1e-3, hold=True), between, GlobalNorm(9.0)]).step(optimizer)
+    assert ps[0].tolist() == [1, 1] and ps[1].max() < 0.9
+
+
 def test_hold_for_some():
     ps = named()
     for p in ps.values():
