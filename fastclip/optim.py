@@ -11,52 +11,22 @@ compiler to pack with, it is torch's own fused kernel, fed with the coefficient.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
+from .arrays import Arrays, Planned, for_torch, rows_of, shared_addresses, zero_
 from .clipper import Clipper, Pending
 from .feed import Fed
 from .rules import Rule
 from .stats import Stats, measure
-from .table import StepTable, are_apart, has_memory, pack, pack_step
+from .table import has_memory, pack, pack_step
 
 NUMBERS = ("eps", "momentum", "dampening", "weight_decay")  # entries of a parameter group, besides lr and betas
 OWN = ("stochastic_rounding", "rounding_step")  # entries of a parameter group that torch's do not have
-
-
-class Arrays(NamedTuple):
-    """What a step works on: tensors of one device and dtype, in the same order."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[list[Tensor]]
-    steps: list[Tensor]  # float32 [] counters; empty for SGD
-    first: bool  # the first step of SGD with dampening, which starts from no momentum
-
-    def without(self, params: set[int]) -> Arrays:
-        """Those whose parameter's id is not among `params`."""
-        kept = [i for i, p in enumerate(self.params) if id(p) not in params]
-
-        def only(column: list[Tensor]) -> list[Tensor]:
-            return [column[i] for i in kept] if column else []
-
-        states = [only(column) for column in self.states]
-        return Arrays(only(self.params), only(self.grads), states, only(self.steps), self.first)
-
-
-class Planned(NamedTuple):
-    """The step of some arrays: by the kernel of a backend on a table, or by torch's where there is none."""
-
-    group: dict[str, Any]
-    arrays: Arrays
-    kernel: Callable[..., None] | None
-    table: StepTable | None
-    seed: int | None  # to round by chance with
 
 
 class _Optimizer(torch.optim.Optimizer):
@@ -161,7 +131,7 @@ class _Optimizer(torch.optim.Optimizer):
         fed = self._fed or self._decided()
         if fed is not None and _must_know(self.param_groups) and fed.skipped():
             if zero_grad:
-                _zero(p.grad for group in self.param_groups for p in group["params"])
+                zero_(p.grad for group in self.param_groups for p in group["params"])
         else:
             self._advance(fed, zero_grad)
         return loss
@@ -191,7 +161,7 @@ class _Optimizer(torch.optim.Optimizer):
     def _advance(self, fed: Fed | None, zero_grad: bool) -> None:
         held = fed.held() if fed and _must_know(self.param_groups) else []
         plan = self._plan(set(map(id, held)))  # complains before anything is written
-        shared = _shared(plan)
+        shared = shared_addresses(plan)
         zero_later = [p.grad for p in held]
         positions = fed.positions() if fed and fed.each_its_own() else {}
         coef, idle = (None, None) if fed is None else (fed.pending.coef, fed.idle())
@@ -202,7 +172,7 @@ class _Optimizer(torch.optim.Optimizer):
                 self._fused(arrays, group, fed, positions, shared)
             else:
                 mine = torch.ones((), dtype=torch.float64, device=table.device) if coef is None else coef
-                rows = [None if t is None else _rows(t, arrays, positions) for t in (mine, idle)]
+                rows = [None if t is None else rows_of(t, arrays, positions) for t in (mine, idle)]
                 kernel(table, *rows, group, zero_grad and not shared, seed, *self._more(arrays, group))
             if arrays.first:
                 for p, momentum in zip(arrays.params, arrays.states[0]):
@@ -210,7 +180,7 @@ class _Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["stochastic_rounding"] is not None:
                 group["rounding_step"] += 1
-        _zero(zero_later if zero_grad else [])
+        zero_(zero_later if zero_grad else [])
 
     def _plan(self, held: set[int]) -> list[Planned]:
         """What is to be stepped, and how; an error if any of it cannot be."""
@@ -261,11 +231,11 @@ class _Optimizer(torch.optim.Optimizer):
             if not arrays.params:
                 return
         grad_scale, found_inf = None, None
-        plain, copies = _for_torch(arrays, shared)
+        plain, copies = for_torch(arrays, shared)
         if fed is not None:
             device, pending = arrays.params[0].device, fed.pending
             if pending.each is not None:
-                mine = _rows(pending.unless_skipped(pending.each), arrays, positions)
+                mine = rows_of(pending.unless_skipped(pending.each), arrays, positions)
                 pack(plain.grads, gradients=True, write=True, argument="grads").apply_(mine)
             grad_scale = pending.common.to(device).reciprocal().float()
             if pending.skip is not None:
@@ -488,56 +458,6 @@ class SGD(_Optimizer):
 def _must_know(groups: list[dict[str, Any]]) -> bool:
     """Whether the host must know what is skipped or held: the first step of SGD with dampening is another one."""
     return any(group.get("dampening") for group in groups)
-
-
-def _rows(each: Tensor, arrays: Arrays, positions: dict[int, int]) -> Tensor:
-    """What [] or [T of a decision] is for the parameters of `arrays`, on their device."""
-    if each.dim():
-        order = [positions[id(p)] for p in arrays.params]
-        if order != list(range(len(each))):
-            each = each[backends.upload(order, torch.int64, each.device)]
-    return each.to(arrays.params[0].device).contiguous()
-
-
-def _zero(gradients: Iterable[Tensor | None]) -> None:
-    there = [torch._neg_view(g) if g.is_neg() else g for g in gradients if g is not None]  # foreach takes no negative
-    if there:
-        torch._foreach_zero_(there)
-
-
-def _shared(plan: list[Planned]) -> set[int]:
-    """The addresses of gradients that are there more than once: what is written to one would be read of the other."""
-    if len(plan) == 1 and plan[0].table is not None:  # in a table each is there once
-        return set()
-    gradients = [gradient for one in plan for gradient in one.arrays.grads]
-    if are_apart(gradients):
-        return set()
-    addresses = [gradient.data_ptr() for gradient in gradients]
-    return {address for address, count in Counter(addresses).items() if count > 1 and address}  # 0: of no elements
-
-
-def _for_torch(arrays: Arrays, shared: set[int]) -> tuple[Arrays, list[tuple[Tensor, Tensor]]]:
-    """The arrays as torch's fused kernels take them, and which of them are copies to be copied back (original, copy).
-
-    The kernels go through memory, whatever the strides; they write gradients back, of which several parameters may
-    share one; and torch's SGD steps wrongly on CPUs in 16 bits, from 16 elements on.
-    """
-    copies: list[tuple[Tensor, Tensor]] = []
-    plain = Arrays([], [], [[] for _ in arrays.states], arrays.steps, arrays.first)
-    for p, gradient, *states in zip(arrays.params, arrays.grads, *arrays.states):
-        narrow = p.device.type == "cpu" and p.itemsize < 4
-        dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)
-        mine = [p.detach(), gradient.detach().resolve_neg(), *states]
-        if narrow or not dense or any(t.stride() != p.stride() for t in mine):
-            mine = [t.to(torch.float32 if narrow else p.dtype, copy=True).contiguous() for t in mine]
-            copies += [(p, mine[0]), *zip(states, mine[2:])]
-        elif gradient.data_ptr() in shared:
-            mine[1] = mine[1].clone()
-        plain.params.append(mine[0])
-        plain.grads.append(mine[1])
-        for column, state in zip(plain.states, mine[2:]):
-            column.append(state)
-    return plain, copies
 
 
 def _read_numbers(group: dict[str, Any]) -> None:

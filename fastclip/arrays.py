@@ -1,0 +1,94 @@
+"""What an optimizer's step works on: the tensors of its parameters, as the kernels, or else torch's, take them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .table import StepTable, are_apart
+
+
+class Arrays(NamedTuple):
+    """What a step works on: tensors of one device and dtype, in the same order."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[list[Tensor]]
+    steps: list[Tensor]  # float32 [] counters; empty for SGD
+    first: bool  # the first step of SGD with dampening, which starts from no momentum
+
+    def without(self, params: set[int]) -> Arrays:
+        """Those whose parameter's id is not among `params`."""
+        kept = [i for i, p in enumerate(self.params) if id(p) not in params]
+
+        def only(column: list[Tensor]) -> list[Tensor]:
+            return [column[i] for i in kept] if column else []
+
+        states = [only(column) for column in self.states]
+        return Arrays(only(self.params), only(self.grads), states, only(self.steps), self.first)
+
+
+class Planned(NamedTuple):
+    """The step of some arrays: by the kernel of a backend on a table, or by torch's where there is none."""
+
+    group: dict[str, Any]
+    arrays: Arrays
+    kernel: Callable[..., None] | None
+    table: StepTable | None
+    seed: int | None  # to round by chance with
+
+
+def rows_of(each: Tensor, arrays: Arrays, positions: dict[int, int]) -> Tensor:
+    """What [] or [T of a decision] is for the parameters of `arrays`, on their device."""
+    if each.dim():
+        order = [positions[id(p)] for p in arrays.params]
+        if order != list(range(len(each))):
+            each = each[backends.upload(order, torch.int64, each.device)]
+    return each.to(arrays.params[0].device).contiguous()
+
+
+def zero_(gradients: Iterable[Tensor | None]) -> None:
+    """Set those that are there to zero."""
+    there = [torch._neg_view(g) if g.is_neg() else g for g in gradients if g is not None]  # foreach takes no negative
+    if there:
+        torch._foreach_zero_(there)
+
+
+def shared_addresses(plan: list[Planned]) -> set[int]:
+    """The addresses of gradients that are there more than once: what is written to one would be read of the other."""
+    if len(plan) == 1 and plan[0].table is not None:  # in a table each is there once
+        return set()
+    gradients = [gradient for one in plan for gradient in one.arrays.grads]
+    if are_apart(gradients):
+        return set()
+    addresses = [gradient.data_ptr() for gradient in gradients]
+    return {address for address, count in Counter(addresses).items() if count > 1 and address}  # 0: of no elements
+
+
+def for_torch(arrays: Arrays, shared: set[int]) -> tuple[Arrays, list[tuple[Tensor, Tensor]]]:
+    """The arrays as torch's fused kernels take them, and which of them are copies to be copied back (original, copy).
+
+    The kernels go through memory, whatever the strides; they write gradients back, of which several parameters may
+    share one; and torch's SGD steps wrongly on CPUs in 16 bits, from 16 elements on.
+    """
+    copies: list[tuple[Tensor, Tensor]] = []
+    plain = Arrays([], [], [[] for _ in arrays.states], arrays.steps, arrays.first)
+    for p, gradient, *states in zip(arrays.params, arrays.grads, *arrays.states):
+        narrow = p.device.type == "cpu" and p.itemsize < 4
+        dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)
+        mine = [p.detach(), gradient.detach().resolve_neg(), *states]
+        if narrow or not dense or any(t.stride() != p.stride() for t in mine):
+            mine = [t.to(torch.float32 if narrow else p.dtype, copy=True).contiguous() for t in mine]
+            copies += [(p, mine[0]), *zip(states, mine[2:])]
+        elif gradient.data_ptr() in shared:
+            mine[1] = mine[1].clone()
+        plain.params.append(mine[0])
+        plain.grads.append(mine[1])
+        for column, state in zip(plain.states, mine[2:]):
+            column.append(state)
+    return plain, copies
