@@ -16,7 +16,8 @@ namespace {
 constexpr int64_t LONG_WORK = 1 << 22;  // elements; long enough for other threads to want the interpreter meanwhile
 
 // The tensors of a Python list, or null if any item is no tensor. Good until the next call on this thread.
-const std::vector<c10::TensorImpl*>* tensors_of(PyObject* list) {
+// `subclass`: whether any is of another type than Tensor and Parameter.
+const std::vector<c10::TensorImpl*>* tensors_of(PyObject* list, bool* subclass = nullptr) {
   static thread_local std::vector<c10::TensorImpl*> tensors;
   tensors.clear();
   if (!PyList_CheckExact(list)) return nullptr;
@@ -25,9 +26,34 @@ const std::vector<c10::TensorImpl*>* tensors_of(PyObject* list) {
   for (Py_ssize_t i = 0; i < size; i++) {
     PyObject* item = PyList_GET_ITEM(list, i);
     if (!THPVariable_Check(item)) return nullptr;
+    if (subclass && !THPVariable_CheckTypeExact(Py_TYPE(item))) *subclass = true;
     tensors.push_back(THPVariable_Unpack(item).unsafeGetTensorImpl());
   }
   return &tensors;
+}
+
+// Whether a parameter is one of FSDP1's flat ones, or a view of one: each rank has another part of them. Looks at none
+// where FSDP1 is not loaded, and unless `all` only at those of one dimension, as flat ones are.
+bool any_flattened(PyObject* list, bool all) {
+  static PyObject* const module = PyUnicode_InternFromString("torch.distributed.fsdp._flat_param");
+  static PyObject* const mark = PyUnicode_InternFromString("_fsdp_flattened");
+  PyObject* modules = PyImport_GetModuleDict();
+  if (!modules || PyDict_Contains(modules, module) != 1) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
+    PyObject* item = PyList_GET_ITEM(list, i);
+    if ((all || THPVariable_Unpack(item).dim() == 1) && PyObject_HasAttr(item, mark)) return true;
+  }
+  return false;
+}
+
+// The groups of a list of parameters' gradients, or of tensors. Packed::Odd if the list wants the general packer.
+Packed pack_items(PyObject* list, bool gradients_of, std::vector<Group>& groups) {
+  bool subclass = false, views = false;
+  const auto* tensors = tensors_of(list, &subclass);
+  // Before any address is taken, since a subclass may run Python here.
+  if (!tensors || (gradients_of && any_flattened(list, subclass))) return Packed::Odd;
+  if (pack(*tensors, gradients_of, groups, &views) == Packed::Odd) return Packed::Odd;
+  return gradients_of && views && any_flattened(list, true) ? Packed::Odd : Packed::Plain;
 }
 
 // A Python float or int as a double; NaN for anything else.
@@ -72,10 +98,8 @@ PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!(max_norm >= 0) || !(p > 0)) Py_RETURN_NONE;
   const int refuses = PyObject_IsTrue(args[4]);
   if (refuses < 0) return nullptr;
-  const auto* tensors = tensors_of(args[0]);
-  if (!tensors || tensors->empty()) Py_RETURN_NONE;
   std::vector<Group> groups;
-  if (pack(*tensors, /*gradients_of=*/clip, groups) == Packed::Odd || groups.empty()) Py_RETURN_NONE;
+  if (pack_items(args[0], /*gradients_of=*/clip, groups) == Packed::Odd || groups.empty()) Py_RETURN_NONE;
   int64_t work = 0;
   bool wide = false;
   for (const auto& group : groups) {
@@ -106,10 +130,18 @@ PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // The groups of a list of tensors, or None if it wants the general packer.
 py::object pack_list(const py::list& list, bool gradients_of) {
-  const auto* tensors = tensors_of(list.ptr());
   std::vector<Group> groups;
-  if (!tensors || pack(*tensors, gradients_of, groups) == Packed::Odd) return py::none();
+  if (pack_items(list.ptr(), gradients_of, groups) == Packed::Odd) return py::none();
   return wrap(std::move(groups));
+}
+
+// Whether two lists hold the same objects in the same order.
+bool same_items(const py::list& a, const py::list& b) {
+  const size_t size = a.size();
+  if (size != b.size()) return false;
+  for (size_t i = 0; i < size; i++)
+    if (PyList_GET_ITEM(a.ptr(), i) != PyList_GET_ITEM(b.ptr(), i)) return false;
+  return true;
 }
 
 py::list tensors(const Group& group) {
@@ -182,9 +214,8 @@ py::tuple measure(const Group& group, double p, std::optional<double> max_norm, 
 // gradients are float64; or the packed groups, untouched, or None, as global_norm does. No gradient is owned meanwhile:
 // nothing here runs Python.
 py::object clip_all(const py::list& list, double p, double max_norm) {
-  const auto* tensors = tensors_of(list.ptr());
   std::vector<Group> groups;
-  if (!tensors || pack(*tensors, /*gradients_of=*/true, groups) == Packed::Odd || groups.empty()) return py::none();
+  if (pack_items(list.ptr(), /*gradients_of=*/true, groups) == Packed::Odd || groups.empty()) return py::none();
   if (groups.size() > 1 || !groups[0].device.is_cpu() || groups[0].work > LONG_WORK) return wrap(std::move(groups));
   Group& group = groups[0];
   const int64_t n = group.segments.size();
@@ -251,7 +282,8 @@ struct StepGroup {
 };
 
 // The StepGroup of parameters, gradients and each of `lists` (a list of state tensors), in the same order; `steps` are
-// float32 counters, or there are none. None if any of them is not as the kernels need it.
+// float32 counters, or there are none. None if any of them is not as the kernels need it, or two share memory: threads
+// step the tensors of a group at the same time.
 std::unique_ptr<StepGroup> pack_step(const py::list& params, const py::list& grads, const std::vector<py::list>& lists,
                                      const py::list& steps) {
   std::vector<std::vector<c10::TensorImpl*>> columns;
@@ -274,10 +306,15 @@ std::unique_ptr<StepGroup> pack_step(const py::list& params, const py::list& gra
     if (columns[c].size() != count && !(c == 2 && columns[c].empty())) return nullptr;
   made->states.segments.resize(count);
   made->owners.reserve((columns.size() - 1) * count);
+  // A parameter that is there twice has its gradient there twice, which pack() has noticed; a state or a counter might
+  // be there twice by itself.
+  static thread_local Overlaps overlaps;
+  overlaps.expect(2 * count);
   for (size_t c = 1; c < columns.size(); c++) {
     for (size_t i = 0; i < columns[c].size(); i++) {
       auto& tensor = *columns[c][i];
       auto& segment = made->states.segments[i];
+      const size_t bytes = tensor.numel() * c10::elementSize(c10::typeMetaToScalarType(tensor.dtype()));
       if (c == 2) {
         if (!plain(tensor) || !has_memory(tensor) || tensor.device() != made->group.device || tensor.numel() != 1 ||
             c10::typeMetaToScalarType(tensor.dtype()) != at::kFloat)
@@ -287,9 +324,15 @@ std::unique_ptr<StepGroup> pack_step(const py::list& params, const py::list& gra
         if (!matches(tensor, *columns[0][i])) return nullptr;
         (c == 1 ? segment.param : segment.state[c - 3]) = memory(tensor);
       }
+      const auto address = reinterpret_cast<uintptr_t>(memory(tensor));
+      if (bytes > 0 && !Overlaps::alone_in(tensor.unsafe_storage(), bytes)) overlaps.add_view(address, address + bytes);
+      if (bytes > 0 && (c == 2 || c == 3) && !overlaps.insert(address))
+        for (size_t j = 0; j < i; j++)
+          if (columns[c][j]->numel() > 0 && memory(*columns[c][j]) == memory(tensor)) return nullptr;
       made->owners.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));
     }
   }
+  if (overlaps.any_partial()) return nullptr;
   made->group.own();
   return made;
 }
@@ -359,6 +402,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("bump_version", &StepGroup::bump_version);
   using Released = py::call_guard<py::gil_scoped_release>;
   m.def("pack", &pack_list);
+  m.def("same_items", &same_items);
   m.def("measure", &measure);
   m.def("clip_all", &clip_all);
   m.def("apply_", &apply_, Released());

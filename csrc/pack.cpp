@@ -3,7 +3,6 @@
 // chain at a time, and the misses of a block overlap.
 #include "pack.h"
 
-#include <algorithm>
 #include <numeric>
 
 namespace fastclip {
@@ -19,45 +18,6 @@ const c10::DispatchKeySet ODD_KEYS{
     c10::DispatchKey::Python, c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
     c10::DispatchKey::ZeroTensor, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
     c10::DispatchKey::Functionalize};
-
-// Which gradients share memory: exact repeats through a hash table of addresses, partial overlaps by sorting those few
-// that are views into a larger storage, or share it, or borrowed it (from numpy, say).
-class Overlaps {
- public:
-  void expect(size_t tensors) {
-    size_t capacity = 16;
-    while (capacity < 2 * tensors) capacity *= 2;
-    slots_.assign(capacity, 0);
-    views_.clear();
-    shift_ = 64 - __builtin_ctzll(capacity);
-  }
-
-  // False if the address may have been there before. Slots hold 32 bits of the hash, which keeps the table in the L1
-  // cache; two addresses that agree in them (4 GiB apart) are told apart by the caller, who looks for the first anyway.
-  bool insert(uintptr_t address) {
-    const uint64_t hash = address * 0x9E3779B97F4A7C15ull;
-    const uint32_t mark = uint32_t(hash) | 1;
-    size_t i = hash >> shift_;
-    for (; slots_[i] != 0; i = (i + 1) & (slots_.size() - 1))
-      if (slots_[i] == mark) return false;
-    slots_[i] = mark;
-    return true;
-  }
-
-  void add_view(uintptr_t begin, uintptr_t end) { views_.emplace_back(begin, end); }
-
-  bool any_partial() {
-    std::sort(views_.begin(), views_.end());
-    for (size_t i = 1; i < views_.size(); i++)
-      if (views_[i].first < views_[i - 1].second) return true;
-    return false;
-  }
-
- private:
-  std::vector<uint32_t> slots_;
-  std::vector<std::pair<uintptr_t, uintptr_t>> views_;
-  int shift_;
-};
 
 // Memory kept from call to call: asking the system for fresh pages costs more than filling them.
 thread_local Overlaps kept_overlaps;
@@ -93,7 +53,7 @@ bool plain(const c10::TensorImpl& g) {
       (g.is_cpu() || g.is_cuda() || g.is_xpu()) && g.is_non_overlapping_and_dense();
 }
 
-Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std::vector<Group>& groups) {
+Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std::vector<Group>& groups, bool* views) {
   Overlaps& overlaps = kept_overlaps;
   overlaps.expect(tensors.size());
   Group* group = nullptr;
@@ -139,14 +99,14 @@ Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std
           for (const auto& any : groups)
             if (segment_at(any, data)) return Packed::Odd;
         }
-        if (storage.nbytes() != bytes || storage.use_count() > 1 || !storage.unsafeGetStorageImpl()->resizable())
-          overlaps.add_view(address, address + bytes);
+        if (!Overlaps::alone_in(storage, bytes)) overlaps.add_view(address, address + bytes);
       }
       group->add(data, numel, gradient);
       if (groups.size() > 1) group->positions.push_back(position);
       position++;
     }
   }
+  if (views) *views = overlaps.any_views();
   return overlaps.any_partial() ? Packed::Odd : Packed::Plain;
 }
 

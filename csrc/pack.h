@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 namespace fastclip {
@@ -34,6 +36,52 @@ struct Group {
   void bump_version(size_t i) const;
 };
 
+// Which tensors share memory: exact repeats through a hash table of addresses, partial overlaps by sorting those few that
+// are views into a larger storage, or share it, or borrowed it (from numpy, say).
+class Overlaps {
+ public:
+  void expect(size_t tensors) {
+    size_t capacity = 16;
+    while (capacity < 2 * tensors) capacity *= 2;
+    slots_.assign(capacity, 0);
+    views_.clear();
+    shift_ = 64 - __builtin_ctzll(capacity);
+  }
+
+  // False if the address may have been there before. Slots hold 32 bits of the hash, which keeps the table in the L1
+  // cache; two addresses that agree in them (4 GiB apart) are told apart by the caller, who looks for the first anyway.
+  bool insert(uintptr_t address) {
+    const uint64_t hash = address * 0x9E3779B97F4A7C15ull;
+    const uint32_t mark = uint32_t(hash) | 1;
+    size_t i = hash >> shift_;
+    for (; slots_[i] != 0; i = (i + 1) & (slots_.size() - 1))
+      if (slots_[i] == mark) return false;
+    slots_[i] = mark;
+    return true;
+  }
+
+  // Whether nothing but a tensor of so many bytes has this storage, so that only the same tensor can overlap it.
+  static bool alone_in(const c10::Storage& storage, size_t bytes) {
+    return storage.nbytes() == bytes && storage.use_count() == 1 && storage.unsafeGetStorageImpl()->resizable();
+  }
+
+  void add_view(uintptr_t begin, uintptr_t end) { views_.emplace_back(begin, end); }
+
+  bool any_views() const { return !views_.empty(); }
+
+  bool any_partial() {
+    std::sort(views_.begin(), views_.end());
+    for (size_t i = 1; i < views_.size(); i++)
+      if (views_[i].first < views_[i - 1].second) return true;
+    return false;
+  }
+
+ private:
+  std::vector<uint32_t> slots_;
+  std::vector<std::pair<uintptr_t, uintptr_t>> views_;
+  int shift_;
+};
+
 // Dense real memory of a dtype that the kernels know, and nothing else: no wrapper, no lazy negation.
 bool plain(const c10::TensorImpl& tensor);
 
@@ -42,7 +90,9 @@ enum class Packed { Plain, Odd };
 
 // Groups of all gradients of `tensors` (or of the tensors themselves), in order, a gradient that appears twice once.
 // Packed::Odd if any of them is not a plain dense real tensor, or if two of them overlap; `groups` is then unusable.
-Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std::vector<Group>& groups);
+// `views`: whether the storage of any of them is larger than it, or has other owners.
+Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std::vector<Group>& groups,
+            bool* views = nullptr);
 
 // Give a group's memory to the next call of pack on this thread.
 void recycle(Group&& group);

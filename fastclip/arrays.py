@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .table import StepTable, are_apart
+from .table import StepTable, are_apart, may_overlap
 
 
 class Arrays(NamedTuple):
@@ -26,8 +26,20 @@ class Arrays(NamedTuple):
         """Those whose parameter's id is not among `params`."""
         kept = [i for i, p in enumerate(self.params) if id(p) not in params]
 
+        return self._at(kept)
+
+    def one_by_one(self) -> list[Arrays]:
+        """Each tensor's by itself, in order."""
+        return [self._at([i]) for i in range(len(self.params))]
+
+    def overlap(self) -> bool:
+        """Whether there are several parameters, and memory of one, or of its states, may be another's too."""
+        states = [state for column in (*self.states, self.steps) for state in column]
+        return len(self.params) > 1 and may_overlap([*self.params, *states])
+
+    def _at(self, positions: list[int]) -> Arrays:
         def only(column: list[Tensor]) -> list[Tensor]:
-            return [column[i] for i in kept] if column else []
+            return [column[i] for i in positions] if column else []
 
         states = [only(column) for column in self.states]
         return Arrays(only(self.params), only(self.grads), states, only(self.steps), self.first)
@@ -73,8 +85,9 @@ def shared_addresses(plan: list[Planned]) -> set[int]:
 def for_torch(arrays: Arrays, shared: set[int]) -> tuple[Arrays, list[tuple[Tensor, Tensor]]]:
     """The arrays as torch's fused kernels take them, and which of them are copies to be copied back (original, copy).
 
-    The kernels go through memory, whatever the strides; they write gradients back, of which several parameters may
-    share one; and torch's SGD steps wrongly on CPUs in 16 bits, from 16 elements on.
+    The kernels go through memory, whatever the strides, and take all arrays for the same dtype; they write gradients
+    back, of which several parameters may share one; and torch's SGD steps wrongly on CPUs in 16 bits, from 16 elements
+    on.
     """
     copies: list[tuple[Tensor, Tensor]] = []
     plain = Arrays([], [], [[] for _ in arrays.states], arrays.steps, arrays.first)
@@ -82,7 +95,7 @@ def for_torch(arrays: Arrays, shared: set[int]) -> tuple[Arrays, list[tuple[Tens
         narrow = p.device.type == "cpu" and p.itemsize < 4
         dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)
         mine = [p.detach(), gradient.detach().resolve_neg(), *states]
-        if narrow or not dense or any(t.stride() != p.stride() for t in mine):
+        if narrow or not dense or any(t.stride() != p.stride() or t.dtype != p.dtype for t in mine):
             mine = [t.to(torch.float32 if narrow else p.dtype, copy=True).contiguous() for t in mine]
             copies += [(p, mine[0]), *zip(states, mine[2:])]
         elif gradient.data_ptr() in shared:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from . import backends
 from .backends import Measurement, capturing, native, upload
-from .feed import Fed, Scaling, check_optimizer, covers, feed
+from .feed import Fed, Scaling, check_optimizer, covers, innermost, prepare, step_inside
 from .members import Members
 from .rules import GlobalNorm, Rule
 from .rules.formula import check_state, checked, clip_coefficient, combined, is_zero, norm_type_of, state_of
 from .rules.norms import as_rule
 from .stats import Stats, measure
-from .table import GradTable, from_native, listed, pack
+from .table import GradTable, from_native, listed, pack, same_items
 
 NONFINITE = ("propagate", "skip", "zero", "raise")
 
@@ -67,16 +68,36 @@ class Clipper:
         self.zeroed: Tensor | None = None
         self._known: Members | None = None
         self._distinct = 0  # gradients of the last decision
-        self._checked = 0
         if self.parameters:
-            self.check_rules()
+            self._check_rules(self.parameters, self.names)
 
-    def check_rules(self) -> None:
-        """ValueError if a rule names a parameter that is not here."""
-        self._checked = len(self.parameters)
+    def set_parameters(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
+        """Go on with other parameters. What rules remember of a parameter stays with it; a new one starts anew.
+
+        Raises:
+            ValueError: a rule names a parameter that is not among them; nothing is changed then.
+        """
+        if names == self.names and same_items(parameters, self.parameters):
+            return
+        self._check_rules(parameters, names)
+        earlier = {id(p): i for i, p in enumerate(self.parameters)}
+        came_from = [earlier.get(id(p), -1) for p in parameters]
+        for rule in self.rules:
+            if earlier and hasattr(rule, "reorder"):
+                rule.reorder(came_from)
+        self.parameters, self.names, self._known = list(parameters), names, None
+
+    def _check_rules(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
+        """ValueError if a rule names a parameter that is not among these."""
         for rule in self.rules:
             if hasattr(rule, "check"):
-                rule.check(self.parameters, self.names)
+                rule.check(parameters, names)
+
+    def init_state(self) -> None:
+        """Make what the rules will remember, as a first step would."""
+        for rule in self.rules:
+            if self.parameters and hasattr(rule, "init_state"):
+                rule.init_state(self.parameters[0].device, len(self.parameters))
 
     def clip_(self) -> Stats:
         """Clip the gradients in place; what they were before, and what was done, as :class:`Stats`.
@@ -124,7 +145,7 @@ class Clipper:
         scaler: torch.amp.GradScaler | None = None,
         when: Tensor | bool | None = None,
         divide_by: Tensor | float = 1,
-    ) -> Stats:
+    ) -> Stats | None:
         r"""Clip and step: what ``clip_()`` and ``optimizer.step()`` do, to rounding, without the clip's own passes.
 
         The coefficient goes to the optimizer, which multiplies by it as it reads the gradients:
@@ -132,11 +153,16 @@ class Clipper:
         - :mod:`fastclip.optim`'s take coefficients and skips into their single pass.
         - ``fused=True`` Adam, AdamW, SGD and Adagrad of torch.optim get it as their ``grad_scale``. (They write the
           clipped gradients back; gradients with a coefficient of their own are scaled in place before.)
-        - For any other optimizer the gradients are clipped in place.
+        - For any other optimizer the gradients are clipped in place. So are they where step hooks are registered
+          (``register_step_pre_hook`` and the like), which then see clipped gradients, and for float64 gradients of
+          torch's fused optimizers, whose ``grad_scale`` is float32.
 
         Args:
             optimizer: holds the parameters of this Clipper. With other parameters besides, or without some of them,
-                the gradients are clipped in place and the optimizer steps as it would.
+                the gradients are clipped in place and the optimizer steps as it would. A wrapper that has the optimizer
+                as its ``.optimizer`` (Accelerate's, Lightning's, Fabric's) is stepped as it is: gradients are clipped
+                when, and only when, its ``step()`` reaches that of the innermost optimizer. A GradScaler of the
+                wrapper's own is taken into account.
             scaler: a ``torch.amp.GradScaler`` whose ``scale(loss)`` was differentiated. The unscaling is part of the
                 coefficient; ``scaler.unscale_(optimizer)`` may have been called before, ``scaler.update()`` comes
                 after. A non-finite gradient skips the update, whatever `nonfinite` says.
@@ -145,19 +171,41 @@ class Clipper:
                 or of tokens that were accumulated; > 0, or such a [] tensor on any device.
 
         Returns:
-            :class:`Stats` of the gradients, unscaled and divided.
+            :class:`Stats` of the gradients, unscaled and divided. None where the step of a wrapper does nothing, in the
+            middle of an accumulation, say: then nothing is clipped or counted either.
 
         Raises:
             TypeError, ValueError: an argument of another kind, or an optimizer that wants a closure (LBFGS) or clips
                 by itself.
-            RuntimeError: a second step with `scaler` without its ``update()``.
+            RuntimeError: a second step with `scaler` without its ``update()``; a wrapper that changed parameters
+                without a step of the optimizer inside.
             As :meth:`clip_`.
 
         A skip is decided on the device and read back to the host only for optimizers that are not fused (torch's SGD
         with dampening counts as such) and where the rules have a ``Value``. ``Mask(hold=True)`` reads which are held,
         but not with :mod:`fastclip.optim`, where only SGD with dampening reads either.
         """
-        check_optimizer(optimizer)
+        inner = innermost(optimizer)
+        check_optimizer(inner)
+        stats: Stats | None = None
+
+        def begin(undo: ExitStack) -> bool:
+            nonlocal stats
+            stats, steps = self._begin_step(inner, scaler, when, divide_by, undo)
+            return steps
+
+        if inner is not optimizer:
+            step_inside(optimizer, inner, begin)
+            return stats
+        with ExitStack() as undo:
+            if begin(undo):
+                optimizer.step()
+        return stats
+
+    def _begin_step(
+        self, optimizer: torch.optim.Optimizer, scaler: Any, when: Any, divide_by: Any, undo: ExitStack
+    ) -> tuple[Stats, bool]:
+        """Decide, and make the optimizer's next step carry it out; False if there must be none, see :func:`prepare`."""
         complete = covers(optimizer, self.parameters)
         table = pack(self.parameters, gradients=False, write=True)
         scaling = Scaling.of(scaler, optimizer, table.device)
@@ -170,11 +218,11 @@ class Clipper:
         skip = None if when is None else ~_flag(when, table.device)
         if scaling.found_inf is not None:
             skip = scaling.found_inf if skip is None else skip | scaling.found_inf
-        stats, pending = self.decide(table, factor, skip, scaling.active)
+        stats, pending = self.decide(table, factor, skip, scaling.active or scaling.by_wrapper)
         scaling.record(stats)
-        feed(optimizer, table, Fed(pending, self.owners), complete)
-        scaling.done()
-        return stats
+        steps = prepare(optimizer, table, Fed(pending, self.owners), complete, undo)
+        undo.push(scaling.done)
+        return stats, steps
 
     def decide(
         self, table: GradTable, factor: Tensor | None = None, skip: Tensor | None = None, scaled: bool = False
@@ -182,8 +230,6 @@ class Clipper:
         """What the rules say of the gradients of `table`; see :func:`decide`. `scaled`: by a GradScaler."""
         policy = "skip" if scaled else self.nonfinite
         check = self._refuse if policy == "raise" else None
-        if self._checked != len(self.parameters):  # an optimizer was given more of them
-            self.check_rules()
         count = self._distinct = len(table)
         members = functools.cache(lambda: self._members(count))  # not of the table, which holds the gradients
         before = Before(factor, skip, self.steps, members)
@@ -198,10 +244,8 @@ class Clipper:
         return stats, pending
 
     def state_dict(self) -> dict[str, Any]:
-        """What this Clipper and its rules remember: counts, and running statistics as tensors (copies)."""
-        counts = {
-            name: None if t is None else t.clone() for name, t in (("skips", self.skips), ("zeroed", self.zeroed))
-        }
+        """What this Clipper and its rules remember: counts as ints, and running statistics as tensors (copies)."""
+        counts = {name: 0 if t is None else int(t) for name, t in (("skips", self.skips), ("zeroed", self.zeroed))}
         return {"steps": self.steps, **counts, "rules": [state_of(rule) for rule in self.rules]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -438,10 +482,10 @@ def _added(total: Tensor | None, more: Tensor) -> Tensor:
     return total.add_(more)
 
 
-def _loaded(mine: Tensor | None, saved: Tensor | None) -> Tensor | None:
+def _loaded(mine: Tensor | None, saved: int) -> Tensor | None:
     if mine is None:
-        return None if saved is None else saved.detach().clone()
-    return mine.zero_() if saved is None else mine.copy_(saved)
+        return torch.tensor(saved, dtype=torch.int64, device="cpu") if saved else None
+    return mine.fill_(saved)
 
 
 def clip_by_norm(table: GradTable, norm: Tensor, max_norm: float) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import itertools
 import numbers
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import optimizer as torch_optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .backends import upload
-from .table import GradTable
+from .table import GradTable, same_items
 
 if TYPE_CHECKING:
     from .clipper import Pending
@@ -24,8 +27,25 @@ if TYPE_CHECKING:
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 
 
+class TakesDecision:
+    """An optimizer that carries a decision out in its own pass over the gradients: those of :mod:`fastclip.optim`."""
+
+    decision: Fed | None = None  # of the Clipper whose step() calls this optimizer's
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that steps in the end, inside wrappers such as Accelerate's, Fabric's and Lightning's."""
+    seen = {id(optimizer)}
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, torch.optim.Optimizer) and id(inner) not in seen:
+        optimizer = inner
+        seen.add(id(inner))
+        inner = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
 def check_optimizer(optimizer: Any) -> None:
-    """TypeError unless `optimizer` is one whose step needs no closure."""
+    """TypeError unless `optimizer` (the innermost one) is one whose step needs no closure."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__} {optimizer!r}")
     if _wants_closure(type(optimizer).step):
@@ -50,12 +70,16 @@ def _tied(optimizer: torch.optim.Optimizer, table: GradTable) -> bool:
     return sum(p.grad is not None for group in optimizer.param_groups for p in group["params"]) > len(table)
 
 
+def flat_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of all groups, as they are now."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    return groups[0] if len(groups) == 1 else list(itertools.chain.from_iterable(groups))
+
+
 def covers(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> bool:
     """Whether the optimizer's parameters are `parameters`, in any order."""
-    theirs = [p for group in optimizer.param_groups for p in group["params"]]
-    if len(theirs) == len(parameters) and all(map(operator.is_, theirs, parameters)):
-        return True
-    return set(map(id, theirs)) == set(map(id, parameters))
+    theirs = flat_params(optimizer)
+    return same_items(theirs, parameters) or set(map(id, theirs)) == set(map(id, parameters))
 
 
 class Scaling:
@@ -64,9 +88,17 @@ class Scaling:
     def __init__(self, scaler: GradScaler | None, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.device = device
         self.active = scaler is not None and scaler.is_enabled()
+        self.by_wrapper = False  # whether a GradScaler outside calls the optimizer's step, and keeps its own books
         self.found_inf: Tensor | None = None
         self._scale: Tensor | None = None
         self._state: dict[str, Any] = {}
+        scale, found_inf = given_by_scaler(optimizer)
+        if self.active and scale is not None:
+            raise ValueError("scaler must be left out: the optimizer's wrapper steps with a GradScaler of its own")
+        if scale is not None or found_inf is not None:
+            self.by_wrapper = True
+            self._scale = None if scale is None else scale.to(device, torch.float64)
+            self.found_inf = None if found_inf is None else found_inf.to(device) > 0
         if scaler is None or not self.active:
             return
         if scaler._scale is None:
@@ -112,8 +144,9 @@ class Scaling:
         if self.active and self.found_inf is None:
             self._state["found_inf_per_device"] = {self.device: stats.nonfinite.any().float()}
 
-    def done(self) -> None:
-        if self.active:
+    def done(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Note that the optimizer has stepped, unless it raised: for :meth:`contextlib.ExitStack.push`."""
+        if self.active and kind is None:
             self._state["stage"] = OptState.STEPPED
 
 
@@ -149,41 +182,131 @@ class Fed(NamedTuple):
         return {id(p): i for i, parameters in enumerate(self.owners()) for p in parameters}
 
 
-def feed(optimizer: torch.optim.Optimizer, table: GradTable, fed: Fed, complete: bool) -> None:
-    """Step with the gradients as `fed` would leave them, and without what it holds or skips.
+def prepare(
+    optimizer: torch.optim.Optimizer, table: GradTable, fed: Fed, complete: bool, undo: contextlib.ExitStack
+) -> bool:
+    """Make the next ``optimizer.step()`` step with the gradients of `table` as `fed` would leave them.
 
-    `complete`: the optimizer's parameters are those of the table.
+    What cannot be handed to the optimizer is done to the gradients in place. `complete`: the optimizer's parameters are
+    those of the table. `undo` takes what must be undone after the step. Returns False if there must be no step: it is
+    skipped, and the host knows.
     """
-    if complete and hasattr(optimizer, "_fed"):  # one of fastclip.optim
-        with _attributes(optimizer, _fed=fed):
-            optimizer.step()
-        return
     pending = fed.pending
+    hands_over = complete and not _has_step_hooks(optimizer)
+    if hands_over and isinstance(optimizer, TakesDecision):
+        undo.enter_context(_attributes(optimizer, decision=fed))
+        return True
     kept = [(p, p.grad) for p in fed.held()]
-    fused = type(optimizer) in FUSED and all(group.get("fused") for group in optimizer.param_groups)
-    if complete and fused and not _dampens(optimizer) and not _tied(optimizer, table):
+    if hands_over and _divides_by_scale(optimizer, table):
         on_host = all(group.device.type == "cpu" for group in table.groups)
         if on_host and fed.skipped():
-            return
+            return False
         if pending.each is not None:
             table.apply_(pending.unless_skipped(pending.each))
         if type(optimizer) is torch.optim.SGD:
             _start_momentum(optimizer)
         divisor = _divisor(pending.common)
-        given = {}
+        scale, found_inf = given_by_scaler(optimizer)
+        given: dict[str, Any] = {} if scale is None else {"grad_scale": None}
+        given |= {} if found_inf is None else {"found_inf": None}
         if not on_host:
             skip = pending.skip
             given = {"grad_scale": divisor, "found_inf": torch.zeros_like(divisor) if skip is None else skip.float()}
         elif divisor != 1:  # with a grad_scale torch writes the gradients back, whatever it is
-            given = {"grad_scale": divisor}
-        with _without_gradients(kept), _attributes(optimizer, **given):
-            optimizer.step()
-        return
+            given["grad_scale"] = divisor
+        undo.enter_context(_without_gradients(kept))
+        undo.enter_context(_attributes(optimizer, **given))
+        return True
     pending.apply_(table)
-    if pending.skip is not None and bool(pending.skip):
-        return
-    with _without_gradients(kept):
-        optimizer.step()
+    if fed.skipped():
+        return False
+    undo.enter_context(_without_gradients(kept))
+    scale, found_inf = given_by_scaler(optimizer)  # both are in the gradients now
+    given = {} if scale is None else {"grad_scale": torch.ones_like(scale)}
+    given |= {} if found_inf is None else {"found_inf": torch.zeros_like(found_inf)}
+    undo.enter_context(_attributes(optimizer, **given))
+    return True
+
+
+def step_inside(outer: Any, inner: torch.optim.Optimizer, begin: Callable[[contextlib.ExitStack], bool]) -> None:
+    """``outer.step()``, in which ``begin(undo)`` is called as the step of the optimizer `inner` begins.
+
+    A wrapper may step later (it accumulates), not at all (its GradScaler found an inf) or with scaled gradients, so
+    what is to be done waits until the innermost step is really taken. If that is not taken, nothing is done.
+
+    Raises:
+        RuntimeError: parameters changed without a step of `inner`, so with gradients that were not clipped.
+    """
+    params = flat_params(inner)
+    versions = [p._version for p in params]
+    with contextlib.ExitStack() as undo:
+
+        def start() -> None:
+            if not begin(undo):
+                undo.enter_context(_without_gradients([(p, p.grad) for p in params]))
+
+        hook = _Begin(inner, start)
+        undo.callback(_register_first(inner, hook).remove)
+        outer.step()
+    if not hook.called and versions != [p._version for p in params]:
+        raise RuntimeError(
+            f"optimizer ({type(outer).__name__}) changed parameters without a step of the {type(inner).__name__} "
+            f"inside, so their gradients were not clipped: clip with clip_() before its step() instead"
+        )
+
+
+class _Begin:
+    """A step pre-hook that calls `begin` once, as the step of `optimizer` begins."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, begin: Callable[[], Any]) -> None:
+        self._optimizer, self._begin, self.called = optimizer, begin, False
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer is self._optimizer and not self.called:
+            self.called = True
+            self._begin()
+
+
+def _register_first(optimizer: torch.optim.Optimizer, hook: _Begin) -> RemovableHandle:
+    """Register a step pre-hook that runs before all others."""
+    if registered := torch_optimizer._global_optimizer_pre_hooks:  # these come before the optimizer's own
+        handle = torch_optimizer.register_optimizer_step_pre_hook(hook)
+        _move_first(registered, handle.id)
+    else:
+        handle = optimizer.register_step_pre_hook(hook)
+        _move_first(optimizer._optimizer_step_pre_hooks, handle.id)
+    return handle
+
+
+def _move_first(hooks: Any, key: int) -> None:
+    hooks.move_to_end(key, last=False)
+
+
+def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether somebody looks at the gradients as the step begins or ends, and so must see them clipped."""
+    hooks: list[dict[int, Any]] = [
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+    ]
+    return any(type(hook) is not _Begin for registered in hooks for hook in registered.values())
+
+
+def _divides_by_scale(optimizer: torch.optim.Optimizer, table: GradTable) -> bool:
+    """Whether the optimizer's step is torch's fused one, which divides gradients by a float32 `grad_scale`."""
+    return (
+        type(optimizer) in FUSED
+        and all(group.get("fused") for group in optimizer.param_groups)
+        and all(group.dtype != torch.float64 for group in table.groups)  # whose coefficient float32 would round
+        and not _dampens(optimizer)
+        and not _tied(optimizer, table)
+    )
+
+
+def given_by_scaler(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, Tensor | None]:
+    """What a GradScaler whose ``step`` calls this optimizer's has set: its scale, and whether it found an inf (> 0)."""
+    return getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
 
 
 def _divisor(common: Tensor) -> Tensor:
@@ -209,10 +332,11 @@ def _dampens(optimizer: torch.optim.Optimizer) -> bool:
 
 
 class _attributes:
-    """Sets attributes of an object, and takes them away whatever happens."""
+    """Sets attributes of an object, and afterwards what was there before, unless that was taken away meanwhile."""
 
     def __init__(self, target: Any, **values: Any) -> None:
         self._target, self._values = target, values
+        self._before = {name: target.__dict__[name] for name in values if name in target.__dict__}
 
     def __enter__(self) -> None:
         for name, value in self._values.items():
@@ -220,7 +344,10 @@ class _attributes:
 
     def __exit__(self, *_: object) -> None:
         for name in self._values:
-            self._target.__dict__.pop(name, None)
+            if name in self._target.__dict__:
+                delattr(self._target, name)
+                if name in self._before:
+                    setattr(self._target, name, self._before[name])
 
 
 class _without_gradients:

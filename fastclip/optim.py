@@ -11,6 +11,8 @@ compiler to pack with, it is torch's own fused kernel, fed with the coefficient.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,22 +22,26 @@ from torch import Tensor
 from . import backends
 from .arrays import Arrays, Planned, for_torch, rows_of, shared_addresses, zero_
 from .clipper import Clipper, Pending
-from .feed import Fed
+from .feed import Fed, TakesDecision, flat_params, given_by_scaler
 from .rules import Rule
 from .stats import Stats, measure
 from .table import has_memory, pack, pack_step
 
 NUMBERS = ("eps", "momentum", "dampening", "weight_decay")  # entries of a parameter group, besides lr and betas
-OWN = ("stochastic_rounding", "rounding_step")  # entries of a parameter group that torch's do not have
+OWN = ("stochastic_rounding", "rounding_step", "clipper")  # entries of a parameter group that torch's do not have
 
 
-class _Optimizer(torch.optim.Optimizer):
+class _Last:
+    """What the last step clipped. Wrappers that copy an optimizer's attributes share it with the optimizer."""
+
+    stats: Stats | None = None
+
+
+class _Optimizer(TakesDecision, torch.optim.Optimizer):
     """What AdamW and SGD share: the decision, and the pass over all parameters."""
 
-    clipper: Clipper | None  # of the `max_norm`, over all parameters
+    clipper: Clipper | None  # of the `max_norm`, over the parameters of all groups
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf, see step()
-    _fed: Fed | None = None
-    stats: Stats | None = None
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], max_norm: Any, nonfinite: str, stochastic_rounding: int | None
@@ -56,12 +62,28 @@ class _Optimizer(torch.optim.Optimizer):
             raise TypeError(f"stochastic_rounding must be a seed (an int) or None, got {stochastic_rounding!r}")
         if max_norm is None and nonfinite != "propagate":
             raise ValueError(f"nonfinite={nonfinite!r} needs a max_norm; float('inf') only measures")
+        if max_norm is not None:
+            _refuse_one_rank()
         self.clipper = None if max_norm is None else Clipper([], max_norm, nonfinite=nonfinite)
+        self._last = _Last()
         defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "rounding_step": 0}
         _read_numbers(defaults)
         super().__init__(params, defaults)
-        if self.clipper is not None:
-            self.clipper.check_rules()
+        self._update_clipper()
+
+    @property
+    def stats(self) -> Stats | None:
+        """Of the gradients of the last step, if they were clipped."""
+        return self._last.stats
+
+    def _update_clipper(self) -> None:
+        """Let the clipper go by the groups as they are now: parameters may have been added, replaced or removed."""
+        if self.clipper is None:
+            return
+        names: tuple[str, ...] | None = None
+        if all(len(group.get("param_names", ())) == len(group["params"]) for group in self.param_groups):
+            names = tuple(name for group in self.param_groups for name in group.get("param_names", ())) or None
+        self.clipper.set_parameters(flat_params(self), names)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         given = param_group["params"]
@@ -71,17 +93,30 @@ class _Optimizer(torch.optim.Optimizer):
             if isinstance(p, Tensor) and not p.is_floating_point():
                 raise TypeError(f"params must be floating-point tensors, got one of {p.dtype}")
         _read_numbers(param_group)
+        if self.clipper is not None and not self.param_groups:
+            param_group[
+                "clipper"
+            ] = {}  # filled in by state_dict(); torch.distributed.checkpoint looks for the key here
         super().add_param_group(param_group)
+
+    def init_state(self) -> None:
+        """Make the states of all parameters that require a gradient, and of the rules, as a first step would, without a
+        step: for checkpoints that are loaded into memory that is there (``torch.distributed.checkpoint``)."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    self._state_of(p, group)
+        self._update_clipper()
         if self.clipper is not None:
-            group = self.param_groups[-1]
-            self.clipper.parameters += group["params"]
-            if "param_names" in group:
-                self.clipper.names = (*(self.clipper.names or ()), *group["param_names"])
+            self.clipper.init_state()
 
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim's, and what the rule of `max_norm` remembers as "clipper", which torch.optim passes over."""
+        """torch.optim's, and what the rule of `max_norm` remembers as "clipper" of the first parameter group, where
+        torch.optim and torch.distributed.checkpoint keep entries that they do not know."""
         found = super().state_dict()
-        return found if self.clipper is None else {**found, "clipper": self.clipper.state_dict()}
+        if self.clipper is not None:
+            found["param_groups"][0]["clipper"] = self.clipper.state_dict()
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, torch.optim's too.
@@ -89,16 +124,18 @@ class _Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it is of other parameter groups, or of another rule; nothing is changed then.
         """
-        clipper, remembered = self.clipper, state_dict.get("clipper")
-        before = clipper.state_dict() if clipper is not None and remembered is not None else None
-        if clipper is not None and remembered is not None:
+        saved = [dict(group) for group in state_dict["param_groups"]]
+        remembered = saved[0].pop("clipper", None) if saved else None
+        clipper = self.clipper
+        before = None
+        if clipper is not None and remembered:
+            before = clipper.state_dict()
             clipper.load_state_dict(remembered)
-        saved = state_dict["param_groups"]
         if len(saved) == len(self.param_groups):  # torch's know nothing of these
-            own = [{name: group[name] for name in OWN} for group in self.param_groups]
-            state_dict = {**state_dict, "param_groups": [{**mine, **theirs} for mine, theirs in zip(own, saved)]}
+            own = [{name: group[name] for name in OWN if name in group} for group in self.param_groups]
+            saved = [{**mine, **theirs} for mine, theirs in zip(own, saved)]
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict({**state_dict, "param_groups": saved})
         except Exception:
             if clipper is not None and before is not None:
                 clipper.load_state_dict(before)
@@ -112,7 +149,7 @@ class _Optimizer(torch.optim.Optimizer):
             _read_numbers(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "clipper": self.clipper}
+        return {**super().__getstate__(), "clipper": self.clipper, "_last": _Last()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
@@ -128,7 +165,10 @@ class _Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        fed = self._fed or self._decided()
+        if self.decision is None and not self.state and self._is_initial():
+            self.init_state()
+            return loss
+        fed = self.decision or self._decided()
         if fed is not None and _must_know(self.param_groups) and fed.skipped():
             if zero_grad:
                 zero_(p.grad for group in self.param_groups for p in group["params"])
@@ -136,22 +176,33 @@ class _Optimizer(torch.optim.Optimizer):
             self._advance(fed, zero_grad)
         return loss
 
+    def _is_initial(self) -> bool:
+        """Whether this step is meant to make the states and nothing else: torch.distributed.checkpoint takes one with
+        gradients of zeros and a learning rate of 0."""
+        rates = [group["lr"] for group in self.param_groups]
+        if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates) or any(rates):
+            return False
+        table = pack(flat_params(self), gradients=False, write=False)
+        return len(table) > 0 and not measure(table, math.inf)[0].norm
+
     def _decided(self) -> Fed | None:
         """The decision of the optimizer's own rule, and of a GradScaler whose ``step`` called this one's."""
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scale, found_inf = given_by_scaler(self)
         factor = None if scale is None else scale.double().reciprocal()
         skip = None if found_inf is None else found_inf > 0
         clipper = self.clipper
         if clipper is not None:
+            self._update_clipper()
             table = pack(clipper.parameters, gradients=False, write=True)
             if not len(table):
                 nothing, _ = measure(table, clipper.norm_type, repair=clipper.nonfinite == "zero")
-                self.stats = nothing.decided(torch.ones((), dtype=torch.float64, device=table.device))
-                self.stats.names = None if clipper.names is None else ()
+                nothing.decided(torch.ones((), dtype=torch.float64, device=table.device))
+                nothing.names = None if clipper.names is None else ()
+                self._last.stats = nothing
                 return None
             factor = None if factor is None else factor.to(table.device)
             skip = None if skip is None else skip.to(table.device)
-            self.stats, pending = clipper.decide(table, factor, skip, scale is not None)
+            self._last.stats, pending = clipper.decide(table, factor, skip, scale is not None)
             return Fed(pending, clipper.owners)
         if factor is None and skip is None:
             return None
@@ -186,9 +237,13 @@ class _Optimizer(torch.optim.Optimizer):
         """What is to be stepped, and how; an error if any of it cannot be."""
         found = []
         for number, group in enumerate(self.param_groups):
-            for part, arrays in enumerate(self._arrays(group, held)):
+            parts = self._arrays(group, held)
+            for part, arrays in enumerate(parts):
                 kernel = getattr(backends.choose(arrays.params[0].device), self._verb, None)
                 table = pack_step(arrays.params, arrays.grads, arrays.states, arrays.steps) if kernel else None
+                if table is None and arrays.overlap():  # each sees what those before it wrote, as in torch
+                    parts += arrays.one_by_one()
+                    continue
                 seed = _seed(group, number, part) if arrays.params[0].dtype == torch.bfloat16 else None
                 if table is None:
                     self._check(arrays)
@@ -234,10 +289,12 @@ class _Optimizer(torch.optim.Optimizer):
         plain, copies = for_torch(arrays, shared)
         if fed is not None:
             device, pending = arrays.params[0].device, fed.pending
-            if pending.each is not None:
-                mine = rows_of(pending.unless_skipped(pending.each), arrays, positions)
+            wide = any(g.dtype == torch.float64 for g in plain.grads)  # torch's grad_scale is float32
+            in_place = pending.coef if wide else pending.each
+            if in_place is not None:
+                mine = rows_of(pending.unless_skipped(in_place), arrays, positions)
                 pack(plain.grads, gradients=True, write=True, argument="grads").apply_(mine)
-            grad_scale = pending.common.to(device).reciprocal().float()
+            grad_scale = None if wide else pending.common.to(device).reciprocal().float()
             if pending.skip is not None:
                 found_inf = pending.skip.to(device, torch.float32)
             else:
@@ -453,6 +510,20 @@ class SGD(_Optimizer):
             dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
             is_first_step=arrays.first, grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
+
+
+def _refuse_one_rank() -> None:
+    """ValueError where ZeroRedundancyOptimizer makes the optimizer: of this rank's share of the parameters alone."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = None if module is None else sys._getframe(2)
+    while frame is not None:
+        if module is not None and isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            raise ValueError(
+                "max_norm must be left out inside ZeroRedundancyOptimizer, which gives each rank's optimizer a part of "
+                "the parameters: their norm is not that of the model. Clip before its step, with fastclip.clip_norm_ "
+                "or a Clipper of all parameters"
+            )
+        frame = frame.f_back
 
 
 def _must_know(groups: list[dict[str, Any]]) -> bool:

@@ -6,10 +6,11 @@ this file is the general packer: it handles what is not plain, and says clearly 
 
 from __future__ import annotations
 
+import operator
 import types
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -148,6 +149,11 @@ def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, lib
         label = f"{argument}[{i}]"
         if not isinstance(item, Tensor):
             raise TypeError(f"{label} must be a tensor, got {_shown(item)}")
+        if not gradients and getattr(item, "_fsdp_flattened", False):
+            raise NotImplementedError(
+                f"{label} is flattened by FullyShardedDataParallel (FSDP1): each rank has another part of it, so its "
+                f"norm here is not the model's. Use the wrapped model's own clip_grad_norm_ instead"
+            )
         gradient = item if gradients else item.grad
         if gradient is None:
             continue
@@ -229,6 +235,17 @@ def are_apart(tensors: list[Tensor]) -> bool:
     return packed is not None and sum(map(len, packed)) == len(tensors)
 
 
+def may_overlap(tensors: list[Tensor]) -> bool:
+    """Whether the memory of one tensor may reach into another's."""
+    return not are_apart(tensors) and any(len(cluster) > 1 for cluster in _clusters(tensors))
+
+
+def same_items(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists hold the same objects in the same order."""
+    library = native.cpp.load()
+    return library.same_items(a, b) if library is not None else len(a) == len(b) and all(map(operator.is_, a, b))
+
+
 def identity(gradient: Tensor) -> Any:
     """Equal for two gradients that are the same values in memory, such as those of tied weights."""
     plain = gradient.layout is torch.strided and not _is_wrapped(gradient) and not gradient.is_meta
@@ -291,7 +308,12 @@ def check_not_gradients(items: list[Any], argument: str) -> None:
 
 def _check_overlaps(tensors: list[Tensor]) -> None:
     """Raise if two tensors share memory: the shared part would be scaled twice."""
+    for cluster in _clusters(tensors):
+        _check_cluster(cluster)
 
+
+def _clusters(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors, those together that lie one in the reach of another."""
     spans = sorted(
         (t.device.type, t.device.index or 0, t.data_ptr(), t.data_ptr() + _extent(t), i)
         for i, t in enumerate(tensors)
@@ -304,9 +326,9 @@ def _check_overlaps(tensors: list[Tensor]) -> None:
             cluster.append(i)
             end = (kind, index, max(end[2], stop))
         else:
-            _check_cluster([tensors[k] for k in cluster])
+            yield [tensors[k] for k in cluster]
             cluster, end = [i], (kind, index, stop)
-    _check_cluster([tensors[k] for k in cluster])
+    yield [tensors[k] for k in cluster]
 
 
 def _check_cluster(cluster: list[Tensor]) -> None:

@@ -468,3 +468,18 @@ def test_fused_optimizers_are_fed_not_clipped(monkeypatch):
         model = net()
         backward(model, 0)
         fastclip.Clipper(model.parameters(), 0.3).step(kind(model.parameters(), lr=1e-3, fused=True))
+
+
+# ---- float64, whose coefficient a float32 grad_scale would round ----
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 1e-40, 1e-300])
+@pytest.mark.parametrize("make", ["fused SGD of torch", "fastclip SGD", "fastclip SGD, another layout"])
+def test_float64_gradients_are_clipped_in_float64(make, max_norm):
+    values = torch.linspace(1, 9, 15, dtype=torch.float64).view(3, 5)
+    gradient = values.clone() if "layout" not in make else values.t().contiguous().t()
+    p = parameter(gradient)
+    optimizer = torch.optim.SGD([p], lr=1.0, fused=True) if "torch" in make else fastclip.optim.SGD([p], lr=1.0)
+    fastclip.Clipper([p], max_norm).step(optimizer)
+    expected = -values * (max_norm / (values.norm() + 1e-6))
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-14, atol=0)

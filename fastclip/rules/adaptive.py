@@ -50,6 +50,10 @@ class Adaptive:
                 self.state = {name: t.to(device, copy=True) for name, t in made.items()}
         return self.state
 
+    def init_state(self, device: torch.device, total: int) -> None:
+        """Make the state of the first step, for so many parameters."""
+        self._on(device)
+
     def _heard(self, norm: Tensor, stats: Stats) -> Tensor:
         """`norm`, or NaN if the step is skipped: what is to be remembered."""
         return norm if stats.skip is None else torch.where(stats.skip, math.nan, norm)
@@ -288,15 +292,27 @@ class AdaGC(Adaptive):
     def _fits(self, name: str, shape: tuple[int, ...], mine: tuple[int, ...]) -> bool:
         return len(shape) == len(mine)  # as many as there were parameters
 
-    def __call__(self, stats: Stats) -> Tensor:
-        state, members = self._on(stats.device), stats.members()
-        count, gamma = state["count"], state["gamma"]
-        if len(gamma) < members.total:
-            if capturing(stats.device):
+    def init_state(self, device: torch.device, total: int) -> None:
+        gamma = self._on(device)["gamma"]
+        if len(gamma) < total:
+            if capturing(device):
                 raise RuntimeError(
                     f"{self!r} has met new parameters: call it once before it is captured in a CUDA graph"
                 )
-            gamma = state["gamma"] = torch.cat([gamma, gamma.new_zeros(members.total - len(gamma))])
+            self.state["gamma"] = torch.cat([gamma, gamma.new_zeros(total - len(gamma))])
+
+    def reorder(self, came_from: list[int]) -> None:
+        """Let gamma_i follow its parameter: the i-th one now was the came_from[i]-th; -1: it is new."""
+        if (gamma := self.state.get("gamma")) is not None:
+            places = torch.tensor([i if i < len(gamma) else -1 for i in came_from], device=gamma.device)
+            earlier = torch.cat([gamma, gamma.new_zeros(1)])[places]  # -1: the zero
+            self.state["gamma"] = earlier
+
+    def __call__(self, stats: Stats) -> Tensor:
+        members = stats.members()
+        self.init_state(stats.device, members.total)
+        state = self._on(stats.device)
+        count, gamma = state["count"], state["gamma"]
         index = members.index(stats.device)
         mine = gamma[: members.total] if index is None else gamma[index]
         coef, new_count, new = fused(

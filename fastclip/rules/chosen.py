@@ -106,6 +106,14 @@ class Only:
         if hasattr(self.rule, "check_gradients"):
             self.rule.check_gradients(members.only(self, self._positions(members)), step)
 
+    def init_state(self, device: torch.device, total: int) -> None:
+        if hasattr(self.rule, "init_state"):
+            self.rule.init_state(device, total)
+
+    def reorder(self, came_from: list[int]) -> None:
+        if hasattr(self.rule, "reorder"):
+            self.rule.reorder(came_from)
+
     def state_dict(self) -> dict[str, Any]:
         return state_of(self.rule)
 
