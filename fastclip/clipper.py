@@ -44,7 +44,7 @@ class Clipper:
         zeroed: [] int64 there, how many elements ``nonfinite="zero"`` has set to 0. None before the first step.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, named with its value.
+        TypeError, ValueError: an argument of another kind, named with its value; two different parameters of one name.
 
     Example:
         >>> clipper = fastclip.Clipper(model.named_parameters(), 1.0)
@@ -513,4 +513,20 @@ def _named(items: list[Any]) -> tuple[list[Tensor], tuple[str, ...] | None]:
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"parameters[{i}] must be a tensor, got {type(tensor).__name__} {tensor!r}")
+    check_names(zip(names or (), tensors))
     return tensors, names
+
+
+def check_names(pairs: Iterable[tuple[str, Tensor]]) -> None:
+    """ValueError if two different parameters have one name: whatever goes by names would show only one of them.
+
+    A parameter may come twice under one name, and (tied weights) under several.
+    """
+    first: dict[str, tuple[int, Tensor]] = {}
+    for i, (name, parameter) in enumerate(pairs):
+        before, other = first.setdefault(name, (i, parameter))
+        if other is not parameter:
+            raise ValueError(
+                f"parameters[{before}] and parameters[{i}] are different parameters of one name, {name!r}: give each "
+                f"a name of its own"
+            )

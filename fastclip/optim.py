@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import backends
 from .arrays import Arrays, Planned, for_torch, rows_of, shared_addresses, zero_
-from .clipper import Clipper, Pending
+from .clipper import Clipper, Pending, check_names
 from .feed import Fed, TakesDecision, flat_params, given_by_scaler
 from .rules import Rule
 from .stats import Stats, measure
@@ -93,10 +93,10 @@ class _Optimizer(TakesDecision, torch.optim.Optimizer):
             if isinstance(p, Tensor) and not p.is_floating_point():
                 raise TypeError(f"params must be floating-point tensors, got one of {p.dtype}")
         _read_numbers(param_group)
-        if self.clipper is not None and not self.param_groups:
-            param_group[
-                "clipper"
-            ] = {}  # filled in by state_dict(); torch.distributed.checkpoint looks for the key here
+        if self.clipper is not None:
+            check_names(pair for group in (*self.param_groups, param_group) for pair in _pairs(group))
+            if not self.param_groups:  # state_dict() fills it in; torch.distributed.checkpoint looks for the key here
+                param_group["clipper"] = {}
         super().add_param_group(param_group)
 
     def init_state(self) -> None:
@@ -545,6 +545,14 @@ def _seed(group: dict[str, Any], number: int, part: int) -> int | None:
     mixed = group["stochastic_rounding"] * 0x9E3779B97F4A7C15 + group["rounding_step"] * 0xD1B54A32D192ED03
     mixed = (mixed + number * 0x8CB92BA72F3D8DD7 + part * 0xABC98388FB8FAC03) % 2**64
     return (mixed ^ mixed >> 32) % 2**32
+
+
+def _pairs(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """The named parameters of a group, as torch.optim takes them."""
+    return [
+        *zip(group.get("param_names", ()), group["params"]),
+        *(item for item in group["params"] if isinstance(item, tuple)),
+    ]
 
 
 __all__ = ["SGD", "AdamW"]

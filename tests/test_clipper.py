@@ -143,8 +143,21 @@ def test_names(backend):
     assert clipper.clip_().names == ("1.weight", "1.bias")
     net(torch.ones(1, 3)).sum().backward()
     assert clipper.clip_().names == ("0.weight", "0.bias", "1.weight", "1.bias")
-    groups = [{"params": list(net[0].named_parameters())}, {"params": list(net[1].named_parameters()), "lr": 1}]
-    assert fastclip.Clipper(groups, 1.0).clip_().names == ("weight", "bias", "weight", "bias")
+    groups = [{"params": list(net[i].named_parameters(f"{i}")), "lr": i} for i in range(2)]
+    assert fastclip.Clipper(groups, 1.0).clip_().names == ("0.weight", "0.bias", "1.weight", "1.bias")
+
+
+def test_two_parameters_of_one_name_are_refused():
+    a, b, c = (parameter(torch.ones(2)) for _ in range(3))
+    said = r"parameters\[0\] and parameters\[2\] are different parameters of one name, 'weight'"
+    for given in (
+        [("weight", a), ("bias", b), ("weight", c)],
+        [{"params": [("weight", a), ("bias", b)]}, {"params": [("weight", c)]}],
+    ):
+        with pytest.raises(ValueError, match=said):
+            fastclip.Clipper(given, 1.0)
+    for harmless in ([("weight", a), ("bias", b), ("weight", a)], [("head", a), ("bias", b), ("embed", a)]):
+        assert fastclip.Clipper(harmless, 1.0).clip_().names == (harmless[0][0], "bias")
 
 
 def test_no_gradients_yet(backend):

@@ -739,3 +739,22 @@ def test_clipping_twice_is_refused():
     p = parameter(torch.ones(2))
     with pytest.raises(ValueError, match="has a max_norm of its own"):
         fastclip.Clipper([p], 1.0).step(AdamW([p], max_norm=1.0))
+
+
+@pytest.mark.parametrize("given", ["pairs", "param_names"])
+def test_two_parameters_of_one_name_are_refused(given):
+    """Names are of all groups together; nothing is changed where a group is refused."""
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    group = {"params": [("weight", b)]} if given == "pairs" else {"params": [b], "param_names": ["weight"]}
+    said = r"parameters\[0\] and parameters\[1\] are different parameters of one name, 'weight'"
+    optimizer = fastclip.optim.SGD([("weight", a)], lr=0.1, max_norm=1.0)
+    with pytest.raises(ValueError, match=said):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1 and len(optimizer.clipper.parameters) == 1
+    assert optimizer.clipper.names == ("weight",)
+    optimizer.add_param_group({"params": [("other", b)]})
+    for p in (a, b):
+        p.grad = torch.ones(2)
+    optimizer.step()
+    assert list(optimizer.stats.log(tensors=True)["tensor_norms"]) == ["weight", "other"]
+    fastclip.optim.SGD([{"params": [("weight", a)]}, {"params": [("weight", b)]}], lr=0.1)  # where names serve nothing
