@@ -463,6 +463,8 @@ def decide(
 
 
 def _flag(when: Any, device: torch.device) -> Tensor:
+    if type(when).__name__ in ("bool", "bool_") and type(when).__module__ == "numpy":  # which need not be installed
+        when = bool(when)
     if not (isinstance(when, bool) or (isinstance(when, Tensor) and when.dtype == torch.bool and when.numel() == 1)):
         got = f"a {when.dtype} tensor of shape {tuple(when.shape)}" if isinstance(when, Tensor) else repr(when)
         raise TypeError(f"when must be a bool or a bool tensor of one element, got {got}")

@@ -245,3 +245,15 @@ def test_names_where_two_parameters_share_a_gradient(backend):
 def test_numbers_of_other_libraries():
     numpy = pytest.importorskip("numpy")
     assert repr(fastclip.Clipper(model(), numpy.float32(1)).rules) == "[GlobalNorm(1.0, norm_type=2.0)]"
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_flags_of_other_libraries(flag):
+    numpy = pytest.importorskip("numpy")
+    p = parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([p], lr=0.5)
+    stats = fastclip.Clipper([p], 100.0).step(optimizer, when=numpy.bool_(flag))
+    assert bool(stats.skipped) is not flag
+    assert torch.equal(p.detach(), torch.full((3,), -0.5 if flag else 0.0))
+    with pytest.raises(TypeError, match="when must be a bool"):
+        fastclip.Clipper([p], 100.0).step(optimizer, when=numpy.float32(1))
