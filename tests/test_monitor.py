@@ -561,6 +561,47 @@ def test_loggers():
     assert not writer.closed, "it is not ours to close"
 
 
+class WandbRun:
+    """A run of W&B, as its rows go by its own step: what is logged below it is dropped, above it begins a new row."""
+
+    def __init__(self):
+        self.rows, self.step, self.defined, self._row = [], 0, {}, {}
+
+    def define_metric(self, name, step_metric=None):
+        assert step_metric is None or step_metric in self.defined
+        self.defined[name] = step_metric
+
+    def log(self, scalars, step=None, commit=None):
+        if step is not None and step < self.step:
+            return
+        if step is not None and step > self.step:
+            self._flush(step)
+        self._row |= scalars
+        if commit or (commit is None and step is None):
+            self._flush(self.step + 1)
+
+    def _flush(self, step):
+        self.rows += [self._row] if self._row else []
+        self._row, self.step = {}, step
+
+
+def test_a_wandb_run_keeps_every_step_whatever_else_it_logs():
+    run, model = WandbRun(), Model("a", limit=INF)
+    with quiet(), GradMonitor(log=run, log_every=2) as monitor:
+        for i in range(20):
+            run.log({"accuracy": i})
+            run.log({"lr": i})
+            monitor.update(model.step(i + 1), 0.5)
+        for i in range(10, 15):  # resumed from a checkpoint
+            monitor.update(model.step(i + 1), 0.5, step=i)
+    found = [row for row in run.rows if "grad/norm" in row]
+    assert [row["grad/step"] for row in found] == [*range(0, 20, 2), *range(10, 15, 2)]
+    assert all(row["grad/norm"] == row["grad/step"] + 1 and row["loss"] == 0.5 for row in found)
+    assert [row["accuracy"] for row in run.rows if "accuracy" in row] == [*range(20)]
+    assert run.defined == {"grad/step": None, "grad/*": "grad/step", "loss": "grad/step"}
+    assert {name for row in found for name in row if not name.startswith("grad/")} == {"loss"}
+
+
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -66,7 +66,8 @@ class GradMonitor:
         path: a file to append JSON lines to, one a step; :mod:`fastclip.monitor.lines` says what is in them. If it
             cannot be written any more (a full disk), training goes on without, after a warning.
         log: where scalars go: a ``SummaryWriter``, a wandb run, a function of a dict and a step, a folder for
-            TensorBoard to read, or a list of such.
+            TensorBoard to read, or a list of such. In wandb, they are drawn over ``grad/step``; do not pass ``step=``
+            to the run's own ``log()`` beside it, which drops what is below the number of rows logged so far.
         log_every: steps between two calls of these.
         history: how many spans of steps are kept to draw from (an even number). Longer runs get coarser: when so many
             are kept, neighbours become one, with the mean and the extremes of both.

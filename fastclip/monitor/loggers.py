@@ -20,6 +20,8 @@ def loggers(log: Any) -> tuple[list[Logger], list[Any]]:
             own.append(target)
         if hasattr(target, "add_scalar"):
             found.append(partial(_add_scalars, target))
+        elif callable(getattr(target, "log", None)) and callable(getattr(target, "define_metric", None)):
+            found.append(Wandb(target))
         elif callable(getattr(target, "log", None)):
             found.append(partial(_log, target))
         elif callable(target):
@@ -45,6 +47,27 @@ def _tensorboard(folder: str | os.PathLike[str]) -> Any:
 def _add_scalars(writer: Any, scalars: dict[str, float], step: int) -> None:
     for name, value in scalars.items():
         writer.add_scalar(name, value, step)
+
+
+class Wandb:
+    """A run of Weights & Biases.
+
+    Its own step only goes up, with every row that anybody logs, and what is logged below it is dropped. Steps come here
+    late and are counted otherwise, so each row has its step as a number, which is the x axis of the others.
+    """
+
+    STEP = "grad/step"
+
+    def __init__(self, run: Any) -> None:
+        self._run, self._defined = run, False
+
+    def __call__(self, scalars: dict[str, float], step: int) -> None:
+        if not self._defined:
+            self._run.define_metric(self.STEP)
+            for name in ("grad/*", "loss"):
+                self._run.define_metric(name, step_metric=self.STEP)
+            self._defined = True
+        self._run.log({**scalars, self.STEP: step})
 
 
 def _log(run: Any, scalars: dict[str, float], step: int) -> None:
