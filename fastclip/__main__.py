@@ -68,15 +68,18 @@ def build(force: bool) -> int:
     return 0
 
 
-def plot(record: Path, out: Path) -> int:
+def plot(record: Path, out: Path | None) -> int:
     """Draw the run that a GradMonitor wrote, also one that crashed or is still running."""
     from .monitor import load
     from .monitor.plot import draw
 
     try:
+        out = out or record.with_suffix(".png")
+        if out.exists() and record.exists() and out.samefile(record):
+            raise ValueError(f"{out} is the record itself: name the picture with -o")
         draw(load(record), out, title=record.name)
     except (OSError, ValueError, ImportError) as error:
-        print(error, file=sys.stderr)
+        print(*str(error).split(), file=sys.stderr)  # in one line
         return 1
     print(f"Picture: {out}")
     return 0
@@ -111,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     plotter.add_argument("-o", "--out", type=Path, help=".png, .pdf or .svg; the record's name with .png unless told")
     arguments = parser.parse_args(argv)
     if arguments.command == "plot":
-        return plot(arguments.record, arguments.out or arguments.record.with_suffix(".png"))
+        return plot(arguments.record, arguments.out)
     return info() if arguments.command == "info" else build(arguments.force)
 
 

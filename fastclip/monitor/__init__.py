@@ -28,7 +28,7 @@ from ..reading import Layout, Numbers, flattened, root
 from ..stats import Stats
 from .alarms import Alarms, GradientWarning, Seen
 from .history import History, Notice, Span, heat
-from .lines import Lines, brief, load
+from .lines import MOST_STEPS, Lines, brief, load
 from .loggers import loggers
 from .rows import Maxima, Register
 
@@ -134,8 +134,8 @@ class GradMonitor:
             stats: what ``clip_()`` or ``step()`` returned (``optimizer.stats`` with :mod:`fastclip.optim`). Copied now:
                 a replay of a CUDA graph may overwrite it afterwards.
             loss: one number, on any device.
-            step: its number; one more than the last unless told, from 0. One that is not above the last takes up a run
-                from there: what was recorded from that step on is forgotten, and superseded in the file.
+            step: its number, below 2**63; one more than the last unless told, from 0. One that is not above the last
+                takes up a run from there: what was recorded from that step on is forgotten, and superseded in the file.
 
         Raises:
             TypeError, ValueError: an argument of another kind, named with its value.
@@ -152,6 +152,8 @@ class GradMonitor:
             raise RuntimeError("update() cannot be captured in a CUDA graph: call it after each replay")
         on_device, on_host = _loss(loss)
         step = self._next if step is None else _count(step, "step", 0)
+        if step >= MOST_STEPS:
+            raise ValueError(f"step must be < 2**63, got {step}")
         self._next = step + 1
         found = self._landed() if len(self._flying) >= self.MOST_FLYING else []
         if len(self._flying) < self.MOST_FLYING:
@@ -321,7 +323,7 @@ def _started(stats: Stats, loss: Tensor | None) -> tuple[Stats | None, Tensor | 
     flat, layout = flattened(stats, loss)
     if flat.device.type != "cuda":
         return None, flat.cpu(), layout, None
-    host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
+    host = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=True).copy_(flat, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(flat.device))
     return None, host, layout, event
@@ -342,7 +344,7 @@ def _loudest(read: Numbers) -> dict[str, float]:
 
 
 def _root(power: float, p: float) -> float:
-    return power if math.isinf(p) else root(torch.tensor(power, dtype=torch.float64), p).item()
+    return power if math.isinf(p) else root(torch.tensor(power, dtype=torch.float64, device="cpu"), p).item()
 
 
 def _warn(notices: list[Notice], stacklevel: int) -> None:
@@ -356,9 +358,14 @@ def _loss(loss: Any) -> tuple[Tensor | None, float | None]:
         if loss.numel() != 1 or loss.is_complex():
             raise ValueError(f"loss must be one real number, got a {loss.dtype} tensor of shape {tuple(loss.shape)}")
         return (None, loss.item()) if loss.device.type == "cpu" else (loss, None)
+    if getattr(loss, "shape", None) == () and hasattr(loss, "item"):  # of numpy
+        loss = loss.item()
     if loss is not None and not _is_number(loss):
         raise TypeError(f"loss must be a number or a tensor of one, got {type(loss).__name__} {loss!r}")
-    return None, None if loss is None else float(loss)
+    try:
+        return None, None if loss is None else float(loss)
+    except OverflowError:
+        raise ValueError("loss must be a number that a float can hold") from None
 
 
 def _is_number(value: Any) -> bool:

@@ -188,8 +188,8 @@ class Silent:
     STEPS = 100
 
     def __init__(self) -> None:
-        self._runs = torch.zeros(0, dtype=torch.int64)
-        self._heard = torch.zeros(0, dtype=torch.bool)
+        self._runs = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._heard = torch.zeros(0, dtype=torch.bool, device="cpu")
         self._any = False
 
     def sees(self, seen: Seen) -> bool:
@@ -200,7 +200,8 @@ class Silent:
         if missing:
             self._runs = torch.cat([self._runs, self._runs.new_zeros(missing)])
             self._heard = torch.cat([self._heard, self._heard.new_zeros(missing)])
-        self._runs[seen.which] = torch.where(zero, self._runs[seen.which] + 1, 0)
+        run = torch.where(zero, self._runs[seen.which] + 1, 0)
+        self._runs = self._runs.index_copy(0, seen.which, run)  # not in place, see Maxima
         self._any = bool(self._runs.any())
         return bool(self._due().any())
 
@@ -208,8 +209,9 @@ class Silent:
         return (self._runs >= self.STEPS) & ~self._heard
 
     def says(self, seen: Seen) -> str:
-        due = self._due().nonzero().flatten().tolist()
-        self._heard[due] = True
+        new = self._due()
+        due = new.nonzero().flatten().tolist()
+        self._heard = self._heard | new
         been = "gradient has" if len(due) == 1 else "gradients have"
         return (
             f"the {been} been exactly zero for {self.STEPS} steps: {listing(seen.names, due)}. Such a parameter learns "

@@ -146,6 +146,8 @@ class Columns:
 
     def matrix(self, rows: int) -> Tensor:
         """[rows, columns] float32."""
+        if not self.columns:
+            return torch.empty(rows, 0, dtype=torch.float32, device="cpu")
         return torch.stack([_padded(column, rows) for column in self.columns], 1)
 
 
@@ -161,7 +163,8 @@ def _padded(column: Tensor, rows: int) -> Tensor:
 
 def heat(norms: Tensor, missing: Tensor) -> Tensor:
     """Norms of the heat map's rows as its cells: what is not finite as inf, what is missing as NaN."""
-    return torch.where(missing, math.nan, torch.where(norms.isfinite(), norms, math.inf))
+    finite = norms.clamp(max=torch.finfo(torch.float32).max)  # as which they are kept
+    return torch.where(missing, math.nan, torch.where(norms.isfinite(), finite, math.inf)).float()
 
 
 class Notice(NamedTuple):
@@ -206,7 +209,7 @@ class History:
         step = record["step"]
         if step <= self.last:
             self._spans.rewind(step)
-            self._columns.rewind(step)
+            self._columns.rewind(self.last + 1)  # a span of several steps, some of them earlier, is forgotten whole
             self.warnings = deque((w for w in self.warnings if w.step < step), maxlen=self.WARNINGS)
         self._spans.add(Span.of(record))
         if row_norms is not None:
@@ -215,4 +218,12 @@ class History:
     def cells(self) -> tuple[list[int], Tensor]:
         """The last step of each column of the heat map, and its norms, float32 [rows, columns]: the largest of the
         column's steps, NaN where there was no gradient, inf where it was not finite."""
-        return self._columns.ends, self._columns.matrix(len(self.rows)) if self._columns.ends else torch.empty(0, 0)
+        return self._columns.ends, self._columns.matrix(len(self.rows))
+
+    def forget_rows(self, unless: list[int]) -> None:
+        """Forget the rows that no column has a norm of, except those at the indices `unless`."""
+        cells = self._columns.matrix(len(self.rows))
+        kept = ~cells.isnan().all(1)
+        kept[unless] = True
+        self.rows = [row for row, keep in zip(self.rows, kept.tolist()) if keep]
+        self._columns.columns = list(cells[kept].unbind(1))

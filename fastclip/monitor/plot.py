@@ -53,7 +53,8 @@ def draw(history: History, path: str | os.PathLike[str] | None = None, title: st
     heights = [2.0] * has_loss + [2.4, 1.3] + [max(1.6, 0.5 + 0.16 * len(labels))] * bool(labels)
     figure = Figure(figsize=(10, sum(heights) + 1.0), layout="constrained")
     axes = list(figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0])
-    figure.suptitle(_summary(history, title), x=0.01, ha="left", fontsize="medium")
+    summary = _printable(_summary(history, title))
+    figure.suptitle(summary, x=0.01, ha="left", fontsize="medium", parse_math=False)
     remaining = iter(axes)
     if has_loss:
         _draw_loss(next(remaining), spans)
@@ -97,10 +98,10 @@ def _draw_norm(ax: Axes, spans: list[Span]) -> None:
     ax.set_ylabel("gradient norm")
     if any(span.norm.count and span.norm.high > 0 for span in spans):
         ax.set_yscale("log")
-    steps, limits = _steps(spans), [span.limit for span in spans]
+    steps, limits = _steps(spans), [_drawable(span.limit) for span in spans]
     if not all(math.isnan(limit) for limit in limits):
         ax.plot(steps, limits, color=ORANGE, linestyle="--", linewidth=1.5, label="limit")
-    clipped = [(x, span.norm.high) for x, span in zip(steps, spans) if span.clipped and span.norm.count]
+    clipped = [(x, _drawable(span.norm.high)) for x, span in zip(steps, spans) if span.clipped and span.norm.count]
     if clipped:
         ax.plot(*zip(*clipped), ".", color=ORANGE, markersize=4, label="clipped", rasterized=True, zorder=3)
     # At the edges, where they are seen whatever the norm is.
@@ -140,9 +141,17 @@ def _clip_rates(spans: list[Span]) -> list[float]:
 
 def _draw_range(ax: Axes, spans: list[Span], chosen: Callable[[Span], Range], color: str, label: str) -> None:
     steps, ranges = _steps(spans), [chosen(span) for span in spans]
-    ax.plot(steps, [r.mean for r in ranges], color=color, linewidth=1, label=label)
+    mean, low, high = ([_drawable(getattr(r, name)) for r in ranges] for name in ("mean", "low", "high"))
+    ax.plot(steps, mean, color=color, linewidth=1, label=label)
     if any(span.count > 1 for span in spans):
-        ax.fill_between(steps, [r.low for r in ranges], [r.high for r in ranges], color=color, alpha=0.2, linewidth=0)
+        ax.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _drawable(value: float) -> float:
+    """`value`, its size within the powers of ten that a logarithmic axis can put ticks around."""
+    if value == 0 or not math.isfinite(value):
+        return value  # what is not finite is left out
+    return math.copysign(min(max(abs(value), 1e-120), 1e120), value)
 
 
 def _steps(spans: list[Span]) -> list[float]:
@@ -158,14 +167,15 @@ def _drawn_rows(history: History) -> tuple[list[str], Tensor]:
     labels = list(dict.fromkeys(key(row) for row in history.rows))
     if len(labels) == len(history.rows):
         return labels, cells
-    row = torch.tensor([labels.index(key(name)) for name in history.rows])
-    p, shape = history.norm_type, (len(labels), cells.shape[1])
+    row = torch.tensor([labels.index(key(name)) for name in history.rows], dtype=torch.int64, device="cpu")
+    p = history.norm_type
+    zeros = torch.zeros(len(labels), cells.shape[1], dtype=torch.float64, device="cpu")
     there = cells.double().nan_to_num(0.0, posinf=math.inf)
     if math.isinf(p):
-        together = torch.zeros(shape, dtype=torch.float64).index_reduce_(0, row, there, "amax")
+        together = zeros.index_reduce(0, row, there, "amax")
     else:
-        together = root(torch.zeros(shape, dtype=torch.float64).index_add_(0, row, there ** (p or 1)), p)
-    some = torch.zeros(shape).index_add_(0, row, (~cells.isnan()).float())
+        together = root(zeros.index_add(0, row, there ** (p or 1)), p)
+    some = zeros.index_add(0, row, (~cells.isnan()).double())
     return labels, torch.where(some > 0, together, math.nan)
 
 
@@ -190,7 +200,9 @@ def _draw_heat(ax: Axes, history: History, labels: list[str], cells: Tensor) -> 
         cmap=colors,
         rasterized=True,
     )
-    ax.set_yticks([i + 0.5 for i in range(len(labels))], [_short(label) for label in labels], fontsize=7)
+    ax.set_yticks(
+        [i + 0.5 for i in range(len(labels))], [_short(label) for label in labels], fontsize=7, parse_math=False
+    )
     ax.tick_params(axis="y", length=0)
     ax.invert_yaxis()
     bar = ax.figure.colorbar(grid, ax=ax, pad=0.01, aspect=30)
@@ -217,5 +229,11 @@ def _masked(values: Tensor) -> Any:
     return np.ma.masked_invalid(np.where(np.isposinf(values.numpy()), 3e38, values.numpy()))
 
 
+def _printable(text: str) -> str:
+    """`text` in one line, without the halves of surrogate pairs, which nothing can draw."""
+    return " ".join(text.encode(errors="replace").decode().split())
+
+
 def _short(label: str, most: int = 36) -> str:
+    label = _printable(label)
     return label if len(label) <= most else f"{label[: most // 2 - 1]}…{label[-most // 2 :]}"

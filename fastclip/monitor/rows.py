@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,16 +53,21 @@ class Register:
                         self.rows.append(key)
                     self._row[key] = len(self.rows) - 1
                 self.row.append(self._row[key])
-        return torch.tensor([self._index[name] for name in names], dtype=torch.int64)
+        return torch.tensor([self._index[name] for name in names], dtype=torch.int64, device="cpu")
 
 
 class Maxima:
-    """The largest norm and the largest element of each gradient since they were last taken."""
+    """The largest norm and the largest element of each gradient since they were last taken; NaN where one was.
+
+    No tensor is changed in place: those that were made in inference mode cannot be outside of it.
+    """
 
     def __init__(self, register: Register) -> None:
         self._register = register
-        self._power = self._absmax = torch.empty(0, dtype=torch.float64)  # of all ever seen; -1: not since
-        self._index = torch.empty(0, dtype=torch.int64)
+        self._power = self._absmax = torch.empty(
+            0, dtype=torch.float64, device="cpu"
+        )  # of all ever seen; -1: not since
+        self._index = torch.empty(0, dtype=torch.int64, device="cpu")
         self._lately: tuple[Tensor, Tensor] | None = None  # of those of `_index`, while they are the same
 
     def add(self, index: Tensor, read: Numbers) -> None:
@@ -70,21 +76,20 @@ class Maxima:
             self._gather()
             self._index, self._lately = index, (read.vector("power").clone(), read.vector("absmax").clone())
         else:
-            for most, values in zip(self._lately, (read.vector("power"), read.vector("absmax"))):
-                torch.maximum(most, values, out=most)  # which keeps a NaN
+            power, absmax = self._lately
+            self._lately = (torch.maximum(power, read.vector("power")), torch.maximum(absmax, read.vector("absmax")))
 
     def take(self, norm_type: float) -> tuple[Tensor, Tensor, Tensor]:
         """Norm and largest element of each row, float64 [rows], and whether it had no gradient; then begin anew."""
         self._gather()
         there = self._absmax != -1
-        row = torch.tensor(self._register.row, dtype=torch.int64)[there]
-        zeros = torch.zeros(len(self._register.rows), dtype=torch.float64)
+        row = torch.tensor(self._register.row, dtype=torch.int64, device="cpu")[there]
+        zeros = torch.zeros(len(self._register.rows), dtype=torch.float64, device="cpu")
         absmax = norms = zeros.scatter_reduce(0, row, self._absmax[there], "amax")
         if not math.isinf(norm_type):
             norms = root(zeros.index_add(0, row, self._power[there]), norm_type)
-        self._power.fill_(-1)
-        self._absmax.fill_(-1)
-        return norms, absmax, torch.ones(len(zeros), dtype=torch.bool).index_fill(0, row, False)
+        self._power, self._absmax = torch.full_like(self._power, -1), torch.full_like(self._absmax, -1)
+        return norms, absmax, torch.ones(len(zeros), dtype=torch.bool, device="cpu").index_fill(0, row, False)
 
     def _gather(self) -> None:
         if self._lately is None:
@@ -93,8 +98,10 @@ class Maxima:
         if missing:
             new = self._power.new_full((missing,), -1.0)
             self._power, self._absmax = torch.cat([self._power, new]), torch.cat([self._absmax, new])
-        for most, values in zip((self._power, self._absmax), self._lately):
-            most[self._index] = torch.maximum(most[self._index], values)
+        self._power, self._absmax = (
+            most.index_copy(0, self._index, torch.maximum(most[self._index], values))
+            for most, values in zip((self._power, self._absmax), self._lately)
+        )
         self._lately = None
 
 
@@ -104,11 +111,15 @@ def sharing(names: Iterable[str], most: int) -> Callable[[str], str]:
     deepest = max((name.count(".") + 1 for name in names), default=1)
     for depth in range(deepest, 0, -1):
         if len({_prefix(name, depth) for name in names}) <= most:
-            return lambda name: _prefix(name, depth)
+            return partial(_prefix, depth=depth)
     width = -(-len(names) // most)
     runs = [names[i : i + width] for i in range(0, len(names), width)]
     called = {name: f"{run[0]} … {run[-1]}" if len(run) > 1 else run[0] for run in runs for name in run}
-    return lambda name: called.get(name, "others")
+    return partial(_called, called)
+
+
+def _called(called: dict[str, str], name: str) -> str:
+    return called.get(name, "others")
 
 
 def _prefix(name: str, depth: int) -> str:
