@@ -1,20 +1,27 @@
 """The monitor's file: what becomes of one that was resumed or damaged, who writes it, and what copies do."""
 
+import copy
+import gc
 import json
 import math
+import multiprocessing
+import os
 import pathlib
+import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from watching import INF, NAN, Model, quiet
+from watching import INF, NAN, Model, lines, quiet, steps_of
 
 import fastclip
 from fastclip import __main__ as command
-from fastclip.monitor import GradMonitor, load
+from fastclip.monitor import GradientWarning, GradMonitor, load
+from fastclip.monitor.plot import draw
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -80,7 +87,7 @@ def test_a_thinned_heat_map_begins_where_its_spans_do(tmp_path):
         ends, _ = history.cells()
         assert all(end <= history.spans[0].last or end > history.spans[0].first for end in ends)
         assert ends == sorted(set(ends)) and ends[0] >= history.spans[0].first and ends[-1] == history.last == 69
-        fastclip.monitor.plot.draw(history, tmp_path / f"{size}.png")
+        draw(history, tmp_path / f"{size}.png")
 
 
 # Damaged, or something else
@@ -204,15 +211,15 @@ ODD = st.recursive(
 
 
 @st.composite
-def damaged(draw):
+def damaged(drawn):
     """A record with a few values, keys or lines of another kind."""
     found = [dict(line) for line in WHOLE]
-    for _ in range(draw(st.integers(1, 4))):
-        line = draw(st.sampled_from(found))
-        key = draw(st.sampled_from([*HEADER, *STEP, *WARNING]))
-        what = draw(st.sampled_from(["set", "set", "delete", "swap", "copy"]))
+    for _ in range(drawn(st.integers(1, 4))):
+        line = drawn(st.sampled_from(found))
+        key = drawn(st.sampled_from([*HEADER, *STEP, *WARNING]))
+        what = drawn(st.sampled_from(["set", "set", "delete", "swap", "copy"]))
         if what == "set":
-            line[key] = draw(ODD)
+            line[key] = drawn(ODD)
         elif what == "delete":
             line.pop(key, None)
         elif what == "swap":
@@ -223,15 +230,15 @@ def damaged(draw):
 
 
 @st.composite
-def cut_up(draw):
+def cut_up(drawn):
     """The bytes of a record with some replaced, inserted or left out."""
     data = bytearray("".join(json.dumps(line) + "\n" for line in WHOLE).encode())
-    for _ in range(draw(st.integers(1, 6))):
-        at = draw(st.integers(0, len(data)))
-        data[at : at + draw(st.integers(0, 3))] = draw(
+    for _ in range(drawn(st.integers(1, 6))):
+        at = drawn(st.integers(0, len(data)))
+        data[at : at + drawn(st.integers(0, 3))] = drawn(
             st.binary(max_size=3) | st.sampled_from([b"\n", b'"', b"9" * 50])
         )
-    return bytes(data[: draw(st.none() | st.integers(0, len(data)))])
+    return bytes(data[: drawn(st.none() | st.integers(0, len(data)))])
 
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -261,7 +268,7 @@ def test_what_can_be_loaded_can_be_drawn(tmp_path_factory, data):
         history = load(path)
     except ValueError:
         return
-    fastclip.monitor.plot.draw(history, path.with_suffix(".png"))
+    draw(history, path.with_suffix(".png"))
 
 
 @pytest.mark.parametrize(
@@ -295,6 +302,278 @@ def test_norms_beyond_float32_are_finite(tmp_path):
         monitor.update(fastclip.Clipper([("a", p)], INF).clip_())
     for history in (monitor.history, load(tmp_path / "run.jsonl")):
         assert history.cells()[1].isfinite().all()
+
+
+# One writer
+
+
+def test_a_file_has_one_writer(tmp_path):
+    path = tmp_path / "run.jsonl"
+    model, monitor = Model("a"), GradMonitor(path)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    for same in (path, str(path), link):
+        with pytest.raises(ValueError, match=f"path {str(same)!r} is open in another monitor of this process"):
+            GradMonitor(same)
+    monitor.update(model.step(1.0))
+    monitor.close()
+    with GradMonitor(path) as second:
+        second.update(model.step(2.0), step=1)
+    assert [line["total_norm"] for line in steps_of(path)] == [1, 2]
+    path.rename(tmp_path / "old.jsonl")
+    with GradMonitor(tmp_path / "old.jsonl"), GradMonitor(path):
+        pass
+
+
+OTHER = """
+import sys, torch, fastclip
+try:
+    monitor = fastclip.monitor.GradMonitor(sys.argv[1])
+except ValueError as error:
+    print("refused:", error)
+else:
+    print("accepted")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs fcntl")
+def test_a_file_has_one_writer_among_processes(tmp_path):
+    def other():
+        run = subprocess.run([sys.executable, "-c", OTHER, str(path)], capture_output=True, text=True, cwd=ROOT)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    path = tmp_path / "run.jsonl"
+    with GradMonitor(path, rows_every=1) as monitor:
+        for i in range(4):
+            monitor.update(Model("a").step(i))
+        load(path)  # closes a handle of the file, with which the lock would go
+        with pytest.raises(ValueError, match="open in another monitor"):
+            GradMonitor(path)
+        assert f"refused: path {str(path)!r} is open in a monitor of another process" in other()
+    assert other() == "accepted\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_writes_nothing(tmp_path):
+    path = tmp_path / "run.jsonl"
+    model, monitor = Model("a", limit=INF), GradMonitor(path)
+    for i in range(6):  # two of them are still to be taken up
+        monitor.update(model.step(i))
+
+    def forked(sender):
+        with quiet():
+            monitor._ended()  # as at its exit
+            monitor.update(model.step(7))
+            monitor.close()
+        sender.send([notice.kind for notice in monitor._history.warnings])
+
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=forked, args=(sender,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0 and receiver.recv() == ["file"]
+    assert len(steps_of(path)) == 4
+    monitor.close()
+    assert [line["step"] for line in steps_of(path)] == [*range(6)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_rank_0_writes(tmp_path, monkeypatch, rank):
+    path, called = tmp_path / "run.jsonl", []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    with GradMonitor(path, log=[lambda *given: called.append(given), *[tmp_path / "events"] * rank]) as monitor:
+        monitor.update(Model("a").step(1))
+    assert path.exists() == (rank == 0) and not (tmp_path / "events").exists()
+    assert monitor.history.last == 0 and len(called) == 1
+    if rank:
+        with GradMonitor(path), GradMonitor(path):
+            pass
+
+
+def test_a_monitor_made_before_the_process_group_writes_as_its_rank(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    monitor = GradMonitor(path)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    with monitor:
+        monitor.update(Model("a").step(1))
+    assert monitor.history.last == 0 and lines(path) == []
+
+
+# The end
+
+
+@pytest.mark.parametrize("cycle", [False, True])
+def test_a_collected_monitor_writes_its_last_steps(tmp_path, cycle):
+    path = tmp_path / "run.jsonl"
+    model, monitor = Model("a"), GradMonitor(path)
+    for _ in range(monitor.TOGETHER + 2):
+        monitor.update(model.step(1))
+    left = weakref.ref(monitor)
+    if cycle:
+        monitor.itself = monitor
+    del monitor
+    gc.collect()
+    assert left() is None and [line["step"] for line in steps_of(path)] == [*range(6)]
+    with GradMonitor(path):
+        pass
+
+
+def test_no_exit_entry_remains(tmp_path):
+    """An entry would keep what it calls."""
+    entries = []
+    for i in range(8):
+        monitor = GradMonitor(tmp_path / f"{i % 2}.jsonl")
+        monitor.update(Model("a").step(1))
+        if i % 2:
+            monitor.close()
+        copied = copy.deepcopy(monitor)
+        entries += [weakref.ref(monitor._at_exit), weakref.ref(copied._at_exit)]
+        assert all(entry() is not None for entry in entries[-2:])
+        del monitor, copied
+    gc.collect()
+    assert [entry() for entry in entries] == [None] * 16
+
+
+# Copies
+
+
+COPIES = {"pickle": lambda monitor: pickle.loads(pickle.dumps(monitor)), "deepcopy": copy.deepcopy, "copy": copy.copy}
+
+
+@pytest.fixture(params=COPIES)
+def copied(request):
+    return COPIES[request.param]
+
+
+def run_of(monitor, steps, model):
+    with quiet():
+        for scale in steps:
+            monitor.update(model.step(scale, 0.0, NAN if scale == 13 else 1.0), scale)
+
+
+def test_a_copy_knows_what_the_monitor_knew(copied):
+    """And goes on alike: the same warnings, spans and columns."""
+    torch.manual_seed(1)
+    norms = torch.rand(300).add(0.5).tolist()
+    norms[120] = norms[280] = 13  # both broken; the second is heard of by neither
+    options = {"rows_every": 3, "history": 32, "window": 50, "adam_eps": 1e-3, "elements": 9, "rows": 2}
+    model = Model(["x.a", "x.b", "y.a"], limit=0.9)
+    whole, first = GradMonitor(**options), GradMonitor(**options)
+    run_of(whole, norms, model)
+    run_of(first, norms[:150], model)
+    second = copied(first)
+    run_of(second, norms[150:], model)
+    assert second.last == whole.last and second.history.spans == whole.history.spans
+    assert second.warnings == whole.warnings != []
+    assert (second.skips, second.clip_rate, second.missed) == (whole.skips, whole.clip_rate, 0)
+    assert second.history.cells()[0] == whole.history.cells()[0] and second.history.rows == whole.history.rows
+    torch.testing.assert_close(second.history.cells()[1], whole.history.cells()[1], equal_nan=True, rtol=0, atol=0)
+    assert first.history.last == 149, "the copy's steps must not come back to the monitor"
+
+
+def test_a_copy_goes_on_in_the_file_once_it_is_free(tmp_path, copied):
+    path, model = tmp_path / "run.jsonl", Model("a", limit=INF)
+    monitor = GradMonitor(path)
+    for i in range(6):
+        monitor.update(model.step(i))
+    second = copied(monitor)
+    assert len(steps_of(path)) == 6, "what is on its way belongs to the monitor"
+    monitor.close()
+    for i in range(6, 8):
+        second.update(model.step(i))
+    second.close()
+    assert [line["total_norm"] for line in steps_of(path)] == [*range(8)]
+    assert sum("fastclip" in line for line in lines(path)) == 2
+    assert [span.norm.mean for span in load(path).spans] == [*range(8)]
+    third = copied(second)  # of one that is closed
+    assert third.history.last == 7
+    with pytest.raises(RuntimeError, match="after close"):
+        third.update(model.step(1))
+
+
+def test_a_file_that_a_monitor_writes_is_not_its_copys(tmp_path, copied):
+    path, model = tmp_path / "run.jsonl", Model("a", limit=INF)
+    with GradMonitor(path) as monitor:
+        for i in range(4):
+            monitor.update(model.step(i))
+        second = copied(monitor)
+        second.update(model.step(9))
+        with pytest.warns(GradientWarning, match="the record ends here.*is open in another monitor of this process"):
+            second.close()
+        monitor.update(model.step(4))
+    assert [line["total_norm"] for line in steps_of(path)] == [*range(5)]
+    assert second.history.last == 4 and [notice.kind for notice in second.warnings] == ["file"]
+
+
+@pytest.mark.parametrize("who", ["monitor", "copy"])
+def test_of_a_monitor_that_wrote_nothing_and_its_copy_the_first_to_write_has_the_file(tmp_path, copied, who):
+    path, model = tmp_path / "run.jsonl", Model("a", limit=INF)
+    monitor = GradMonitor(path)
+    both = [monitor, copied(monitor)]
+    first, other = both if who == "monitor" else both[::-1]
+    for _ in range(first.TOGETHER):
+        first.update(model.step(1))
+    other.update(model.step(2))
+    with pytest.warns(GradientWarning, match="is open in another monitor"):
+        other.close()
+    first.close()
+    assert [line["total_norm"] for line in steps_of(path)] == [1] * 4
+
+
+def spawned(monitor, done):
+    monitor.update(Model("a", limit=INF).step(3))
+    monitor.close()
+    done.put(monitor.history.last)
+
+
+def test_a_copy_in_another_process_writes(tmp_path):
+    path = tmp_path / "run.jsonl"
+    monitor = GradMonitor(path)
+    context = multiprocessing.get_context("spawn")
+    done = context.SimpleQueue()
+    process = context.Process(target=spawned, args=(monitor, done))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0 and done.get() == 0
+    assert [line["total_norm"] for line in steps_of(path)] == [3]
+    monitor.close()
+
+
+def test_what_a_copy_logs_to(tmp_path):
+    called, model = [], Model("a", limit=INF)
+    monitor = GradMonitor(log=lambda scalars, step: called.append(step), log_every=1)
+    with copy.deepcopy(monitor) as second:
+        second.update(model.step(1))
+    assert called == [0]
+    with pytest.warns(GradientWarning, match=r"takes only folders along, so these are gone: function\. .* log_to\(\)"):
+        third = pickle.loads(pickle.dumps(monitor))
+    third.update(model.step(1))
+    assert third.history.last == 0 and called == [0]
+    third.log_to(lambda scalars, step: called.append((step, scalars["grad/norm"])))
+    third.update(model.step(2))
+    third.close()
+    assert called == [0, (1, 2.0)]
+
+
+def test_a_pickled_monitor_opens_its_folder_again(tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, folder):
+            opened.append(folder)
+            self.add_scalar = lambda *given: None
+            self.close = lambda: opened.append("closed")
+
+    opened = []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("", (), {"SummaryWriter": Writer}))
+    monitor = GradMonitor(log=tmp_path)
+    copied = pickle.loads(pickle.dumps(monitor))
+    assert opened == [str(tmp_path)], "a copy that sees no step leaves nothing in the folder"
+    copied.update(Model("a").step(1))
+    copied.close()
+    monitor.log_to(None)
+    assert opened == [str(tmp_path), str(tmp_path), "closed", "closed"]
 
 
 # Around it: other default devices, dtypes and modes

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
+import functools
 import math
 import numbers
 import os
@@ -28,8 +30,8 @@ from ..reading import Layout, Numbers, flattened, root
 from ..stats import Stats
 from .alarms import Alarms, GradientWarning, Seen
 from .history import History, Notice, Span, heat
-from .lines import MOST_STEPS, Lines, brief, load
-from .loggers import loggers
+from .lines import MOST_STEPS, Lines, brief, load, writes
+from .loggers import Logger, loggers
 from .rows import Maxima, Register
 
 if TYPE_CHECKING:
@@ -62,6 +64,17 @@ class GradMonitor:
     :meth:`update` that finds them there. On a CPU they are taken up four at a time, since the first of them finds cold
     caches, and whenever an attribute is looked at. Steps are taken up in order.
 
+    A run that ends without :meth:`close`, and a monitor that is collected without it, take up the steps on their way
+    too. Once a torch.distributed process group is initialized, every rank keeps and judges what it is given, but only
+    rank 0 writes `path` and folders of `log`.
+
+    A copy (by pickle, which a checkpoint may hold, or by copy.deepcopy) has all settings, the history and what the
+    warnings go by; the steps on their way are waited for and taken up before. It opens `path` again at the next step it
+    takes up, and goes on there as a resumed run does. But a file has one writer: if another monitor has it open then,
+    the copy warns, and writes nothing from then on. Of a monitor that has written nothing yet and its copies, the first
+    that writes has the file. What `log` names is shared by a deep copy; of a pickled monitor only folders travel, and
+    :meth:`log_to` takes others.
+
     Args:
         path: a file to append JSON lines to, one a step; :mod:`fastclip.monitor.lines` says what is in them. If it
             cannot be written any more (a full disk), training goes on without, after a warning.
@@ -82,7 +95,7 @@ class GradMonitor:
         missed: how many steps were left out because 256 others were still on their way from a GPU.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, named with its value.
+        TypeError, ValueError: an argument of another kind, named with its value; another monitor has `path` open.
         OSError: `path` cannot be opened.
         ImportError: `log` is a folder and there is no TensorBoard.
 
@@ -95,6 +108,10 @@ class GradMonitor:
 
     MOST_FLYING = 256
     TOGETHER = 4  # on a CPU
+    _closed = True  # until it is made
+    _targets: list[Any]  # what `log` names
+    _loggers: list[Logger] | None  # made of them; None: to be made, in a copy
+    _own: list[Any]  # those that are ours to close
 
     def __init__(
         self,
@@ -122,10 +139,25 @@ class GradMonitor:
         self._alarms = Alarms(self.window, adam_eps, elements)
         self._clipped: deque[bool] = deque(maxlen=self.window)
         self._flying: deque[Flying] = deque()
-        self._next, self._seen, self._closed = 0, 0, False
-        self._loggers, self._own = loggers(log)
-        self._lines = None if path is None else Lines(path)
-        atexit.register(_finish, weakref.ref(self))
+        self._next = self._seen = 0
+        self._own = []
+        self.log_to(log)
+        self._lines = None if path is None else Lines(path, later=not writes())
+        self._begun()
+
+    def _begun(self, closed: bool = False) -> None:
+        self._closed, self._process = closed, os.getpid()
+        self._at_exit = functools.partial(_at_exit, weakref.ref(self))
+        if not closed:
+            atexit.register(self._at_exit)
+
+    def log_to(self, log: Any) -> None:
+        """Send scalars to `log` from now on, instead of where they went before: as the argument of the constructor."""
+        targets = list(log) if isinstance(log, (list, tuple)) else [] if log is None else [log]
+        found, own = loggers(targets)
+        for writer in self._own:
+            writer.close()
+        self._targets, self._loggers, self._own = targets, found, own
 
     def update(self, stats: Stats, loss: Tensor | float | None = None, step: int | None = None) -> None:
         """Take note of a step, once its numbers have come to the host. Never waits for the device.
@@ -238,11 +270,50 @@ class GradMonitor:
             return [] if self._closed else self._landed(wait=True)
         finally:
             self._closed = True
+            atexit.unregister(self._at_exit)
             self._flying.clear()
             if self._lines:
                 self._lines.close()
             for writer in self._own:
                 writer.close()
+
+    def _ended(self) -> None:
+        """What :meth:`close` does, where nobody calls it: it raises and says nothing, and leaves forks alone."""
+        if not self._closed and self._process == os.getpid():
+            with contextlib.suppress(Exception):  # a broken GPU or disk has been heard of, or never will be
+                self._finished()
+
+    __del__ = _ended
+
+    def __getstate__(self) -> dict[str, Any]:
+        _warn(self._landed(wait=True), 3)
+        folders = [os.fspath(target) for target in self._targets if isinstance(target, (str, os.PathLike))]
+        left = [type(target).__name__ for target in self._targets if not isinstance(target, (str, os.PathLike))]
+        state = {**self.__dict__, "_targets": folders, "_loggers": None, "_own": [], "left": left}
+        del state["_at_exit"], state["_process"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state, left = {**state}, state["left"]
+        del state["left"]
+        self.__dict__.update(state)
+        self._begun(state["_closed"])
+        if left:
+            warnings.warn(
+                f"a pickled monitor's log takes only folders along, so these are gone: {', '.join(left)}. Give them to "
+                f"log_to()",
+                GradientWarning,
+                stacklevel=2,
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradMonitor:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__({**copy.deepcopy(self.__getstate__(), memo), "left": []})
+        copied._targets = list(self._targets)
+        return copied
+
+    def __copy__(self) -> GradMonitor:
+        return copy.deepcopy(self)
 
     def _landed(self, wait: bool = False) -> list[Notice]:
         """Take up the steps whose numbers have come."""
@@ -281,13 +352,15 @@ class GradMonitor:
         self._history.rows, self._history.norm_type = self._register.rows, read.layout.norm_type
         self._history.add(record, cells)
         self._history.warnings.extend(notices)
-        if self._lines:
+        if self._lines and writes():
             notices += self._write(self._lines, record, notices)
         self._seen += 1
         if (self._seen - 1) % self.log_every == 0:
             scalars = {name: record[key] for key, name in SCALARS.items() if key in record}
             scalars |= {"grad/clip_rate": sum(self._clipped) / len(self._clipped), "grad/skips": self._skips}
-            for logger in self._loggers:
+            if self._loggers is None:
+                self.log_to(self._targets)
+            for logger in self._loggers or ():
                 logger(scalars, flying.step)
         return notices
 
@@ -297,7 +370,7 @@ class GradMonitor:
             lines.write(record)
             for step, kind, message in notices:
                 lines.write({"step": step, "warning": kind, "message": message})
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._lines = None
             with contextlib.suppress(OSError):
                 lines.close()
@@ -307,13 +380,9 @@ class GradMonitor:
         return []
 
 
-def _finish(monitor: weakref.ref[GradMonitor]) -> None:
-    """What :meth:`GradMonitor.close` does, for a run that ends without it."""
+def _at_exit(monitor: weakref.ref[GradMonitor]) -> None:
     if (left := monitor()) is not None:
-        with contextlib.suppress(
-            Exception
-        ):  # the run is over: a broken GPU or disk has been heard of, or never will be
-            left._finished()
+        left._ended()
 
 
 def _started(stats: Stats, loss: Tensor | None) -> tuple[Stats | None, Tensor | None, Layout | None, Any]:

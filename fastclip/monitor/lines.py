@@ -16,16 +16,23 @@ begins with a new header, and its steps replace those from there on; what is lef
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import json
 import math
 import os
 import reprlib
-from typing import Any
+import weakref
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
 
 from .history import History, Notice, heat
+
+try:
+    import fcntl
+except ImportError:  # on Windows: there, only writers of one process notice each other
+    fcntl = None  # type: ignore[assignment]
 
 MOST_STEPS = 2**63  # which the largest step is below
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
@@ -48,26 +55,73 @@ def brief(values: Tensor, missing: Tensor) -> list[float | None]:
 class Lines:
     """Appends lines to a file, each whole before the next begins, so that a crash cuts off one at most.
 
+    A file has one writer at a time: a second one in this process, or in another where there is fcntl, is refused while
+    the first has it open. A copy (by pickle or copy.deepcopy) opens the file at its first line, and goes on there after
+    a header of its own. One that has written nothing yet lets go of the file when it is copied: of it and its copies,
+    the first to write has the file.
+
+    Args:
+        path: of the file.
+        later: open it at the first line, instead of now.
+
     Raises:
         OSError: the file cannot be opened.
+        ValueError: it has a writer; also at a line, where the file was to be opened later.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
-        self._rows = 0
-        if self._file.tell():  # the run before may have been cut off in the middle of a line
-            with open(path, "rb") as before:
-                before.seek(-1, os.SEEK_END)
-                if before.read() != b"\n":
-                    self._file.write(b"\n")
+    _writers: ClassVar[weakref.WeakValueDictionary[tuple[int, int], Lines]] = weakref.WeakValueDictionary()
+
+    def __init__(self, path: str | os.PathLike[str], later: bool = False) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._rows = self._process = 0
+        if not later:
+            self._opened()
+
+    def _opened(self) -> BinaryIO:
+        if self.writer(self._path) is not None:
+            raise ValueError(
+                f"path {os.fspath(self._path)!r} is open in another monitor of this process: close() it first"
+            )
+        file = open(self._path, "ab")  # noqa: SIM115 - closed by close()
+        try:
+            if file.tell():  # the run before may have been cut off in the middle of a line
+                with open(self._path, "rb") as before:
+                    before.seek(-1, os.SEEK_END)
+                    if before.read() != b"\n":
+                        file.write(b"\n")
+            if not _locked(file):  # last, since closing any other handle of the file would give the lock back
+                raise ValueError(
+                    f"path {os.fspath(self._path)!r} is open in a monitor of another process. (Where the ranks of "
+                    f"torch.distributed make a monitor each, initialize the process group before: then only rank 0 "
+                    f"writes.)"
+                )
+        except BaseException:
+            file.close()
+            raise
+        self._writers[_key(os.fstat(file.fileno()))] = self
+        self._file, self._process = file, os.getpid()
+        return file
+
+    @classmethod
+    def writer(cls, path: str | os.PathLike[str]) -> Lines | None:
+        """The one of this process that has the file open."""
+        try:
+            found = cls._writers.get(_key(os.stat(path)))
+        except OSError:
+            return None
+        return found if found is not None and found._file is not None and found._process == os.getpid() else None
 
     def write(self, line: dict[str, Any]) -> None:
+        file = self._opened() if self._file is None else self._file
+        if self._process != os.getpid():
+            raise OSError(f"{os.fspath(self._path)} is written by process {self._process}, of which this is a fork")
         try:
             text = _encode(line)
         except ValueError:  # rare, so that most lines are not searched for what is not finite
             text = _encode(_plain(line))
-        self._file.write(text.encode() + b"\n")
-        self._file.flush()
+        file.write(text.encode() + b"\n")
+        file.flush()
 
     def rows(self, rows: list[str], norm_type: float) -> None:
         """What the heat map's rows are called, if that has not been written yet: first of all as the header."""
@@ -80,8 +134,46 @@ class Lines:
             self.write({"rows": rows})
         self._rows = 1 + len(rows)
 
+    def relock(self) -> None:
+        """Lock the file again: the lock is lost when any handle of the file in this process is closed."""
+        if self._file is not None:
+            _locked(self._file)
+
     def close(self) -> None:
-        self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            if self._process == os.getpid():
+                self._writers.pop(_key(os.fstat(file.fileno())), None)
+            file.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self._rows:
+            self.close()
+        return {"_path": self._path, "_file": None, "_rows": 0, "_process": 0}
+
+
+def _key(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Lock the file for this process, unless another process has; true where files cannot be locked.
+
+    Unlike flock's, such a lock is not inherited by the processes that a DataLoader forks: those may outlive a run that
+    was killed, and its successor must not be refused because of them.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
+
+
+def writes() -> bool:
+    """Whether this process is the one of its process group that writes files: rank 0, or there is no group."""
+    group = torch.distributed
+    return not (group.is_available() and group.is_initialized() and group.get_rank() > 0)
 
 
 def load(path: str | os.PathLike[str], size: int = 4096) -> History:
@@ -96,6 +188,7 @@ def load(path: str | os.PathLike[str], size: int = 4096) -> History:
     """
     history, begun, cut = History(size), False, ""
     which: list[int] = []  # of the history's rows, those that the last header names
+    writer = Lines.writer(path)
     with open(path, "rb") as file:
         for number, text in enumerate(file, 1):
             try:
@@ -123,6 +216,8 @@ def load(path: str | os.PathLike[str], size: int = 4096) -> History:
                 raise ValueError(f"{os.fspath(path)}, line {number}: no line of a fastclip record: {what}") from None
         else:
             cut = ""
+    if writer is not None:
+        writer.relock()
     if cut:
         raise ValueError(cut)
     if not history.spans:

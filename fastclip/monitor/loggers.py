@@ -7,15 +7,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from .lines import writes
+
 Logger = Callable[[dict[str, float], int], Any]
 
 
-def loggers(log: Any) -> tuple[list[Logger], list[Any]]:
-    """Functions of a dict of scalars and a step, and the writers that are ours to close."""
+def loggers(log: list[Any]) -> tuple[list[Logger], list[Any]]:
+    """Functions of a dict of scalars and a step, and the writers that are ours to close.
+
+    Folders are rank 0's to write in; what else there is, is called by every rank that has it.
+    """
     found: list[Logger] = []
     own = []
-    for target in log if isinstance(log, (list, tuple)) else [] if log is None else [log]:
+    for target in log:
         if isinstance(target, (str, os.PathLike)):
+            if not writes():
+                continue
             target = _tensorboard(target)
             own.append(target)
         if hasattr(target, "add_scalar"):
