@@ -186,13 +186,6 @@ def test_paths_that_cannot_be(tmp_path, capsys):
     assert path.read_bytes() == before
 
 
-def test_a_damaged_record_ends_the_command_without_a_traceback(tmp_path):
-    path = tmp_path / "run.jsonl"
-    written(path, HEADER, {**STEP, "row_norms": [1, 2, 3]})
-    run = subprocess.run([sys.executable, "-m", "fastclip", "plot", path], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 1 and run.stderr.count("\n") == 1 and "Traceback" not in run.stderr
-
-
 WHOLE = [
     HEADER,
     *({**STEP, "step": i, "loss": "nan" if i == 3 else 1.0} for i in range(4)),
@@ -280,11 +273,10 @@ def test_what_can_be_loaded_can_be_drawn(tmp_path_factory, data):
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("count", [1, 3])
-def test_extreme_numbers_are_drawn(tmp_path, changes, count):
+def test_extreme_numbers_are_drawn(tmp_path, changes):
     pytest.importorskip("matplotlib")
     path = tmp_path / "run.jsonl"
-    written(path, HEADER, *({**STEP, "step": i} for i in range(count)), {**STEP, "step": count, **changes})
+    written(path, HEADER, STEP, {**STEP, "step": 1}, {**STEP, "step": 2, **changes})
     assert command.main(["plot", str(path)]) == 0
 
 
