@@ -75,10 +75,11 @@ class Clipper:
         """Go on with other parameters. What rules remember of a parameter stays with it; a new one starts anew.
 
         Raises:
-            ValueError: a rule names a parameter that is not among them; nothing is changed then.
+            ValueError: a rule names a parameter that is not among them, or two have one name; nothing is changed then.
         """
         if names == self.names and same_items(parameters, self.parameters):
             return
+        check_names(zip(names or (), parameters))
         self._check_rules(parameters, names)
         earlier = {id(p): i for i, p in enumerate(self.parameters)}
         came_from = [earlier.get(id(p), -1) for p in parameters]

@@ -107,6 +107,15 @@ def test_a_rule_for_a_parameter_that_is_gone_is_an_error_before_anything_is_writ
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
+def test_a_name_that_is_there_twice_is_an_error_before_anything_is_written():
+    ps = [loud(3), loud(2)]
+    optimizer = SGD([("a", ps[0]), ("b", ps[1])], lr=1.0, max_norm=1.0)
+    optimizer.param_groups[0]["param_names"][1] = "a"
+    with pytest.raises(ValueError, match="of one name, 'a'"):
+        optimizer.step()
+    assert not any(p.any() for p in ps)
+
+
 def test_clippers_own_parameters_stay_what_they_were_given():
     ps = [loud(3), loud(2)]
     clipper = fastclip.Clipper(ps, 1.0)

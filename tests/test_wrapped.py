@@ -133,7 +133,11 @@ def test_a_step_that_only_accumulates_does_nothing(name):
     clipper = fastclip.Clipper(ps, [rules.ZClip(), 0.5])
     before = [p.grad.clone() for p in ps]
     outer.sync = False
+    monitor = fastclip.monitor.GradMonitor()
     assert clipper.step(outer) is None
+    monitor.update(None, 0.5)
+    assert monitor.last == {}
+    monitor.close()
     assert clipper.steps == 0 and not clipper.rules[0].state
     assert all(torch.equal(p.grad, b) and not p.any() for p, b in zip(ps, before))
     assert clean(outer.optimizer)

@@ -159,12 +159,13 @@ class GradMonitor:
             writer.close()
         self._targets, self._loggers, self._own = targets, found, own
 
-    def update(self, stats: Stats, loss: Tensor | float | None = None, step: int | None = None) -> None:
+    def update(self, stats: Stats | None, loss: Tensor | float | None = None, step: int | None = None) -> None:
         """Take note of a step, once its numbers have come to the host. Never waits for the device.
 
         Args:
             stats: what ``clip_()`` or ``step()`` returned (``optimizer.stats`` with :mod:`fastclip.optim`). Copied now:
-                a replay of a CUDA graph may overwrite it afterwards.
+                a replay of a CUDA graph may overwrite it afterwards. With None nothing has happened: a wrapped
+                optimizer accumulates.
             loss: one number, on any device.
             step: its number, below 2**63; one more than the last unless told, from 0. One that is not above the last
                 takes up a run from there: what was recorded from that step on is forgotten, and superseded in the file.
@@ -176,6 +177,8 @@ class GradMonitor:
         Warns:
             GradientWarning: of steps just taken up.
         """
+        if stats is None:
+            return
         if not isinstance(stats, Stats):
             raise TypeError(f"stats must be a fastclip.Stats, got {type(stats).__name__} {stats!r}")
         if self._closed:
