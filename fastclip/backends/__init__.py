@@ -22,14 +22,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from .choice import BACKENDS, checked, current, use_backend
+
+__all__ = ["BACKENDS", "current", "use_backend"]
 
 
 class Measurement(NamedTuple):
@@ -45,7 +47,12 @@ class Measurement(NamedTuple):
 
 def capturing(device: torch.device) -> bool:
     """Whether what is launched on `device` now becomes part of a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    if device.index is None or device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def repaired_on_host(
@@ -127,10 +134,7 @@ class Recent(Generic[Made]):
             return self.entries[0][2]
 
 
-BACKENDS = ("triton", "cuda", "cpu", "reference")
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference"), "xpu": ("triton", "reference")}
-
-_choice = "auto"
 
 
 def get(name: str) -> Any:
@@ -139,60 +143,16 @@ def get(name: str) -> Any:
 
 
 def choose(device: torch.device) -> Any:
-    """The backend for gradients on `device` under the current choice; RuntimeError if the one asked for cannot run."""
-    if _choice != "auto":
-        backend = get(_choice)
+    """The backend for gradients on `device` under the current choice; RuntimeError if the one asked for cannot run,
+    ValueError if there is none of the name in ``FASTCLIP_BACKEND``."""
+    choice = current()
+    if choice != "auto":
+        backend = get(checked(choice, "FASTCLIP_BACKEND"))
         if reason := backend.why_not(device):
-            raise RuntimeError(f"backend {_choice!r} was asked for but cannot run on {device}: {reason}")
+            raise RuntimeError(f"backend {choice!r} was asked for but cannot run on {device}: {reason}")
         return backend
     for name in AUTO.get(device.type, ("reference",)):
         backend = get(name)
         if backend.why_not(device) is None:
             return backend
     raise AssertionError("the reference backend runs everywhere")
-
-
-def current() -> str:
-    """The current choice: "auto" or the name of a backend."""
-    return _choice
-
-
-class use_backend:
-    """Choose the backend of all following calls; as a context manager, until the end of the block.
-
-    The environment variable ``FASTCLIP_BACKEND`` sets the choice at import.
-
-    Args:
-        name: ``"triton"``, ``"cuda"``, ``"cpu"``, ``"reference"``, or ``"auto"`` (the best that runs on each gradient's
-            device). Gradients that no kernel handles (complex, sparse, views with gaps) go to ``reference`` anyway.
-
-    Raises:
-        ValueError: no backend has that name. One that cannot run raises RuntimeError, with the reason, when it is used.
-    """
-
-    def __init__(self, name: str) -> None:
-        global _choice
-        self._name = _check(name, "name")
-        self._before, _choice = _choice, name
-        self._entered = False
-
-    def __enter__(self) -> None:
-        global _choice
-        if self._entered or _choice != self._name:  # not straight from the constructor
-            self._before, _choice = _choice, self._name
-        self._entered = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        global _choice
-        _choice = self._before
-
-
-def _check(name: str, argument: str) -> str:
-    if name not in (*BACKENDS, "auto"):
-        raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)} or auto, got {name!r}")
-    return name
-
-
-_choice = _check(os.environ.get("FASTCLIP_BACKEND", "auto"), "FASTCLIP_BACKEND")
