@@ -411,6 +411,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("adamw_", &adamw_);
   m.def("sgd_", &sgd_);
   m.def("isa", &cpu::isa);
+  m.def("work_alone", &cpu::work_alone);
   PyModule_AddFunctions(m.ptr(), fastcall);
 }
 

@@ -16,6 +16,8 @@ constexpr int64_t SERIAL_WORK = 1 << 16;  // below this many elements waking the
 
 constexpr int64_t PREFETCH_BYTES = 2048;
 
+bool alone = false;  // in a child of fork()
+
 struct Isa {
   const char* name;
   const CpuKernels* kernels;
@@ -23,7 +25,7 @@ struct Isa {
 
 Isa choose() {
   const char* asked = std::getenv("FASTCLIP_CPU_ISA");
-  const std::string limit = asked ? asked : "avx512";
+  const std::string limit = asked && *asked ? asked : "avx512";  // native.py has refused unknown names
 #if defined(__x86_64__)
   // Whatever has AVX2 has F16C, which not every compiler can ask for.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -91,7 +93,7 @@ void for_each_chunk(const Group& group, Body body) {
              std::min(CPU_CHUNK, s.numel - c * CPU_CHUNK));
     }
   };
-  const int64_t parts = group.work < SERIAL_WORK ? 1 : at::get_num_threads();
+  const int64_t parts = group.work < SERIAL_WORK || alone ? 1 : at::get_num_threads();
   if (parts == 1) return run({0, 0}, {group.segments.size(), 0});
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     run(place_of(group, group.work * begin / parts), place_of(group, group.work * end / parts));
@@ -107,6 +109,8 @@ auto coefficients(const Group& group, const double* coef, int64_t stride) {
 }  // namespace
 
 const char* isa() { return chosen().name; }
+
+void work_alone() { alone = true; }
 
 Moments measure(const Group& group, double p, bool absmax, Moments* per_segment) {
   const auto& k = kernels_of(group.dtype);

@@ -9,6 +9,9 @@ namespace fastclip::cpu {
 // The instruction set in use: "avx512", "avx2" or "portable". FASTCLIP_CPU_ISA asks for a lesser one.
 const char* isa();
 
+// From now on without other threads. OpenMP's do not survive fork(): a child that hands work to them waits for ever.
+void work_alone();
+
 // Power sums (and maxima, if asked for) per segment into `per_segment` (may be null), and of everything as the result.
 Moments measure(const Group& group, double p, bool absmax, Moments* per_segment);
 

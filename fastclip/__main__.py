@@ -3,51 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import __version__, backends
 from .backends import native
+from .backends.choice import checked
 
 
 def info() -> int:
     """Versions, devices, and each backend with the reason why it can or cannot run: what a bug report needs."""
-    native.cpp.load()
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    rows = [
-        ("fastclip", __version__),
-        ("python", f"{platform.python_version()} on {platform.platform()}"),
-        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"),
-        ("triton", _version("triton")),
-        ("compiler", _lines([compiler, "--version"])[0] if compiler else "none found"),
-        ("nvcc", _nvcc()),
-        ("csrc", str(native.source_folder())),
-        ("build", f"{native.cpp.path()} ({'there' if native.cpp.path().is_file() else 'could not be built'})"),
-        ("choice", f"{backends.current()} (FASTCLIP_BACKEND or use_backend)"),
+    rows: list[tuple[str, Callable[[], Any]]] = [
+        ("fastclip", lambda: __version__),
+        ("python", lambda: f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", lambda: f"{torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"),
+        ("triton", lambda: _version("triton")),
+        ("compiler", _compiler),
+        ("nvcc", _nvcc),
+        ("csrc", native.source_folder),
+        ("build", _build),
+        ("choice", lambda: f"{checked(backends.current(), 'FASTCLIP_BACKEND')} (FASTCLIP_BACKEND or use_backend)"),
     ]
-    devices = [torch.device("cpu")]
-    for i in range(torch.cuda.device_count()):
-        devices.append(torch.device("cuda", i))
-        properties = torch.cuda.get_device_properties(i)
-        memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        rows.append((f"cuda:{i}", f"{properties.name}, {memory}, sm_{properties.major}{properties.minor}"))
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    rows += [(str(device), functools.partial(_gpu, device)) for device in devices[1:]]
     for key, value in rows:
-        print(f"{key:10} {value}")
+        print(f"{key:10} {_told(value)}")
     for device in devices:
-        automatic = backends.AUTO.get(device.type, ("reference",))
-        runs = [name for name in automatic if backends.get(name).why_not(device) is None]
-        print(f"\non {device}, auto takes {runs[0]}:")
+        print(f"\non {device}, auto takes {_told(functools.partial(_automatic, device), 'none: ')}:")
         for name in backends.BACKENDS:
-            backend = backends.get(name)
-            reason = backend.why_not(device)
-            print(f"  {name:10} {'no:  ' + reason if reason else 'yes: ' + backend.describe()}")
+            print(f"  {name:10} {_told(functools.partial(_verdict, name, device), 'no:  ')}")
     return 0
 
 
@@ -85,11 +80,44 @@ def plot(record: Path, out: Path | None) -> int:
     return 0
 
 
+def _told(tell: Callable[[], Any], otherwise: str = "") -> Any:
+    """What `tell` says, or what went wrong with it: the report is wanted most where something is odd."""
+    try:
+        return tell()
+    except Exception as error:  # noqa: BLE001
+        return f"{otherwise}{str(error) or type(error).__name__}"
+
+
+def _compiler() -> str:
+    command = native.cxx()
+    return _lines([*command, "--version"])[0] if shutil.which(command[0]) else f"none found: {shlex.join(command)}"
+
+
 def _nvcc() -> str:
     try:
         return f"{native.nvcc()}, {_lines([native.nvcc(), '--version'])[-1]}"
     except FileNotFoundError:
         return "none found"
+
+
+def _build() -> str:
+    return f"{native.cpp.path()} ({'there' if native.cpp.load() is not None else 'could not be built'})"
+
+
+def _gpu(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+
+
+def _automatic(device: torch.device) -> str:
+    automatic = backends.AUTO.get(device.type, ("reference",))
+    return next(name for name in automatic if backends.get(name).why_not(device) is None)
+
+
+def _verdict(name: str, device: torch.device) -> str:
+    backend = backends.get(name)
+    reason = backend.why_not(device)
+    return f"no:  {reason}" if reason else f"yes: {backend.describe()}"
 
 
 def _version(package: str) -> str:
@@ -100,7 +128,8 @@ def _version(package: str) -> str:
 
 
 def _lines(command: list[str]) -> list[str]:
-    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines() or [""]
+    """What a command prints, line by line; at least one."""
+    return subprocess.run(command, capture_output=True, text=True, errors="replace").stdout.splitlines() or [""]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,8 +3,11 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -101,8 +104,6 @@ def test_extra_memory_stays_below_a_mebibyte():
 
 def test_other_python_threads_run_meanwhile():
     """A long pass lets go of the interpreter, with the gradients kept alive."""
-    import threading
-
     p = parameter(torch.ones(60_000_000))
     steps, stop = [0], threading.Event()
 
@@ -122,11 +123,66 @@ def test_other_python_threads_run_meanwhile():
         thread.join()
 
 
-def test_forked_worker_can_clip():
-    """A DataLoader's worker is a fork: the library must work there too."""
-    pid = os.fork()
-    if pid == 0:
-        torch.set_num_threads(1)
-        ok = fastclip.total_norm([torch.ones(16)]).item() == 4
-        os._exit(0 if ok else 1)
-    assert os.waitpid(pid, 0)[1] == 0
+FORK = """
+import os, torch, fastclip
+from fastclip.backends import native
+torch.set_num_threads(2)
+big = torch.nn.Parameter(torch.ones(3_000_000))
+big.grad = torch.ones(3_000_000)
+torch.ones(3_000_000).mul_(2)  # starts torch's threads
+{before}
+if os.fork() == 0:
+    norm = fastclip.clip_norm_([big], 1.0).item()
+    stats = fastclip.Clipper([big], 0.5).clip_()
+    fastclip.clip_value_([big], 1e-5)
+    fastclip.optim.SGD([big], lr=0.1, max_norm=1.0).step()
+    print(abs(norm / 3_000_000**0.5 - 1) < 1e-6, abs(stats.total_norm.item() - 1) < 1e-5, flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.parametrize("before", ["fastclip.total_norm([big])", ""], ids=["after a call", "before the first"])
+def test_a_forked_child_can_clip(before):
+    """OpenMP's threads do not survive os.fork(), which a DataLoader's worker comes from."""
+    native.cpp.load()
+    command = [sys.executable, "-c", FORK.format(before=before)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.communicate(timeout=60)[0] == "True True\n"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # the child too
+
+
+def test_gradients_that_another_thread_takes_away_meanwhile():
+    """A call works on the gradients that there were when it began, and keeps them alive."""
+    p = parameter(torch.ones(20_000_000))
+    calling, taken = [False], []
+    interval = sys.getswitchinterval()
+
+    def take():
+        while not calling[0]:
+            time.sleep(1e-4)
+        p.grad = None
+        taken.append(calling[0])
+
+    for _ in range(20):
+        gradient = p.grad = torch.ones(20_000_000)
+        thread = threading.Thread(target=take)
+        thread.start()
+        sys.setswitchinterval(100)  # the thread gets the interpreter when it is let go of, not at any time
+        try:
+            calling[0] = True
+            norm = fastclip.clip_norm_([p], 1.0)
+            calling[0] = False
+        finally:
+            sys.setswitchinterval(interval)
+            calling[0] = True
+        thread.join()
+        calling[0] = False
+        assert norm.item() == pytest.approx(20_000_000**0.5, rel=1e-6)
+        assert torch.equal(gradient, torch.full_like(gradient, gradient[0].item())) and gradient[0] < 1e-3
+        if taken.pop():
+            return
+    pytest.fail("the other thread never ran during a call")

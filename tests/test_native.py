@@ -158,10 +158,84 @@ def test_info_says_why_a_backend_cannot_run(tmp_path):
 
 
 def test_environment_variable_chooses(tmp_path):
-    result = run(sys.executable, "-c", "import fastclip", FASTCLIP_BACKEND="cuda9")
+    result = run(sys.executable, "-c", CLIP.format("fastclip.clip_norm_([p], 1.0)"), FASTCLIP_BACKEND="cuda9")
     assert "ValueError: FASTCLIP_BACKEND must be one of" in result.stderr and "got 'cuda9'" in result.stderr
     program = "import fastclip.backends as b; print(b.current())"
     assert run(sys.executable, "-c", program, FASTCLIP_BACKEND="reference").stdout == "reference\n"
+    assert run(sys.executable, "-c", program, FASTCLIP_BACKEND="").stdout == "auto\n"
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    """With and without a compiler, every time, and before anything is written."""
+    program = CLIP.format(
+        """
+for call in (lambda: fastclip.clip_norm_([p], 1.0), lambda: fastclip.Clipper([p], 1.0).clip_()) * 2:
+    try:
+        call()
+    except ValueError as error:
+        print(error, p.grad.sum().item())"""
+    )
+    for environment in ({}, {"CXX": "/nowhere/c++"}):
+        result = run(sys.executable, "-W", "error", "-c", program, FASTCLIP_CPU_ISA="avx3", **environment)
+        assert result.stdout == "FASTCLIP_CPU_ISA must be one of portable, avx2, avx512, got 'avx3' 4.0\n" * 4, result
+    program = "from fastclip.backends import native; print(native.cpp.load().isa())"
+    assert run(sys.executable, "-c", program, FASTCLIP_CPU_ISA="").stdout == f"{_best_isa()}\n"
+
+
+def _best_isa():
+    program = "from fastclip.backends import native; print(native.cpp.load().isa())"
+    environment = {name: value for name, value in os.environ.items() if name != "FASTCLIP_CPU_ISA"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def test_a_build_that_was_cut_off_does_not_crash(tmp_path):
+    """It is not even opened; and as there is no compiler to build it again, plain torch clips."""
+    environment = {"CXX": "/nowhere/c++", "FASTCLIP_CACHE": str(tmp_path)}
+    program = "from fastclip.backends import native; print(native.cpp.path())"
+    broken = Path(run(sys.executable, "-c", program, **environment).stdout.strip())
+    broken.parent.mkdir()
+    broken.write_bytes(native.cpp.path().read_bytes()[:100_000])
+    shutil.copy(f"{native.cpp.path()}.sha256", f"{broken}.sha256")
+    result = run(sys.executable, "-c", CLIP.format("print(fastclip.clip_norm_([p], 1.0).item())"), **environment)
+    assert (result.returncode, result.stdout) == (0, "2.0\n"), result.stderr
+    assert "there is no C++ compiler" in result.stderr
+
+
+def test_info_and_build_never_end_in_a_traceback(tmp_path):
+    """Whatever is odd, it is told."""
+    program = tmp_path / "g++"
+    program.write_bytes(b"\x7fELF and no more")
+    program.chmod(0o755)
+    odd = {
+        "FASTCLIP_BACKEND": "cuda9",
+        "FASTCLIP_CACHE": "/dev/null/cache",
+        "CXX": str(program),
+        "TORCH_CUDA_ARCH_LIST": "Hopper",
+    }
+    for setting, message in (({}, "Not a directory: '/dev/null/cache"), ({"FASTCLIP_CPU_ISA": "avx3"}, "got 'avx3'")):
+        info = run(sys.executable, "-m", "fastclip", "info", **odd, **setting)
+        assert info.returncode == 0 and "Traceback" not in info.stderr, info.stderr
+        assert "Exec format error" in info.stdout and "got 'cuda9'" in info.stdout and message in info.stdout
+        build = run(sys.executable, "-m", "fastclip", "build", **odd, **setting)
+        assert build.returncode == 1 and "Traceback" not in build.stderr and message in build.stderr
+
+
+def test_info_without_a_home(tmp_path):
+    """In a container whose user has no entry in the system's list: the cache is a temporary folder of this user."""
+    program = """
+import pwd, runpy, sys
+def nobody(_): raise KeyError("uid not found")
+pwd.getpwuid = nobody
+sys.argv[1:] = ["info"]
+runpy.run_module("fastclip", run_name="__main__")
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "FASTCLIP_CACHE")}
+    environment |= {"TMPDIR": str(tmp_path), "CXX": "/nowhere/c++"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"build      {tmp_path}/fastclip-{os.getuid()}/" in result.stdout
+    assert "compiler   none found: /nowhere/c++" in result.stdout
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,9 @@ def why_not(device: torch.device) -> str | None:
 
 
 def describe() -> str:
-    return f"{native.cpp.load().isa()}, {torch.get_num_threads()} threads"
+    isa, asked = native.cpp.load().isa(), os.environ.get("FASTCLIP_CPU_ISA")
+    wanted = f" (FASTCLIP_CPU_ISA asks for {asked}, which this CPU lacks)" if asked and asked != isa else ""
+    return f"{isa}{wanted}, {torch.get_num_threads()} threads"
 
 
 def measure(

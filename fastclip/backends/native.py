@@ -14,11 +14,11 @@ import importlib.util
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 import warnings
@@ -27,8 +27,12 @@ from typing import Any
 
 import torch
 
+from . import build_cache
+
 NAME = "fastclip_native"
+PROCESS = os.getpid()  # that imported this; another one later is a fork of it
 CFLAGS = ["-O3", "-ffp-contract=fast", "-Wno-psabi"]
+ISAS = ("portable", "avx2", "avx512")  # of csrc/cpu.cpp, the least first
 NVCC_FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static"]
 
 
@@ -39,8 +43,10 @@ class Library:
         name: in messages.
         instead: what happens without it, in messages.
         path: -> the file that a build of the present sources for this machine has.
-        compile_to: (path, verbose) -> None, or raises what the compiler raised.
+        compile_to: (path, verbose) -> None, or raises what the compiler raised. Nothing else is in the path's folder.
         open_at: (path) -> the library.
+        circumstances: -> what else decides whether a build fails.
+        check: raises ValueError for a setting that is wrong, whether or not there is a compiler.
     """
 
     def __init__(
@@ -50,9 +56,12 @@ class Library:
         path: Callable[[], pathlib.Path],
         compile_to: Callable[[pathlib.Path, bool], None],
         open_at: Callable[[pathlib.Path], Any],
+        circumstances: Callable[[], str] = str,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.name, self.path = name, path
         self._instead, self._compile_to, self._open_at = instead, compile_to, open_at
+        self._circumstances, self._check = circumstances, check
         self._lock = threading.Lock()
         self._opened: Any = None
         self._failure: str | None = None
@@ -63,13 +72,14 @@ class Library:
             return self._opened
         with self._lock:
             if self._opened is None and self._failure is None:
+                self._check()
                 try:
-                    self._opened = self.build()
+                    self._opened = self._build()
                 except Exception as error:  # noqa: BLE001 - whatever a compiler or a linker does, training goes on
                     self._failure = _reason(error)
                     warnings.warn(
                         f"fastclip could not build its {self.name} backend and falls back to {self._instead}: "
-                        f"{self._failure} `python -m fastclip build` shows the whole story.",
+                        f"{self._failure} `python -m fastclip build` tries again and shows the whole story.",
                         RuntimeWarning,
                         stacklevel=4,
                     )
@@ -81,16 +91,31 @@ class Library:
 
     def build(self, verbose: bool = False, force: bool = False) -> Any:
         """Compile the library unless the cache has it, and open it. Raises what the compiler or the linker raised."""
-        path = self.path()
-        if not path.is_file() or force:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _between_processes(path.parent / "lock"):
-                if not path.is_file() or force:
+        self._check()
+        return self._build(verbose, force, retry=True)
+
+    def _build(self, verbose: bool = False, force: bool = False, retry: bool = False) -> Any:
+        """`retry`: also if another process has failed a short while ago, and would again."""
+        entry = build_cache.Entry(self.path(), self._circumstances())
+        unusable = None if force else build_cache.checksum(entry.path)
+        if unusable is not None:
+            try:
+                return self._open_at(entry.path)
+            except (ImportError, OSError):
+                pass  # whole, but built on a machine with other system libraries, say
+        with entry.locked():
+            if not retry and (reason := entry.failure()):
+                raise RuntimeError(reason)
+            try:
+                if force or build_cache.checksum(entry.path) in (None, unusable):
                     print(f"fastclip: compiling its {self.name} backend (once) ...", file=sys.stderr, flush=True)
                     start = time.perf_counter()
-                    self._compile_to(path, verbose)
+                    entry.put(lambda path: self._compile_to(path, verbose))
                     print(f"fastclip: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        return self._open_at(path)
+                return self._open_at(entry.path)
+            except Exception as error:
+                entry.remember_failure(_reason(error))
+                raise
 
 
 def source_folder() -> pathlib.Path:
@@ -101,13 +126,6 @@ def source_folder() -> pathlib.Path:
     raise FileNotFoundError(f"csrc/ is neither in {package} nor beside it.")
 
 
-def cache_folder() -> pathlib.Path:
-    """Where builds are kept: $FASTCLIP_CACHE, else $XDG_CACHE_HOME/fastclip, else ~/.cache/fastclip."""
-    if folder := os.environ.get("FASTCLIP_CACHE"):
-        return pathlib.Path(folder)
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastclip"
-
-
 def _keyed(name: str, suffixes: tuple[str, ...], *parts: Any) -> pathlib.Path:
     """The file in the cache for a library of the present sources with `suffixes`, this machine and `parts`."""
     key = hashlib.sha256()
@@ -116,15 +134,31 @@ def _keyed(name: str, suffixes: tuple[str, ...], *parts: Any) -> pathlib.Path:
     for source in sorted(source_folder().iterdir()):
         if source.suffix in suffixes:
             key.update(source.name.encode() + source.read_bytes())
-    return cache_folder() / key.hexdigest()[:16] / name
+    return build_cache.path_of(name, key.hexdigest()[:16])
+
+
+def _circumstances(compiler: list[str]) -> str:
+    """The compiler, and where it looks for programs, headers and libraries."""
+    names = ("PATH", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "LD_LIBRARY_PATH", "TMPDIR")
+    return "\n".join([build_cache.program(compiler), *(os.environ.get(name, "") for name in names)])
 
 
 # ---- C++ ----
 
 
+def cxx() -> list[str]:
+    """The command of the C++ compiler: $CXX, which may have arguments, as in "ccache g++"; else c++."""
+    text = os.environ.get("CXX") or "c++"
+    try:
+        words = [text] if shutil.which(text) else shlex.split(text)  # a path may have spaces
+    except ValueError:  # a quotation that does not end
+        words = []
+    return words or [text]
+
+
 def _cpp_path() -> pathlib.Path:
     name = NAME + sysconfig.get_config_var("EXT_SUFFIX")
-    compiler = (torch.__version__, sys.implementation.cache_tag, os.environ.get("CXX"))
+    compiler = (torch.__version__, sys.implementation.cache_tag, shlex.join(cxx()))
     return _keyed(name, (".cpp", ".h"), *compiler, *_cpp_flags())
 
 
@@ -134,23 +168,31 @@ def _cpp_flags() -> list[str]:
 
 
 def _compile_cpp(library: pathlib.Path, verbose: bool) -> None:
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
+    compiler, *arguments = cxx()
+    found = shutil.which(compiler)
+    if found is None:
         raise FileNotFoundError(f"there is no C++ compiler: {compiler!r} is not on the PATH.")
     from torch.utils import cpp_extension
 
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder, _ninja_on_path():
+    folder = library.parent
+    program = os.path.abspath(found)
+    if arguments or shlex.quote(program) != program:  # torch takes $CXX for the name of one program
+        program = str(folder / "c++")
+        command = shlex.join([os.path.abspath(found), *arguments])
+        pathlib.Path(program).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        os.chmod(program, 0o700)
+    with _environment(CXX=program, PATH=_path_with_ninja()):
         # A Python module would be imported from here, so ask for a plain library; _open_cpp imports it from its place.
         cpp_extension.load(
             NAME,
             [str(source) for source in sorted(source_folder().glob("*.cpp"))],
-            build_directory=folder,
+            build_directory=str(folder),
             extra_cflags=_cpp_flags(),
             extra_ldflags=["-fopenmp"] if sys.platform == "linux" else [],
             is_python_module=False,
             verbose=verbose,
         )
-        os.replace(next(pathlib.Path(folder).glob(f"{NAME}*.so")), library)
+    os.replace(next(folder.glob(f"{NAME}*.so")), library)
 
 
 def _open_cpp(library: pathlib.Path) -> Any:
@@ -159,10 +201,24 @@ def _open_cpp(library: pathlib.Path) -> Any:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
+    if os.getpid() != PROCESS:
+        module.work_alone()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=module.work_alone)
     return module
 
 
-cpp = Library("C++", "plain torch, which is slower", _cpp_path, _compile_cpp, _open_cpp)
+def _check_isa() -> None:
+    asked = os.environ.get("FASTCLIP_CPU_ISA")
+    if asked and asked not in ISAS:
+        raise ValueError(f"FASTCLIP_CPU_ISA must be one of {', '.join(ISAS)}, got {asked!r}")
+
+
+cpp = Library(
+    *("C++", "plain torch, which is slower", _cpp_path, _compile_cpp, _open_cpp),
+    circumstances=lambda: _circumstances(cxx()),
+    check=_check_isa,
+)
 
 
 # ---- CUDA ----
@@ -207,45 +263,43 @@ def _cuda_path() -> pathlib.Path:
 
 
 def _compile_cuda(library: pathlib.Path, verbose: bool) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        built = pathlib.Path(folder) / library.name
-        command = nvcc_command(built, architectures())
-        if verbose:
-            print(" ".join(command), flush=True)
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(result.stdout + result.stderr)
-        os.replace(built, library)
+    command = nvcc_command(library, architectures())
+    if verbose:
+        print(" ".join(command), flush=True)
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stdout + result.stderr)
 
 
-cuda = Library("CUDA", "the next best one", _cuda_path, _compile_cuda, lambda path: ctypes.CDLL(str(path)))
+cuda = Library(
+    *("CUDA", "the next best one", _cuda_path, _compile_cuda, lambda path: ctypes.CDLL(str(path))),
+    circumstances=lambda: _circumstances([nvcc()]),
+)
 
 
 @contextlib.contextmanager
-def _between_processes(path: pathlib.Path) -> Iterator[None]:
-    """One process at a time. The system drops the lock of a process that dies, so a killed build blocks nobody."""
-    with open(path, "w") as file:
-        if os.name == "posix":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
         yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
-@contextlib.contextmanager
-def _ninja_on_path() -> Iterator[None]:
+def _path_with_ninja() -> str:
     """The ninja package's program is on the PATH only where its environment was activated."""
     path = os.environ.get("PATH", "")
     try:
         import ninja
 
-        os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, path))
+        return os.pathsep.join((ninja.BIN_DIR, path))
     except ImportError:
-        pass
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = path
+        return path
 
 
 def _reason(error: Exception) -> str:
