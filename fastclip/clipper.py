@@ -18,7 +18,7 @@ from .rules import GlobalNorm, Rule
 from .rules.formula import check_state, checked, clip_coefficient, combined, is_zero, norm_type_of, state_of
 from .rules.norms import as_rule
 from .stats import Stats, measure
-from .table import GradTable, from_native, listed, pack, same_items
+from .table import GradTable, check_not_traced, from_native, listed, pack, same_items
 
 NONFINITE = ("propagate", "skip", "zero", "raise")
 
@@ -45,6 +45,8 @@ class Clipper:
 
     Raises:
         TypeError, ValueError: an argument of another kind, named with its value; two different parameters of one name.
+
+    Under make_fx and FakeTensorMode :meth:`clip_` and :meth:`step` raise NotImplementedError.
 
     Example:
         >>> clipper = fastclip.Clipper(model.named_parameters(), 1.0)
@@ -124,6 +126,7 @@ class Clipper:
         rule = self.rules[0]
         if len(self.rules) > 1 or type(rule) is not GlobalNorm or rule.norm_type == 0 or self.nonfinite != "propagate":
             return None
+        check_not_traced()
         limit = rule.limit(self.steps)
         library = native.cpp.load() if backends.current() in ("auto", "cpu") else None
         if library is None or isinstance(limit, Tensor):

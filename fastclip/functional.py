@@ -3,6 +3,11 @@
 `parameters` may be a tensor, an iterable of tensors (a generator too) or torch.optim's parameter-group dicts; those
 without a gradient are passed over. A gradient that appears twice (tied weights) counts, and is scaled, once. Bad input
 raises before anything is written. `foreach` is accepted for torch's sake and ignored: there is one implementation.
+
+A call works on the gradients that there are when it begins, also if another thread sets ``p.grad = None`` meanwhile.
+Under torch.compile, make_fx, FakeTensorMode and other modes that look at every operation, a call is one operation of
+:mod:`fastclip.ops`: what it returns is no constant in a graph, and fake tensors stay fake. In a child of ``os.fork()``
+gradients on the CPU are clipped by one thread.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from .backends import native
 from .clipper import clip, clip_by_norm, refuse_nonfinite
 from .rules import GlobalNorm, Mask, TensorNorm, Value
 from .rules.formula import nonnegative
-from .table import check_not_gradients, from_native, listed, pack
+from .table import check_not_gradients, from_native, is_watched, listed, pack
 
 Parameters = Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -56,7 +61,7 @@ def clip_norm_(
             gradients overlap.
         NotImplementedError: a gradient is a DTensor or another wrapper subclass.
     """
-    if torch.compiler.is_compiling():
+    if _in_a_graph():
         limit, p, items = nonnegative(max_norm, "max_norm"), nonnegative(norm_type, "norm_type"), listed(parameters)
         grads = _gradients(items)
         return ops.clip_norm_(grads, limit, p, bool(error_if_nonfinite)) if grads else _nothing(items, ())
@@ -72,8 +77,9 @@ def total_norm(
 
     Follows ``torch.nn.utils.get_total_norm``. Args, returns and raises as :func:`clip_norm_`.
     """
-    if torch.compiler.is_compiling():
+    if _in_a_graph():
         p, items = nonnegative(norm_type, "norm_type"), listed(tensors, "tensors")
+        _check_tensors(items, "tensors")
         return ops.total_norm([t.detach() for t in items], p, bool(error_if_nonfinite)) if items else _nothing([], ())
     return _global_norm(tensors, "tensors", None, norm_type, error_if_nonfinite)
 
@@ -103,7 +109,7 @@ def clip_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor,
         norm = torch.full((), float(total_norm), dtype=torch.float64, device="cpu")
     else:
         raise TypeError(f"total_norm must be a tensor or a number, got {type(total_norm).__name__} {total_norm!r}")
-    if torch.compiler.is_compiling():
+    if _in_a_graph():
         if grads := _gradients(listed(parameters)):
             ops.clip_with_norm_(grads, limit, norm)
         return
@@ -124,7 +130,7 @@ def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None 
         As :func:`clip_norm_`.
     """
     rule = Value(nonnegative(clip_value, "clip_value"))
-    if torch.compiler.is_compiling():
+    if _in_a_graph():
         if grads := _gradients(listed(parameters)):
             ops.clip_value_(grads, rule.high)
         return
@@ -144,7 +150,7 @@ def clip_tensor_norm_(parameters: Parameters, max_norm: float, norm_type: float 
         [T] the norms before clipping, in the order of the parameters that have a gradient.
     """
     rule = TensorNorm(max_norm, norm_type)
-    if torch.compiler.is_compiling():
+    if _in_a_graph():
         grads = _gradients(items := listed(parameters))
         return ops.clip_tensor_norm_(grads, rule.max_norm, rule.norm_type) if grads else _nothing(items, 0)
     table = pack(listed(parameters), gradients=False, write=True)
@@ -167,7 +173,7 @@ def mask_small_(parameters: Parameters, threshold: float) -> Tensor:
         As :func:`clip_norm_`.
     """
     rule = Mask(threshold)
-    if torch.compiler.is_compiling():
+    if _in_a_graph():
         grads = _gradients(items := listed(parameters))
         return ops.mask_small_(grads, rule.threshold) if grads else _nothing(items, 0).bool()
     table = pack(listed(parameters), gradients=False, write=True)
@@ -192,12 +198,25 @@ def _global_norm(
     return clip(table, [rule], rule.norm_type, refuse_nonfinite if error_if_nonfinite else None).total_norm
 
 
+def _in_a_graph() -> bool:
+    """Whether operations are looked at (torch.compile, make_fx, FakeTensorMode and any other TorchDispatchMode), which
+    a kernel on bare addresses would pass by: in a graph its result would be a constant."""
+    return torch.compiler.is_compiling() or is_watched()
+
+
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     """For a graph: the gradients, each once."""
-    found = list(dict.fromkeys(p.grad for p in parameters if p.grad is not None))
+    _check_tensors(parameters, "parameters")
+    found = [g.detach() for g in dict.fromkeys(p.grad for p in parameters if p.grad is not None)]
     if not found:
         check_not_gradients(parameters, "parameters")
     return found
+
+
+def _check_tensors(items: list[Any], argument: str) -> None:
+    for i, item in enumerate(items):
+        if not isinstance(item, Tensor):
+            raise TypeError(f"{argument}[{i}] must be a tensor, got {type(item).__name__} {item!r}")
 
 
 def _nothing(parameters: list[Tensor], shape: Any) -> Tensor:

@@ -1,7 +1,7 @@
-"""The functional calls as opaque torch.library ops, so that torch.compile keeps them in one graph.
+"""The functional calls as opaque torch.library ops, so that torch.compile and make_fx keep them in one graph.
 
 They take gradients rather than parameters (a graph knows no ``.grad``), at least one, and arguments already checked.
-Only compiled code comes through here: eager calls do not pay for the dispatcher.
+Only what is compiled, traced or otherwise watched comes through here: eager calls do not pay for the dispatcher.
 """
 
 from __future__ import annotations

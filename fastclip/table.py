@@ -15,6 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    DispatchKey,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_dispatch_mode,
+    _is_torch_function_mode_enabled,
+    _len_torch_dispatch_stack,
+    _TorchDispatchModeKey,
+)
 
 from . import backends
 from .backends import native
@@ -127,6 +135,7 @@ def listed(parameters: Any, argument: str = "parameters", stacklevel: int = 3) -
 
 def pack(items: list[Any], *, gradients: bool, write: bool, argument: str = "parameters") -> GradTable:
     """The table of the gradients of `items`, or of the tensors themselves where they are `gradients` already."""
+    check_not_traced()
     library = native.cpp.load()
     packed = library.pack(items, not gradients) if library is not None else None
     if packed:
@@ -223,6 +232,7 @@ class StepTable:
 
 def pack_step(params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], steps: list[Tensor]) -> Any:
     """The StepTable of these, `steps` being float32 counters or empty; None if it is for another path."""
+    check_not_traced()
     library = native.cpp.load()
     packed = library.pack_step(params, grads, states, steps) if library is not None else None
     return None if packed is None else StepTable(params, grads, len(states), packed)
@@ -244,6 +254,28 @@ def same_items(a: list[Any], b: list[Any]) -> bool:
     """Whether two lists hold the same objects in the same order."""
     library = native.cpp.load()
     return library.same_items(a, b) if library is not None else len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def is_watched() -> bool:
+    """Whether a TorchDispatchMode wants to see every operation: FakeTensorMode, make_fx, FlopCounterMode."""
+    if _len_torch_dispatch_stack():
+        return True
+    # make_fx(pre_dispatch=True) keeps its mode elsewhere, together with one for __torch_function__, which is asked for
+    # first because that takes a third of the time.
+    return _is_torch_function_mode_enabled() and _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
+
+
+def check_not_traced() -> None:
+    """NotImplementedError under FakeTensorMode and in make_fx, which do not see what a kernel does to bare addresses:
+    real memory would be written, and a graph would hold what was measured now as constants."""
+    if is_watched() and (
+        any(_get_dispatch_mode(mode) for mode in (_TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY))
+        or _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
+    ):
+        raise NotImplementedError(
+            "a Clipper and the optimizers of fastclip.optim cannot be traced by make_fx or run under FakeTensorMode; "
+            "the functions (fastclip.clip_norm_ and the like) can"
+        )
 
 
 def identity(gradient: Tensor) -> Any:

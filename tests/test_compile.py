@@ -5,6 +5,9 @@ import math
 import pytest
 import torch
 from cases import gradients, parameter
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastclip
 from fastclip import ops
@@ -109,3 +112,111 @@ def test_gradients_passed_as_parameters_are_refused_in_a_graph():
     compiled = torch.compile(lambda g: fastclip.clip_norm_([g], 1.0), backend="aot_eager")
     with pytest.raises(TypeError, match=r"whose \.grad is clipped"):
         compiled(torch.ones(3))
+
+
+def test_gradients_of_a_graph_of_their_own():
+    """Made with create_graph=True: as in eager, the clip is no part of it."""
+
+    def make():
+        p = torch.nn.Parameter(torch.full((3,), 2.0))
+        (p.grad,) = torch.autograd.grad((p**3).sum(), p, create_graph=True)
+        return p
+
+    eager, compiled = make(), make()
+    expected = fastclip.clip_norm_([eager], 1.0)
+    torch._dynamo.reset()
+    actual = torch.compile(lambda: fastclip.clip_norm_([compiled], 1.0), fullgraph=True, backend="aot_eager")()
+    assert torch.equal(actual, expected) and not actual.requires_grad
+    assert torch.equal(compiled.grad, eager.grad)
+
+
+# ---- other things that look at every operation ----
+
+VALUES = (torch.linspace(-3, 3, 50), torch.ones(7, 2), torch.full((3,), 0.01))
+TRACERS = {
+    **{mode: {"tracing_mode": mode} for mode in ("real", "fake", "symbolic")},
+    "before autograd": {"pre_dispatch": True},
+    "before autograd, fake": {"pre_dispatch": True, "tracing_mode": "fake"},
+}
+
+
+def run(call, *values):
+    """What a call returns, and the gradients that it leaves."""
+    parameters = [torch.nn.Parameter(torch.zeros(v.shape)) for v in values]
+    for p, value in zip(parameters, values):
+        p.grad = value * 2
+    return CALLS[call](parameters), [p.grad for p in parameters]
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("call", CALLS)
+def test_make_fx_records_the_call(call, tracer):
+    """The graph does to other values what it did to those it was traced with: nothing measured is a constant in it."""
+    graph = make_fx(lambda *values: run(call, *values), **TRACERS[tracer])(*VALUES)
+    others = [v.flip(0) * 3 for v in VALUES]
+    torch.testing.assert_close(graph(*others), run(call, *others), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_fake_tensors(call):
+    expected, left = run(call, *VALUES)
+    with FakeTensorMode() as mode:
+        actual, grads = run(call, *map(mode.from_tensor, VALUES))
+    assert [g.shape for g in grads] == [g.shape for g in left]
+    if expected is not None:
+        assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_real_gradients_under_a_fake_mode_are_not_touched(call):
+    parameters = [parameter(v.clone()) for v in VALUES]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        returned = CALLS[call](parameters)
+    assert returned is None or type(returned) is not torch.Tensor
+    assert all(torch.equal(p.grad, v) for p, v in zip(parameters, VALUES))
+
+
+STEPS = {
+    "clip_": lambda ps: fastclip.Clipper(ps, 0.1).clip_(),
+    "clip_, two rules": lambda ps: fastclip.Clipper(ps, [fastclip.rules.Value(0.1), 0.1]).clip_(),
+    "step": lambda ps: fastclip.Clipper(ps, 0.1).step(torch.optim.SGD(ps, 0.1)),
+    "SGD": lambda ps: fastclip.optim.SGD(ps, 0.1).step(),
+    "AdamW": lambda ps: fastclip.optim.AdamW(ps, 0.1, max_norm=0.1).step(),
+}
+
+
+def under_a_fake_mode(function):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        function()
+
+
+WATCHERS = {
+    "fake mode": under_a_fake_mode,
+    **{
+        f"make_fx, {name}": lambda function, how=how: make_fx(lambda x: (x + 1, function())[0], **how)(torch.ones(2))
+        for name, how in TRACERS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+@pytest.mark.parametrize("step", STEPS)
+def test_what_cannot_be_traced_says_so_and_changes_nothing(step, watcher):
+    parameters = [parameter(v.clone(), v.clone()) for v in VALUES]
+    with pytest.raises(NotImplementedError, match="cannot be traced by make_fx or run under FakeTensorMode"):
+        WATCHERS[watcher](lambda: STEPS[step](parameters))
+    assert all(torch.equal(p.grad, v) and torch.equal(p, v) for p, v in zip(parameters, VALUES))
+
+
+def test_a_mode_that_only_looks():
+    for call in CALLS:
+        with FlopCounterMode(display=False):
+            actual = run(call, *VALUES)
+        torch.testing.assert_close(actual, run(call, *VALUES), rtol=0, atol=0)
+    p = parameter(torch.full((4,), 3.0))
+    with FlopCounterMode(display=False), pytest.raises(TypeError, match=r"parameters\[1\] must be a tensor, got int 3"):
+        fastclip.clip_norm_([p, 3], 1.0)
+    with FlopCounterMode(display=False), pytest.raises(TypeError, match=r"tensors\[0\] must be a tensor, got int 3"):
+        fastclip.total_norm([3])
+    with FlopCounterMode(display=False):
+        assert fastclip.Clipper([p], 1.0).clip_().total_norm == 6
