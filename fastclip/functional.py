@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_torch_function_mode_enabled, _len_torch_dispatch_stack
+from torch.compiler import is_dynamo_compiling
 
 from . import backends, ops
 from .backends import native
@@ -201,7 +203,11 @@ def _global_norm(
 def _in_a_graph() -> bool:
     """Whether operations are looked at (torch.compile, make_fx, FakeTensorMode and any other TorchDispatchMode), which
     a kernel on bare addresses would pass by: in a graph its result would be a constant."""
-    return torch.compiler.is_compiling() or is_watched()
+    # What is asked first takes some 10 ns each, is_watched() and torch.compiler.is_compiling() several times as long.
+    # Where export sets the latter without Dynamo, a mode is watching.
+    return (
+        is_dynamo_compiling() or _len_torch_dispatch_stack() > 0 or (_is_torch_function_mode_enabled() and is_watched())
+    )
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
