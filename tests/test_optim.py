@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from cases import parameter
+from cases import NORM_ERROR, parameter
 from conftest import BACKENDS
+from exact_steps import ExactSteps
 
 import fastclip
 from fastclip import rules
@@ -65,9 +66,6 @@ def assert_same(a, b, **tolerances):
     torch.testing.assert_close(a, b, **tolerances)
 
 
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
-
-
 @pytest.fixture(params=BACKENDS)
 def step_backend(request):
     """The kernels of each backend, and torch's fused one that stands in for them elsewhere."""
@@ -84,16 +82,15 @@ def enough(step_backend, steps):
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_same_as_torch(step_backend, pair, dtype):
     ours, theirs, options = PAIRS[pair]
-    a, b = parameters(dtype), parameters(dtype)
-    mine, torchs = ours(a, **options), theirs(b, **options, foreach=False)
+    a = parameters(dtype)
+    mine, exact = ours(a, **options), ExactSteps(lambda ps: theirs(ps, **options, foreach=False), a)
     for step in range(enough(step_backend, 20)):
-        for ps in (a, b):
-            give_gradients(ps, step)
-            ps[step % 4].grad = None
+        give_gradients(a, step)
+        a[step % 4].grad = None
+        exact.give(a)
         mine.step()
-        torchs.step()
-    for p, q in zip(a, b):
-        assert_same(p, q, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        exact.step()
+    exact.check(a)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -102,33 +99,31 @@ def test_one_step_in_half_precision(step_backend, pair, dtype):
     """To a rounding of the exact step from the same state."""
     ours, theirs, options = PAIRS[pair]
     a = parameters(dtype)
+    exact = ExactSteps(lambda ps: theirs(ps, **options), a)
     give_gradients(a, 0)
-    b = [parameter(p.grad.double(), p.detach().double().clone()) for p in a]
+    exact.give(a)
     ours(a, **options).step()
-    theirs(b, **options).step()
-    for p, q in zip(a, b):
-        assert_same(p.double(), q, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    exact.step()
+    exact.check(a)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("limit", [0.5, 1e9, 0.0])
 def test_clipped_steps_as_clip_then_step_in_float64(step_backend, pair, limit):
     ours, theirs, options = PAIRS[pair]
-    a, b = parameters(), parameters(torch.float64)
-    mine, torchs = ours(a, **options, max_norm=limit), theirs(b, **options)
+    a = parameters()
+    mine, exact = ours(a, **options, max_norm=limit), ExactSteps(lambda ps: theirs(ps, **options), a)
     for step in range(enough(step_backend, 50)):
         give_gradients(a, step, 10.0)
-        for p, q in zip(a, b):
-            q.grad = p.grad.double()
+        exact.give(a)
         before = [p.grad.clone() for p in a]
         mine.step()
-        expected = torch.nn.utils.clip_grad_norm_(b, limit)
-        torchs.step()
-        assert mine.stats.total_norm.item() == pytest.approx(expected.item(), rel=1e-6)
+        expected = torch.nn.utils.clip_grad_norm_(exact.params, limit)
+        exact.step(NORM_ERROR)
+        assert mine.stats.total_norm.item() == pytest.approx(expected.item(), rel=NORM_ERROR)
         if step_backend != "reference":  # no gradient is written back
             assert_same([p.grad for p in a], before, rtol=0, atol=0)
-    for p, q in zip(a, b):
-        assert_same(p.double(), q, rtol=1e-4, atol=1e-4)
+    exact.check(a)
 
 
 RULES = {
@@ -144,27 +139,33 @@ RULES = {
 @pytest.mark.parametrize("pair", ["AdamW default", "SGD momentum"])
 def test_every_rule(step_backend, pair, rule):
     ours, theirs, options = PAIRS[pair]
-    a, b, c = parameters(), parameters(), parameters()
+    a, b = parameters(), parameters()
     alone, fed = ours(a, **options, max_norm=RULES[rule]()), ours(b, **options)
     feeder = fastclip.Clipper(b, RULES[rule]())
-    torchs, clipper = theirs(c, **options), fastclip.Clipper(c, RULES[rule]())
+    exact = ExactSteps(lambda ps: theirs(ps, **options), a)
+    clipper = fastclip.Clipper(exact.params, RULES[rule]())
     for step in range(enough(step_backend, 10)):
-        for ps in (a, b, c):
+        for ps in (a, b):
             give_gradients(ps, step)
+        exact.give(a)
         alone.step()
         feeder.step(fed)
-        clipper.clip_()
-        torchs.step()
-    for p, q, r in zip(a, b, c):
+        with fastclip.use_backend("reference"):
+            clipper.clip_()
+        exact.step(NORM_ERROR)
+    for p, q in zip(a, b):
         assert torch.equal(p, q)
-        assert_same(p, r, rtol=1e-5, atol=1e-5)
+    exact.check(a)
 
 
 def test_a_masked_nan_does_not_reach_the_parameter(step_backend):
     """A coefficient of 0 means a gradient of zeros, whatever is in it."""
     p = parameter(torch.tensor([math.nan, math.inf]), torch.ones(2))
+    exact = ExactSteps(lambda ps: torch.optim.AdamW(ps, weight_decay=0.5, lr=0.1), [p])
     AdamW([p], weight_decay=0.5, lr=0.1, max_norm=lambda stats: torch.zeros(())).step()
-    assert_same(p.detach(), torch.full((2,), 0.95))
+    exact.params[0].grad = torch.zeros(2, dtype=torch.float64)
+    exact.step()
+    exact.check([p])
 
 
 @pytest.mark.parametrize("pair", ["AdamW default", "AdamW amsgrad", "SGD momentum", "SGD nesterov", "SGD plain"])
@@ -188,12 +189,12 @@ def test_hold(step_backend, pair):
 @pytest.mark.parametrize("pair", ["AdamW default", "SGD dampening"])
 def test_skip(step_backend, pair):
     ours, theirs, options = PAIRS[pair]
-    a, b = parameters(), parameters()
-    optimizer, torchs = ours(a, **options), theirs(b, **options)
+    a = parameters()
+    optimizer, exact = ours(a, **options), ExactSteps(lambda ps: theirs(ps, **options), a)
     clipper = fastclip.Clipper(a, 1e9, nonfinite="skip")
     for step in range(6):
-        for ps in (a, b):
-            give_gradients(ps, step)
+        give_gradients(a, step)
+        exact.give(a)
         if step in (0, 3):
             a[0].grad[0, 0] = math.nan
         if step == 4:
@@ -202,9 +203,8 @@ def test_skip(step_backend, pair):
             stats = clipper.step(optimizer)
         assert bool(stats.skipped) == (step in (0, 3, 4))
         if step not in (0, 3, 4):
-            torchs.step()
-    for p, q in zip(a, b):
-        assert_same(p, q, rtol=1e-5, atol=1e-6)
+            exact.step()
+    exact.check(a)
 
 
 def test_own_policy_for_nonfinite_gradients():
@@ -223,48 +223,54 @@ def test_gradient_scaler(step_backend, max_norm):
     """scaler.step(optimizer) and clipper.step(optimizer, scaler) give what torch's three calls give."""
 
     def run(kind):
-        torch.manual_seed(0)
-        model = torch.nn.Linear(5, 3)
+        ps = [torch.nn.Parameter(torch.ones(3, 5)), torch.nn.Parameter(torch.ones(3))]
+        exact = ExactSteps(lambda ps: torch.optim.AdamW(ps, lr=1e-2), ps)
         optimizer = (torch.optim.AdamW if kind == "torch" else AdamW)(
-            model.parameters(), lr=1e-2, **({"max_norm": max_norm} if kind == "own" else {})
+            ps, lr=1e-2, **({"max_norm": max_norm} if kind == "own" else {})
         )
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
-        clipper = fastclip.Clipper(model.parameters(), math.inf if max_norm is None else max_norm)
+        limit = math.inf if max_norm is None else max_norm
+        clipper = fastclip.Clipper(ps, limit)
         for step in range(12):
             optimizer.zero_grad()
-            scaler.scale(model(torch.full((2, 5), 0.1 * step)).square().sum()).backward()
+            slopes = [torch.randn_like(p) for p in ps]
+            scaler.scale(sum((p * slope).sum() for p, slope in zip(ps, slopes))).backward()
             if step % 4 == 2:
-                model.weight.grad[0, 0] = math.inf
+                ps[0].grad[0, 0] = math.inf
+            else:
+                for p, slope in zip(exact.params, slopes):
+                    p.grad = slope.double()
+                torch.nn.utils.clip_grad_norm_(exact.params, limit)
+                exact.step(NORM_ERROR)
             if kind == "torch":
                 scaler.unscale_(optimizer)
-                if max_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+                torch.nn.utils.clip_grad_norm_(ps, limit)
                 scaler.step(optimizer)
             elif kind == "own":
                 scaler.step(optimizer)
             else:
                 clipper.step(optimizer, scaler=scaler)
             scaler.update()
-        return [p.detach() for p in model.parameters()], scaler.get_scale()
+        exact.check(ps)
+        return scaler.get_scale()
 
-    expected = run("torch")
-    assert_same(run("own"), expected, rtol=1e-5, atol=1e-6)
-    assert_same(run("fed"), expected, rtol=1e-5, atol=1e-6)
+    assert run("own") == run("fed") == run("torch")
 
 
 # ---- one pass ----
 
 
 def test_zero_grad_in_the_same_pass(step_backend):
-    a, b = parameters(), parameters()
-    mine, other = AdamW(a, max_norm=0.5), AdamW(b, max_norm=0.5)
+    a = parameters()
+    mine, exact = AdamW(a, max_norm=0.5), ExactSteps(torch.optim.AdamW, a)
     for step in range(3):
         give_gradients(a, step)
-        give_gradients(b, step)
+        exact.give(a)
         mine.step(zero_grad=True)
-        other.step()
+        torch.nn.utils.clip_grad_norm_(exact.params, 0.5)
+        exact.step(NORM_ERROR)
         assert not any(p.grad.any() for p in a)
-    assert_same([p.detach() for p in a], [p.detach() for p in b], rtol=1e-6, atol=1e-7)
+    exact.check(a)
 
 
 def test_no_gradient_is_written(monkeypatch):
@@ -307,46 +313,36 @@ def test_the_same_with_any_number_of_threads(threads):
 
 def test_layouts_the_kernel_does_not_take(step_backend):
     """Gradients laid out otherwise than their parameters, views, misaligned and shared memory."""
-
-    def make():
-        torch.manual_seed(0)
-        whole = torch.randn(100)
-        ps = [
-            torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)),
-            torch.nn.Parameter(torch.randn(6, 5)),
-            torch.nn.Parameter(torch.randn(41)[1:]),
-            torch.nn.Parameter(torch.randn(7)),
-        ]
-        for p in ps[:3]:
-            p.grad = torch.randn(p.shape)
-        ps[1].grad = torch.randn(5, 6).t()
-        ps[3].grad = whole[3:10]
-        return ps
-
-    a, b = make(), make()
-    mine, torchs = AdamW(a, lr=0.1), torch.optim.AdamW(b, lr=0.1)
+    whole = torch.randn(100)
+    ps = [
+        torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)),
+        torch.nn.Parameter(torch.randn(6, 5)),
+        torch.nn.Parameter(torch.randn(41)[1:]),
+        torch.nn.Parameter(torch.randn(7)),
+    ]
+    for p in ps[:3]:
+        p.grad = torch.randn(p.shape)
+    ps[1].grad = torch.randn(5, 6).t()
+    ps[3].grad = whole[3:10]
+    mine, exact = AdamW(ps, lr=0.1), ExactSteps(lambda ps: torch.optim.AdamW(ps, lr=0.1), ps)
     for _ in range(3):
+        exact.give(ps)
         mine.step()
-        torchs.step()
-    assert_same([p.detach() for p in a], [p.detach() for p in b], rtol=1e-5, atol=1e-6)
+        exact.step()
+    exact.check(ps)
 
 
 def test_mixed_dtypes_and_groups(step_backend):
-    def make():
-        torch.manual_seed(0)
-        return [torch.nn.Parameter(torch.randn(50).to(d)) for d in (torch.float32, torch.float64, torch.bfloat16)]
-
-    a, b = make(), make()
+    ps = [torch.nn.Parameter(torch.randn(50).to(d)) for d in (torch.float32, torch.float64, torch.bfloat16)]
     groups = lambda ps: [{"params": ps[:1], "lr": 0.1}, {"params": ps[1:], "weight_decay": 0.5}]  # noqa: E731
-    mine, torchs = AdamW(groups(a), max_norm=1.0), torch.optim.AdamW(groups(b))
+    mine, exact = AdamW(groups(ps), max_norm=1.0), ExactSteps(lambda ps: torch.optim.AdamW(groups(ps)), ps)
     for step in range(3):
-        for ps in (a, b):
-            give_gradients(ps, step)
+        give_gradients(ps, step)
+        exact.give(ps)
         mine.step()
-        fastclip.clip_norm_(b, 1.0)
-        torchs.step()
-    for p, q in zip(a, b):
-        assert_same(p, q, rtol=3e-2 if p.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        torch.nn.utils.clip_grad_norm_(exact.params, 1.0)
+        exact.step(NORM_ERROR)
+    exact.check(ps)
 
 
 def test_parameters_added_later_are_clipped_too():
@@ -369,32 +365,26 @@ def test_parameters_that_share_a_gradient(step_backend, groups, zero_grad):
         ps[2].grad = torch.full((6,), 4.0)
         return ps
 
-    def run(step):
-        ps = make()
-        step(ps)
-        return [p.detach() for p in ps]
-
     for rule in (1.0, rules.TensorNorm(1.0), [rules.Mask(3.5), 1.0]):
+        a, b = make(), make()
+        exact = ExactSteps(lambda ps: torch.optim.SGD(ps, 0.1, 0.9), a)
+        exact.give(a)
+        exact.params[1].grad = exact.params[0].grad
+        with fastclip.use_backend("reference"):
+            fastclip.Clipper(exact.params, rule).clip_()
+        exact.step(NORM_ERROR)
 
-        def clip_then_step(ps, rule=rule):
-            fastclip.Clipper(ps, rule).clip_()
-            torch.optim.SGD(ps, 0.1, 0.9).step()
-
-        def own_step(ps, rule=rule):
-            parts = [ps] if groups == 1 else [ps[:1], ps[1:]]
-            optimizer = SGD([{"params": part} for part in parts], 0.1, 0.9, max_norm=rule)
-            before = [p.grad.clone() for p in ps]
-            optimizer.step(zero_grad=zero_grad)
-            if zero_grad:
-                assert not any(p.grad.any() for p in ps)
-            elif step_backend != "reference":  # a shared one is not written by torch's kernel either
-                assert_same([p.grad for p in ps[:2]], before[:2], rtol=0, atol=0)
-
-        expected = run(clip_then_step)
-        own = run(own_step)
-        fed = run(lambda ps, rule=rule: fastclip.Clipper(ps, rule).step(torch.optim.SGD(ps, 0.1, 0.9, fused=True)))
-        assert_same(own, expected)
-        assert_same(fed, expected)
+        parts = [a] if groups == 1 else [a[:1], a[1:]]
+        optimizer = SGD([{"params": part} for part in parts], 0.1, 0.9, max_norm=rule)
+        before = [p.grad.clone() for p in a]
+        optimizer.step(zero_grad=zero_grad)
+        if zero_grad:
+            assert not any(p.grad.any() for p in a)
+        elif step_backend != "reference":  # a shared one is not written by torch's kernel either
+            assert_same([p.grad for p in a[:2]], before[:2], rtol=0, atol=0)
+        exact.check(a)
+        fastclip.Clipper(b, rule).step(torch.optim.SGD(b, 0.1, 0.9, fused=True))
+        exact.check(b)
 
 
 def test_a_refusal_leaves_everything_as_it_was(step_backend):
@@ -565,26 +555,21 @@ def test_copies_and_pickles_clip_too():
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_checkpoints_load_both_ways(pair):
-    """Half the steps by one, half by the other, through state_dict: the losses are those of either alone."""
+    """Half the steps by one, half by the other, through state_dict: as torch in float64 has it."""
     ours, theirs, options = PAIRS[pair]
-
-    def losses(first, second, through_file=False):
+    for first, second in ((ours, theirs), (theirs, ours), (ours, ours)):
         ps = parameters()
-        optimizer, found = first(ps, **options), []
+        optimizer, exact = first(ps, **options), ExactSteps(lambda ps: theirs(ps, **options), ps)
         for step in range(12):
             if step == 6:
                 saved = copy.deepcopy(optimizer.state_dict())
                 optimizer = second(ps, **options)
                 optimizer.load_state_dict(saved)
             give_gradients(ps, step)
+            exact.give(ps)
             optimizer.step()
-            found.append(sum(p.detach().double().square().sum() for p in ps).item())
-        return found
-
-    alone = losses(theirs, theirs)
-    assert losses(ours, theirs) == pytest.approx(alone, rel=1e-6)
-    assert losses(theirs, ours) == pytest.approx(alone, rel=1e-6)
-    assert losses(ours, ours) == pytest.approx(alone, rel=1e-6)
+            exact.step()
+            exact.check(ps)
 
 
 def test_a_checkpoint_of_torch_leaves_the_rounding_as_it_is():
