@@ -1,4 +1,4 @@
-"""torch's AdamW and SGD in float64, and how far from them a step in another dtype may be."""
+"""torch's optimizers in float64, and how far from them a step in another dtype may be."""
 
 import math
 
@@ -57,7 +57,8 @@ class Bounded:
 def step_errors(group, dtype, steps, values, errors, gradient_error=0.0):
     """How far the parameter and the states of one tensor can be from torch's step in float64, after it.
 
-    The formulas of torch.optim.AdamW and SGD in :class:`Bounded` numbers, each result rounded to `dtype` at the end.
+    The formulas of torch.optim in :class:`Bounded` numbers, each result rounded to `dtype` at the end: AdamW, Adam
+    without decay, SGD, and plain Adagrad and RMSprop.
 
     Args:
         group: torch's param_group.
@@ -83,6 +84,12 @@ def step_errors(group, dtype, steps, values, errors, gradient_error=0.0):
             states[2] = states[2].maximum(states[1])
         root = states[-1].sqrt() * (1 / math.sqrt(1 - beta2**steps)) + group["eps"]
         p = p * (1 - lr * group["weight_decay"]) - states[0] * (lr / (1 - beta1**steps)) / root
+    elif "alpha" in group:  # RMSprop
+        states[0] = states[0] * group["alpha"] + g * g * (1 - group["alpha"])
+        p = p - g * lr / (states[0].sqrt() + group["eps"])
+    elif "lr_decay" in group:  # Adagrad
+        states[0] = states[0] + g * g
+        p = p - g * lr / (states[0].sqrt() + group["eps"])
     else:
         g = g + p * group["weight_decay"]
         if states:
@@ -94,14 +101,14 @@ def step_errors(group, dtype, steps, values, errors, gradient_error=0.0):
 
 
 class ExactSteps:
-    """torch's AdamW or SGD in float64, beside the same optimizer in other dtypes.
+    """An optimizer of torch in float64, beside the same in other dtypes.
 
     Args:
         make: parameters in float64 -> torch's optimizer.
         parameters: of the other; their values are copied.
     """
 
-    NAMES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+    NAMES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
 
     def __init__(self, make, parameters):
         self.params = [torch.nn.Parameter(p.detach().double().clone()) for p in parameters]
@@ -122,10 +129,10 @@ class ExactSteps:
                 if q.grad is None:
                     continue
                 dtype, steps, errors = self._tracked[q]
-                new = [torch.zeros_like(q)] * (1 + len(self._states(q)) - len(before[q]))  # the first step makes them
-                p, *states = before[q] + new
-                values = [p, q.grad, *states]
-                errors = step_errors(group, dtype, steps + 1, values, errors + new, gradient_error)
+                zeros = [torch.zeros_like(q) for _ in self._states(q)]  # what states begin with
+                p, *states = (before[q] + zeros)[: 1 + len(zeros)]
+                errors = (errors + zeros)[: 1 + len(zeros)]
+                errors = step_errors(group, dtype, steps + 1, [p, q.grad, *states], errors, gradient_error)
                 self._tracked[q] = [dtype, steps + 1, errors]
 
     def _states(self, q):
