@@ -2,6 +2,9 @@
 
 import os
 
+# Threads that wait for each other spin by default, and take the time from the tests of the other process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
+
 import torch
 
 if not torch.cuda.is_available():
@@ -33,6 +36,12 @@ def _two_threads():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def one_thread(_two_threads):
+    """For small tensors: a second thread would only be waited for."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=BACKENDS)

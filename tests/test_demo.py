@@ -10,6 +10,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PATH = pathlib.Path(__file__).parent.parent / "examples" / "demo.py"
 
 

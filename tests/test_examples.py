@@ -12,6 +12,7 @@ from fastclip.__main__ import main as fastclip_main
 for module in ("matplotlib", "sklearn", "tabulate", "tqdm"):
     pytest.importorskip(module)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 
 

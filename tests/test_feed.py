@@ -12,11 +12,7 @@ import fastclip
 from fastclip import rules
 from fastclip.feed import FUSED
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    """Small models: a second thread would only be waited for."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 OPTIMIZERS = {

@@ -14,11 +14,7 @@ from fastclip import rules
 from fastclip.optim import SGD, AdamW
 from fastclip.table import GradTable
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    """Small models: a second thread would only be waited for."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 ADAMW = {

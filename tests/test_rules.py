@@ -21,11 +21,7 @@ from hypothesis import strategies as st
 import fastclip
 from fastclip.rules import AGC, AdaGC, AutoClip, BlockRMS, Except, GlobalNorm, Mask, Only, TensorNorm, Value, ZClip
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    """Small tensors: a second thread would only be waited for."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 UNIT = [torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64), torch.tensor([[0.8], [-0.6]], dtype=torch.float64)]
