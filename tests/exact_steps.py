@@ -54,6 +54,13 @@ class Bounded:
         return Bounded(torch.maximum(self.value, x.value), torch.maximum(self.error, x.error), self.dtype)
 
 
+def _bias(beta, steps, dtype):
+    """1 - beta^t, where exp(t log(beta)) may stand for the power: logarithm, product and exponential are rounded."""
+    power = beta**steps
+    error = 4 * unit(torch.float64) * power * (1 + abs(steps * math.log(beta or 1.0)))
+    return Bounded(torch.tensor(1 - power).double(), error, dtype)
+
+
 def step_errors(group, dtype, steps, values, errors, gradient_error=0.0):
     """How far the parameter and the states of one tensor can be from torch's step in float64, after it.
 
@@ -82,8 +89,8 @@ def step_errors(group, dtype, steps, values, errors, gradient_error=0.0):
         states[1] = states[1] * beta2 + g * g * (1 - beta2)
         if group["amsgrad"]:
             states[2] = states[2].maximum(states[1])
-        root = states[-1].sqrt() * (1 / math.sqrt(1 - beta2**steps)) + group["eps"]
-        p = p * (1 - lr * group["weight_decay"]) - states[0] * (lr / (1 - beta1**steps)) / root
+        root = states[-1].sqrt() / _bias(beta2, steps, compute).sqrt() + group["eps"]
+        p = p * (1 - lr * group["weight_decay"]) - states[0] * lr / _bias(beta1, steps, compute) / root
     elif "alpha" in group:  # RMSprop
         states[0] = states[0] * group["alpha"] + g * g * (1 - group["alpha"])
         p = p - g * lr / (states[0].sqrt() + group["eps"])
