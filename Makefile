@@ -2,13 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test test-isas lint format bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What depends on the instructions of the CPU, with those that other CPUs have: torch's, then ours.
+ISAS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 FASTCLIP_CPU_ISA=portable FASTCLIP_CPU_ISA=avx2
+test-isas: .venv/ready
+	for isa in $(ISAS); do \
+	  echo $$isa; \
+	  env $$isa $(BIN)/python -m pytest -q -n 2 -m "isa and not slow" -k "not triton and not cuda" || exit 1; \
+	done
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "slow" not in item.keywords)  # first, so that none is waited for at the end
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

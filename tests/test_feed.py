@@ -12,7 +12,7 @@ import fastclip
 from fastclip import rules
 from fastclip.feed import FUSED
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("one_thread")]
 
 
 OPTIMIZERS = {

@@ -22,6 +22,7 @@ from cases import (
 
 import fastclip
 
+pytestmark = pytest.mark.isa
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 each_case = pytest.mark.parametrize("case", CASES)
 

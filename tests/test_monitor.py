@@ -493,7 +493,8 @@ def test_plot_of_little():
     for gradient in (None, NAN, 0.0):
         with quiet():
             monitor.update(Model("a", limit=INF).step(gradient))
-        assert len(monitor.plot().axes) == 2 + 2 * (len(monitor.history.rows) > 0)
+            figure = monitor.plot()
+        assert len(figure.axes) == 2 + 2 * (len(monitor.history.rows) > 0)
     with pytest.raises(ValueError, match=r"path must end in \.png, \.pdf or \.svg, got 'a\.txt'"):
         monitor.plot("a.txt")
 

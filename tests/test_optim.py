@@ -74,6 +74,7 @@ def enough(step_backend, steps):
     return min(steps, {"cuda": 6, "triton": 3}.get(step_backend, steps))
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_same_as_torch(step_backend, pair, dtype):
@@ -89,6 +90,7 @@ def test_the_same_as_torch(step_backend, pair, dtype):
     exact.check(a)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pair", ["AdamW default", "SGD nesterov"])
 def test_one_step_in_half_precision(step_backend, pair, dtype):

@@ -20,6 +20,7 @@ from cases import (
 
 import fastclip
 
+pytestmark = pytest.mark.isa
 torch_clip = torch.nn.utils.clip_grad_norm_
 inf, nan = math.inf, math.nan
 

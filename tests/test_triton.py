@@ -4,10 +4,11 @@ import importlib
 import math
 import sys
 import threading
+from importlib import metadata
 
 import pytest
 import torch
-from ahead_of_time import compiled
+from ahead_of_time import assert_no_spills, compiled, pinned_triton
 from cases import CASES, DTYPES, gradients, parameter
 
 import fastclip
@@ -29,8 +30,7 @@ def test_compiles_ahead_of_time(arch):
     for row in rows:
         norm = row.get("NORM")
         where = f"{row['kernel']} {row['dtype']} {norm}"
-        assert row["LOCAL"] == 0, where
-        assert row["STACK"] == 0 or norm == 3, where
+        assert_no_spills({**row, "STACK": 0} if norm == 3 else row)  # the stack of a logarithm
         vector = wide.get(row["dtype"], "v4.b32")
         if norm == 3:  # a general power waits for float64 logarithms, not for memory
             continue
@@ -38,6 +38,18 @@ def test_compiles_ahead_of_time(arch):
         assert any(len(loop["loads"]) >= 4 for loop in main), f"{where}: {row['loops']}"
         if row["kernel"] == "_apply_kernel":
             assert any(loop["stores"] and all(vector in s for s in loop["stores"]) for loop in main), where
+
+
+def test_spills_fail_for_the_pinned_triton_only(monkeypatch):
+    clean = {"kernel": "_apply_kernel", "dtype": "fp32", "STACK": 0, "LOCAL": 0}
+    assert_no_spills(clean)
+    for key in ("STACK", "LOCAL"):
+        monkeypatch.setattr(metadata, "version", lambda name: f"{pinned_triton()}+git1234")
+        with pytest.raises(AssertionError, match=f"makes a _apply_kernel for fp32 with {{'{key}': 8}}"):
+            assert_no_spills({**clean, key: 8})
+        monkeypatch.setattr(metadata, "version", lambda name: "99.0")
+        with pytest.warns(UserWarning, match="triton 99.0 makes"):
+            assert_no_spills({**clean, key: 8})
 
 
 @interpreted

@@ -45,7 +45,7 @@ def watch(monitor, steps, losses=None, **options):
     with quiet():
         for gradients, loss in zip(steps, losses or itertools.repeat(None)):
             monitor.update(model.step(*gradients), loss)
-    return [(notice.kind, notice.step) for notice in monitor.warnings]
+        return [(notice.kind, notice.step) for notice in monitor.warnings]
 
 
 def lines(path):
