@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import gradients, parameter
+from cases import clip_factor, clipping, gradients, parameter, tensor_norm
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -63,7 +63,7 @@ def test_a_whole_step():
 
     def train(compile_it):
         torch.manual_seed(0)
-        net = torch.nn.Linear(6, 3)
+        net = torch.nn.Linear(6, 3, dtype=torch.float64)
 
         @torch.no_grad()
         def update():
@@ -76,12 +76,13 @@ def test_a_whole_step():
         norms = []
         for k in range(3):
             net.zero_grad(set_to_none=False)
-            net(torch.full((2, 6), 1.0 + k)).square().sum().backward()
+            net(torch.full((2, 6), 1.0 + k, dtype=torch.float64)).square().sum().backward()
             norms.append(step())
         return norms, [p.detach().clone() for p in net.parameters()]
 
     torch._dynamo.reset()
-    torch.testing.assert_close(train(True), train(False))
+    # In float64 a compiler's other order of operations is 7 digits below this, also after three steps.
+    torch.testing.assert_close(train(True), train(False), rtol=1e-9, atol=1e-9)
 
 
 def test_no_gradients_in_a_graph():
@@ -97,7 +98,7 @@ def test_inductor():
     torch._dynamo.reset()
     compiled = torch.compile(lambda: fastclip.clip_norm_([p], 1.0) * 2, fullgraph=True)
     assert compiled().item() == pytest.approx(16)
-    assert p.grad.norm().item() == pytest.approx(1, rel=1e-5)
+    assert tensor_norm(p.grad) == pytest.approx(8 * clip_factor(8, 1.0), rel=clipping(torch.float32))
 
 
 def test_a_gradient_twice_in_a_graph():
