@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from cases import NORM_ERROR, assert_scaled, clip_factor, gradients, parameter, rounding, total_norm, wide
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastclip
@@ -80,33 +80,40 @@ def test_same_addresses_other_sizes(backend):
 shapes = st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    shapes=shapes,
-    dtypes=st.lists(
-        st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]), min_size=12, max_size=12
-    ),
-    layouts=st.lists(st.sampled_from(["dense", "offset", "permuted", "gaps"]), min_size=12, max_size=12),
-    limit=st.floats(0, 20),
-)
-def test_any_mixture(backend, shapes, dtypes, layouts, limit):
-    parameters = []
-    for shape, dtype, layout in zip(shapes, dtypes, layouts):
-        if layout == "offset":
-            gradient = torch.randn(torch.Size(shape).numel() + 1).to(dtype)[1:].view(shape)
-        elif layout == "permuted":
-            gradient = torch.randn(shape[::-1]).to(dtype).permute(list(range(len(shape)))[::-1])
-        elif layout == "gaps" and shape:
-            gradient = torch.randn([*shape[:-1], 2 * shape[-1]]).to(dtype)[..., ::2]
-        else:
-            gradient = torch.randn(shape).to(dtype)
-        parameters.append(parameter(gradient))
-    before = wide(gradients(parameters))
-    expected = total_norm(before)
-    norm = fastclip.clip_norm_(parameters, limit)
-    assert norm.item() == pytest.approx(expected, rel=NORM_ERROR)
-    factor = clip_factor(expected, limit)
-    for p, old in zip(parameters, before):
-        assert_scaled([p.grad], [old], [factor], relative=NORM_ERROR + rounding(p.grad.dtype))
-    after = fastclip.total_norm(gradients(parameters)).item()
-    assert after <= limit * (1 + 2 * NORM_ERROR + rounding(torch.bfloat16)) + 1e-6 or factor == 1.0
+# As many in sum as if each backend had 60: fewer where a kernel is interpreted or emulated.
+EXAMPLES = {"triton": 30, "cuda": 30}
+
+
+def test_any_mixture(backend):
+    @settings(max_examples=EXAMPLES.get(backend, 90), deadline=None)
+    @given(
+        shapes=shapes,
+        dtypes=st.lists(
+            st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]), min_size=12, max_size=12
+        ),
+        layouts=st.lists(st.sampled_from(["dense", "offset", "permuted", "gaps"]), min_size=12, max_size=12),
+        limit=st.floats(0, 20),
+    )
+    def mixture(shapes, dtypes, layouts, limit):
+        parameters = []
+        for shape, dtype, layout in zip(shapes, dtypes, layouts):
+            if layout == "offset":
+                gradient = torch.randn(torch.Size(shape).numel() + 1).to(dtype)[1:].view(shape)
+            elif layout == "permuted":
+                gradient = torch.randn(shape[::-1]).to(dtype).permute(list(range(len(shape)))[::-1])
+            elif layout == "gaps" and shape:
+                gradient = torch.randn([*shape[:-1], 2 * shape[-1]]).to(dtype)[..., ::2]
+            else:
+                gradient = torch.randn(shape).to(dtype)
+            parameters.append(parameter(gradient))
+        before = wide(gradients(parameters))
+        expected = total_norm(before)
+        norm = fastclip.clip_norm_(parameters, limit)
+        assert norm.item() == pytest.approx(expected, rel=NORM_ERROR)
+        factor = clip_factor(expected, limit)
+        for p, old in zip(parameters, before):
+            assert_scaled([p.grad], [old], [factor], relative=NORM_ERROR + rounding(p.grad.dtype))
+        after = fastclip.total_norm(gradients(parameters)).item()
+        assert after <= limit * (1 + 2 * NORM_ERROR + rounding(torch.bfloat16)) + 1e-6 or factor == 1.0
+
+    mixture()
