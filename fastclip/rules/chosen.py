@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class Only:
         """ValueError unless everything in `which` is among the parameters of a Clipper."""
         if hasattr(self.rule, "check"):
             self.rule.check(parameters, names)
-        known = set(map(id, parameters))
+        known, called = set(map(id, parameters)), set(names or ())
         for item in self.which:
             if isinstance(item, Tensor):
                 if id(item) not in known:
@@ -70,21 +71,27 @@ class Only:
                     )
             elif names is None:
                 raise ValueError(f"{self._argument}: {item!r} is a name, so the Clipper needs model.named_parameters()")
-            elif not any(fnmatch.fnmatchcase(name, item) for name in names):
+            elif not (any(map(_matcher([item]), names)) if _is_pattern(item) else item in called):
                 raise ValueError(
                     f"{self._argument}: no parameter is called {item!r}; the first ones are {', '.join(names[:5])}"
                 )
 
     def _positions(self, members: Members) -> list[int]:
         """Of the chosen gradients among the T of a decision."""
-        ids = {id(item) for item in self.which if isinstance(item, Tensor)}
-        patterns = [item for item in self.which if isinstance(item, str)]
 
-        def meant(i: int) -> bool:
-            name = members.names[i] if members.names else ""
-            return any(fnmatch.fnmatchcase(name, p) for p in patterns) or any(id(p) in ids for p in members.owners[i])
+        def make() -> list[int]:
+            ids = {id(item) for item in self.which if isinstance(item, Tensor)}
+            strings = [item for item in self.which if isinstance(item, str)]
+            called = {item for item in strings if not _is_pattern(item)}
+            matches = _matcher(filter(_is_pattern, strings))
 
-        return members.kept(self, lambda: [i for i in range(len(members.owners)) if meant(i) != self._others])
+            def meant(i: int) -> bool:
+                name = members.names[i] if members.names else ""
+                return name in called or bool(matches(name)) or any(id(p) in ids for p in members.owners[i])
+
+            return [i for i in range(len(members.owners)) if meant(i) != self._others]
+
+        return members.kept(self, make)
 
     def __call__(self, stats: Stats) -> Tensor:
         members = stats.members()
@@ -138,6 +145,17 @@ class Except(Only):
     """
 
     _others = True
+
+
+def _is_pattern(name: str) -> bool:
+    """Whether it may match another name than itself."""
+    return any(c in name for c in "*?[")
+
+
+def _matcher(patterns: Iterable[str]) -> Callable[[str], Any]:
+    """Whether a name matches one of `patterns`, as ``fnmatch.fnmatchcase`` has it, in one search for all of them."""
+    either = "|".join(map(fnmatch.translate, patterns))
+    return re.compile(either).match if either else lambda name: False
 
 
 def chosen(which: Any, argument: str) -> list[Any]:
