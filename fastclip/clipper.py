@@ -15,9 +15,9 @@ from .backends import Measurement, capturing, native, upload
 from .feed import Fed, Scaling, check_optimizer, covers, innermost, prepare, step_inside
 from .members import Members
 from .rules import GlobalNorm, Rule
-from .rules.formula import check_state, checked, clip_coefficient, combined, is_zero, norm_type_of, state_of
+from .rules.formula import check_state, checked, clip_coefficient, combined, norm_type_of, state_of
 from .rules.norms import as_rule
-from .stats import Stats, measure
+from .stats import Stats, is_zero, measure
 from .table import GradTable, check_not_traced, from_native, listed, pack, same_items
 
 NONFINITE = ("propagate", "skip", "zero", "raise")
@@ -432,6 +432,7 @@ def decide(
         before._members = None
         return before.decided(one, None, skip), Pending(one, skip)
 
+    before._sizes = table.sizes
     coef, overall, changed = factor, None, None  # None: 1, 1, no
     decisions: list[tuple[Any, Tensor]] = []  # since the last rule that worked in place
     holds: list[Tensor] = []
@@ -447,7 +448,7 @@ def decide(
             continue
         if stats is None:
             stats, _ = measure(table, norm_type)
-            stats.step, stats.skip, stats._members = given.step, skip, given.members
+            stats.step, stats.skip, stats._members, stats._sizes = given.step, skip, given.members, table.sizes
         mine = checked(rule(stats), rule, stats.count).to(stats.device)
         if stats._limit is not None:
             before._limit = stats._limit
@@ -462,7 +463,8 @@ def decide(
     if coef is None or overall is None:
         one = torch.ones((), dtype=torch.float64, device=table.device)
         coef, overall = one if coef is None else coef, one if overall is None else overall
-    before._members = None  # for the rules only: they would keep it for as long as the statistics live
+    # For the rules only: the statistics would keep parameters and gradients for as long as they live.
+    before._members = before._sizes = None
     return before.decided(overall, changed, skip), Pending(coef, skip, factor, decisions, holds)
 
 
@@ -484,21 +486,24 @@ def _added(total: Tensor | None, more: Tensor) -> Tensor:
             raise RuntimeError(
                 "call the Clipper once before it is captured in a CUDA graph: it has nothing to count in yet"
             )
-        total = torch.zeros((), dtype=torch.int64, device=more.device) if total is None else total.to(more.device)
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be changed outside of it
+            total = torch.zeros((), dtype=torch.int64, device=more.device) if total is None else total.to(more.device)
     return total.add_(more)
 
 
 def _loaded(mine: Tensor | None, saved: int) -> Tensor | None:
     if mine is None:
-        return torch.tensor(saved, dtype=torch.int64, device="cpu") if saved else None
+        with torch.inference_mode(False):
+            return torch.tensor(saved, dtype=torch.int64, device="cpu") if saved else None
     return mine.fill_(saved)
 
 
-def clip_by_norm(table: GradTable, norm: Tensor, max_norm: float) -> None:
+def clip_by_norm(table: GradTable, norm: Tensor, max_norm: float | Tensor) -> None:
     """Scale every gradient by the clip coefficient of a norm measured elsewhere."""
     if norm.device.type == "cpu":
-        norm = upload(norm.detach(), torch.float64, table.device)
-    table.apply_(clip_coefficient(norm.to(table.device, torch.float64), max_norm))
+        norm = upload(norm, torch.float64, table.device)
+    limit = max_norm.to(table.device, torch.float64) if isinstance(max_norm, Tensor) else max_norm
+    table.apply_(clip_coefficient(norm.to(table.device, torch.float64), limit))
 
 
 def refuse_nonfinite(stats: Stats) -> None:

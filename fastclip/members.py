@@ -74,10 +74,6 @@ class Members:
 
         return self.kept((key, "only"), make)
 
-    def sizes(self, device: torch.device) -> Tensor:
-        """[T] float64 on `device`, the element counts."""
-        return self.on(device, "sizes", lambda: upload([p.numel() for p in self.parameters], torch.float64, device))
-
     def index(self, device: torch.device) -> Tensor | None:
         """[T] int64 on `device`, `indices`; None if they are all, in order."""
         if len(self.indices) == self.total:

@@ -43,6 +43,7 @@ class Stats:
         step: how many steps the Clipper has taken before this one.
         skip: [] bool, whether nothing will be done; None: it will.
         members(): the parameters that the gradients belong to, :class:`~fastclip.members.Members`.
+        sizes(): [T] float64, how many elements each gradient has.
     """
 
     names: tuple[str, ...] | None = None
@@ -50,6 +51,7 @@ class Stats:
     step: int = 0
     _limit: Tensor | float | None = None
     _members: Callable[[], Members] | None = None
+    _sizes: Callable[[], Tensor] | None = None
 
     def __init__(
         self,
@@ -132,6 +134,12 @@ class Stats:
             raise RuntimeError("this rule needs to know the parameters: use it in a Clipper")
         return self._members()
 
+    def sizes(self) -> Tensor:
+        """[T] float64, the element counts. RuntimeError once the rules have decided."""
+        if self._sizes is None:
+            raise RuntimeError("sizes() is for rules, while they decide")
+        return self._sizes()
+
     @property
     def coef(self) -> Tensor:
         coef = self._decision().to(self._dtype)
@@ -176,20 +184,22 @@ class Stats:
     def scaled(self, coef: Tensor) -> Stats:
         """The statistics the gradients will have once multiplied by `coef` ([] or [T]): what the next rule sees."""
         factor = coef.abs()
-        power, absmax = self.power, torch.where(factor == 0, 0.0, self.absmax * factor)
-        if self.norm_type == 0:
-            power = torch.where(factor == 0, 0.0, power)
-        elif not math.isinf(self.norm_type):
-            power = torch.where(factor == 0, 0.0, power * factor**self.norm_type)
+        # +0 writes zeros. -0 multiplies: what was not finite becomes NaN, and the rest 0, in whatever power.
+        absmax = torch.where(is_zero(coef), 0.0, self.absmax * factor)
+        power = self.power
+        if not math.isinf(self.norm_type):
+            power = torch.where(factor == 0, absmax, power * factor**self.norm_type if self.norm_type else power)
         return self._like(power, absmax)
 
     def only(self, index: Tensor, members: Members) -> Stats:
         """The statistics of the gradients at `index` ([K] int64), those of `members`, alone."""
-        return self._like(self.power[index], self.absmax[index], lambda: members)
+        stats = self._like(self.power[index], self.absmax[index])
+        stats._members, stats._sizes = lambda: members, lambda: self.sizes()[index]
+        return stats
 
-    def _like(self, power: Tensor, absmax: Tensor, members: Callable[[], Members] | None = None) -> Stats:
+    def _like(self, power: Tensor, absmax: Tensor) -> Stats:
         stats = Stats(self.norm_type, self._dtype, self.device, [Measurement(power, absmax)])
-        stats.step, stats.skip, stats._members = self.step, self.skip, members or self._members
+        stats.step, stats.skip, stats._members, stats._sizes = self.step, self.skip, self._members, self._sizes
         return stats
 
     def decided(self, coef: Tensor, clamped: Tensor | None = None, skip: Tensor | None = None) -> Stats:
@@ -212,6 +222,11 @@ class Stats:
 
     def __repr__(self) -> str:
         return f"Stats(total_norm={self.total_norm.item():.6g}, clipped={bool(self.clipped)}, tensors={self.count})"
+
+
+def is_zero(coef: Tensor) -> Tensor:
+    """Where it is +0, not -0."""
+    return coef.reciprocal() == math.inf
 
 
 def measure(

@@ -6,6 +6,7 @@ this file is the general packer: it handles what is not plain, and says clearly 
 
 from __future__ import annotations
 
+import functools
 import operator
 import types
 import warnings
@@ -33,14 +34,22 @@ PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Group:
     """Gradients of one device and dtype, and the backend that works on them."""
 
-    __slots__ = ("_tensors", "backend", "device", "dtype", "native", "positions", "uploaded")
+    __slots__ = ("_numels", "_tensors", "backend", "device", "dtype", "native", "positions", "uploaded")
 
-    def __init__(self, backend: Any, positions: list[int], tensors: list[Tensor] | None, native: Any = None) -> None:
+    def __init__(
+        self,
+        backend: Any,
+        positions: list[int],
+        tensors: list[Tensor] | None,
+        native: Any = None,
+        numels: list[int] | None = None,
+    ) -> None:
         self.backend = backend
         self.positions = positions  # of each gradient among all of the table; empty if there is no other group
         self.native = native  # the C++ group, where there is one
         self.uploaded: Any = None  # what the backend keeps of the group between the verbs of one call
         self._tensors = tensors
+        self._numels = numels  # None: as the native group has them
         first = native if tensors is None else tensors[0]
         self.device: torch.device = first.device
         self.dtype: torch.dtype = first.dtype
@@ -61,6 +70,12 @@ class Group:
         rows = [[t.data_ptr() for t in self.tensors], [t.numel() for t in self.tensors]]
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
+    def numels(self) -> Tensor:
+        """int64 [T] on the host, the element counts of the gradients; of a sparse one as if it were dense."""
+        if self._numels is None:
+            return self.native.addresses_and_sizes()[1]
+        return torch.tensor(self._numels, dtype=torch.int64, device="cpu")
+
     def units(self) -> Group | None:
         """The rows (slices along dimension 0) of all tensors of two or more dimensions, and the others whole, in order,
         as one group; None where they are not contiguous pieces of memory, or no kernel works on this one."""
@@ -73,6 +88,9 @@ class Group:
             self.native.bump_version()
         else:
             torch.autograd.graph.increment_version([t for t in self.tensors if not t.is_inference()])
+
+
+_sizes: backends.Recent[Tensor] = backends.Recent()
 
 
 class GradTable:
@@ -94,6 +112,20 @@ class GradTable:
         for group in self.groups:
             found.update(zip(group.positions or range(len(group)), group.tensors))
         return [found[position] for position in range(len(found))]
+
+    def sizes(self) -> Tensor:
+        """float64 [T] on the table's device, the element counts of the gradients."""
+        if len(self.groups) == 1:
+            host = self.groups[0].numels()
+        else:
+            host = torch.empty(len(self), dtype=torch.int64, device="cpu")
+            for group in self.groups:
+                host[group.positions] = group.numels()
+        if self.device.type == "cpu":
+            return host.double()
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        upload = functools.partial(backends.upload, host, torch.float64, self.device)
+        return _sizes.get(self.device, (self.device, stream), host, upload)
 
     def apply_(self, coef: Tensor) -> None:
         """Multiply every gradient by its coefficient: float64, [] or [T], on the table's device."""
@@ -151,6 +183,7 @@ def from_native(packed: list[Any]) -> GradTable:
 
 def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, library: Any) -> GradTable:
     found: list[Tensor] = []
+    numels: list[int] = []
     plain: set[int] = set()
     seen: set[Any] = set()
     uncoalesced: list[tuple[int, Tensor, Tensor]] = []
@@ -179,6 +212,7 @@ def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, lib
         if _is_plain(memory):
             plain.add(len(found))
         found.append(memory)
+        numels.append(gradient.numel())
     if not found:
         if not gradients:
             check_not_gradients(items, argument)
@@ -199,7 +233,7 @@ def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, lib
         backend = backends.choose(device) if is_plain else backends.get("reference")
         if backend.name == "cpu" and not packed:  # views that overlap, to be read only
             backend = backends.get("reference")
-        groups.append(Group(backend, positions, tensors, packed[0] if packed else None))
+        groups.append(Group(backend, positions, tensors, packed[0] if packed else None, [numels[p] for p in positions]))
     return GradTable(groups, found[0].device)
 
 

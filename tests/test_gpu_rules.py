@@ -70,6 +70,38 @@ def test_as_on_the_cpu(rule, policy):
     )
 
 
+@pytest.mark.parametrize("value", [-1.0, math.nan, 0.0, 2.0])
+def test_a_limit_on_the_device_turns_no_gradient_round(value):
+    """It is not read, so it is not checked: a negative one counts as 0."""
+    limit = torch.tensor(value, device="cuda")
+    calls = (
+        lambda p: fastclip.clip_norm_([p], limit),
+        lambda p: fastclip.clip_with_norm_([p], limit, 5.0),
+        lambda p: fastclip.Clipper([p], limit).clip_(),
+        lambda p: fastclip.Clipper([p], [Mask(0.0), Only(GlobalNorm(limit), [p])]).clip_(),
+    )
+    for call in calls:
+        p = parameter(torch.tensor([3.0, 4.0], device="cuda"))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(p)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        wanted = max(value, 0.0) / (5 + 1e-6) if value == value else value
+        torch.testing.assert_close(p.grad.cpu(), torch.tensor([3.0, 4.0]) * wanted, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_block_rms_when_parameters_grow():
+    p = parameter(torch.full((4,), 2.0, device="cuda"))
+    clipper = fastclip.Clipper([p], BlockRMS(1.0))
+    for size in (4, 9, 4, 70_000):
+        p.grad = None
+        p.data = torch.zeros(size, device="cuda")
+        p.grad = torch.full((size,), 2.0, device="cuda")
+        clipper.clip_()
+        torch.testing.assert_close(p.grad, torch.ones(size, device="cuda"), rtol=1e-6, atol=0)
+
+
 def test_a_state_moves_between_devices():
     host, device = pair()
     clipper, other = (fastclip.Clipper(ps.items(), RULES["several"]()) for ps in (host, device))

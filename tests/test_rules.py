@@ -1,13 +1,16 @@
 """Every rule against its formula, in float64; the adaptive ones on recorded norms, and saved in the middle."""
 
 import copy
+import fnmatch
 import gc
 import importlib.util
 import io
+import itertools
 import math
 import pathlib
 import pickle
 import runpy
+import time
 import types
 import weakref
 
@@ -31,6 +34,7 @@ from hypothesis import strategies as st
 
 import fastclip
 from fastclip.rules import AGC, AdaGC, AutoClip, BlockRMS, Except, GlobalNorm, Mask, Only, TensorNorm, Value, ZClip
+from fastclip.rules.formula import clip_coefficient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,21 +103,26 @@ def clipped(norm, limit):
 # ---- the published formulas, on lists of numbers ----
 
 
+def usable(norm):
+    """Whether a norm may be remembered."""
+    return math.isfinite(norm) and norm > 0
+
+
 def zclip(norms, z_max=2.5, alpha=0.97, warmup=25, eps=1e-6):
     seen, after = [], []
     mean = var = None
     for norm in norms:
         out = norm
         if mean is None:
-            if math.isfinite(norm):
+            if usable(norm):
                 seen.append(norm)
         else:
             z = (norm - mean) / spread if (spread := math.sqrt(var) + eps) else math.inf * float(np.sign(norm - mean))
             fed = norm
-            if z > z_max and mean > 0:
+            if z > z_max:
                 fed = mean + z_max * math.sqrt(var) / (z / z_max)
                 out = clipped(norm, fed)
-            if math.isfinite(norm):
+            if usable(norm):
                 mean = alpha * mean + (1 - alpha) * fed
                 var = alpha * var + (1 - alpha) * (fed - mean) ** 2
         if mean is None and len(seen) == warmup:
@@ -125,7 +134,7 @@ def zclip(norms, z_max=2.5, alpha=0.97, warmup=25, eps=1e-6):
 def autoclip(norms, percentile=10.0, window=1000):
     history, after = [], []
     for norm in norms:
-        if math.isfinite(norm):
+        if usable(norm):
             history = [*history, norm][-window:]
         after.append(clipped(norm, np.percentile(history, percentile)) if history else norm)
     return np.array(after)
@@ -148,7 +157,7 @@ def adagc(norms, lambda_rel=1.05, beta=0.98, warmup=100, lambda_abs=1.0):
                 old = gamma[i]
                 gamma[i] = cut if old == 0 else min(old, cut) if warming else beta * old + (1 - beta) * cut
             out.append(cut)
-        count += math.isfinite(norm)
+        count += usable(norm)
         after.append(out)
     return np.array(after)
 
@@ -185,7 +194,7 @@ def test_zclip(name, options):
     assert_norms(np.hypot(*after.T)[finite], expected[finite])
     hit = finite & (expected < norms * (1 - 1e-9))
     np.testing.assert_allclose(expected[hit], limits[hit] * norms[hit] / (norms[hit] + 1e-6), rtol=CLOSE)
-    assert (norms[finite & ~hit] <= limits[finite & ~hit] * (1 + 1e-6)).all() or name == "nothing but zeros"
+    assert (norms[finite & ~hit] <= limits[finite & ~hit] * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("options", AUTOCLIPS)
@@ -196,7 +205,7 @@ def test_autoclip(name, options):
     after, limits = run(fastclip.Clipper(ps, AutoClip(**AUTOCLIPS[options])), ps, norms)
     finite = np.isfinite(norms)
     assert_norms(np.hypot(*after.T)[finite], autoclip(norms, **AUTOCLIPS[options])[finite])
-    assert (limits[np.cumsum(finite) > 0] < math.inf).all()
+    assert (limits[np.cumsum(finite & (norms > 0)) > 0] < math.inf).all()
 
 
 @pytest.mark.parametrize("options", ADAGCS)
@@ -262,15 +271,23 @@ def test_a_state_that_does_not_fit():
 
     for state, message in (
         (of(ZClip()), "has 1 rules, and this Clipper 2"),
-        (of(AutoClip(window=4), ZClip()), r"state_dict holds count, history for ZClip\(.*remembers count, mean, var"),
+        (
+            of(AutoClip(window=4), ZClip()),
+            r"holds count, history for ZClip\(.*remembers count, mean, var\. .* saved by AutoClip",
+        ),
         (of(ZClip(), AutoClip(window=5)), "'history' must be of shape \\(5,\\) for AutoClip.*, got \\(6,\\)"),
         (of(ZClip(), ZClip()), r"for AutoClip\("),
     ):
         with pytest.raises(ValueError, match=message):
             clipper.load_state_dict(state)
         torch.testing.assert_close(clipper.state_dict(), before, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="which has no state"):
-        fastclip.Clipper(ps, 1.0).load_state_dict(of(ZClip()))
+    other, state = fastclip.Clipper(ps, 1.0), of(ZClip())
+    with pytest.raises(ValueError, match=r"which has no state\. It was saved by ZClip: use that rule, or put {} in"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match="saved by ZClip: use that rule"):
+        fastclip.Clipper(ps, Only(AdaGC(), ps[:1])).load_state_dict(state)
+    other.load_state_dict({**state, "rules": [{}]})
+    assert other.steps == 1
 
 
 def test_a_state_is_loaded_where_it_was():
@@ -314,6 +331,56 @@ def test_no_gradients_teach_nothing(rule):
     stats = clipper.clip_()
     assert stats.total_norm.item() == 0 and not stats.clipped
     assert clipper.rules[0].state == {}
+
+
+@pytest.mark.parametrize("rule", ["ZClip", "AutoClip", "AdaGC", "only some"])
+def test_a_step_of_zeros_teaches_nothing(rule):
+    """As torch.distributed.checkpoint takes one, before it loads and so perhaps first of all."""
+    norms = recorded("steady")[:20]
+    ps, qs = with_norm(0.0), with_norm(0.0)
+    one, other = (fastclip.Clipper(list(zip(with_names, side)), ADAPTIVE[rule]()) for side in (ps, qs))
+    for k, norm in enumerate(norms):
+        if k in (0, 1, 9, 15):
+            run(one, ps, [0.0])
+        for found, expected in zip(run(one, ps, [norm]), run(other, qs, [norm])):
+            np.testing.assert_array_equal(found, expected)
+    assert one.steps == other.steps + 4
+    torch.testing.assert_close(one.state_dict()["rules"], other.state_dict()["rules"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("modes", ["inference first", "inference second", "loaded in inference"])
+@pytest.mark.parametrize("rule", ADAPTIVE)
+def test_inference_mode_may_come_first_or_later(rule, modes):
+    norms = recorded("broken")[:24]
+    named_norms = lambda ps: list(zip(with_names, ps))  # noqa: E731
+    ps, qs = with_norm(0.0), with_norm(0.0)
+    expected = fastclip.Clipper(named_norms(qs), ADAPTIVE[rule](), nonfinite="zero")
+    clipper = fastclip.Clipper(named_norms(ps), ADAPTIVE[rule](), nonfinite="zero")
+    if modes == "loaded in inference":
+        run(clipper, ps, norms[:3]), run(expected, qs, norms[:3])
+        with torch.inference_mode():
+            saved = clipper.state_dict()
+            clipper = fastclip.Clipper(named_norms(ps), ADAPTIVE[rule](), nonfinite="zero")
+            clipper.load_state_dict(saved)
+    optimizers = [torch.optim.SGD(side, lr=0.0) for side in (ps, qs)]
+    for part in range(4):
+        with torch.inference_mode((part % 2 == 0) == (modes == "inference first")):
+            run(clipper, ps, norms[6 * part : 6 * part + 6])
+            clipper.step(optimizers[0], when=part != 1)
+    for part in range(4):
+        run(expected, qs, norms[6 * part : 6 * part + 6])
+        expected.step(optimizers[1], when=part != 1)
+    torch.testing.assert_close(clipper.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert clipper.skips.item() == 1 and not clipper.skips.is_inference() and not clipper.zeroed.is_inference()
+
+
+def test_adagc_meets_more_parameters_in_inference_mode():
+    ps, rule = with_norm(1.0), AdaGC(warmup=0)
+    fastclip.Clipper(ps[:1], rule).clip_()
+    with torch.inference_mode():
+        fastclip.Clipper(ps, rule).clip_()
+    fastclip.Clipper(ps, rule).clip_()
+    assert rule.state["gamma"].tolist() == pytest.approx(SHARES)
 
 
 @pytest.mark.parametrize("rule", ["ZClip", "AutoClip", "AdaGC"])
@@ -436,6 +503,30 @@ def test_block_rms(backend, threshold):
         expected.append(g.clone() if rms <= threshold else g * (threshold / rms))
     fastclip.Clipper(ps, BlockRMS(threshold)).clip_()
     assert_scaled([p.grad for p in ps], expected, [1.0] * len(ps))
+
+
+def test_block_rms_when_parameters_grow():
+    """Parameters whose memory is replaced by more of it, as densification does."""
+    ps = [parameter(torch.full((4,), 2.0)), parameter(torch.full((2, 3), 2.0))]
+    clipper = fastclip.Clipper(ps, [Only(BlockRMS(1.0), ps[:1]), Except(BlockRMS(0.5), ps[:1])])
+    for size, dtype in ((4, torch.float32), (9, torch.float32), (2, torch.float64), (70_000, torch.float32)):
+        for p, shape in zip(ps, ((size,), (size, 3))):
+            p.grad = None
+            p.data = torch.zeros(shape, dtype=dtype)
+            p.grad = torch.full(shape, 2.0, dtype=dtype)
+        clipper.clip_()
+        for p, limit in zip(ps, (1.0, 0.5)):
+            torch.testing.assert_close(p.grad, torch.full_like(p, limit), rtol=1e-6, atol=0)
+
+
+def test_block_rms_counts_what_a_sparse_gradient_leaves_out():
+    p, q, z = torch.nn.Parameter(torch.zeros(4, 2)), parameter(torch.ones(3)), parameter(torch.full((5,), 2j))
+    p.grad = torch.sparse_coo_tensor([[1, 1]], torch.full((2, 2), 2.0), (4, 2), check_invariants=True)
+    rms = math.sqrt(2 * 16 / 8)
+    fastclip.Clipper([p, q, z], BlockRMS(0.5)).clip_()
+    torch.testing.assert_close(p.grad.to_dense()[1], torch.full((2,), 4 * 0.5 / rms), rtol=1e-6, atol=0)
+    torch.testing.assert_close(q.grad, torch.full((3,), 0.5), rtol=1e-6, atol=0)
+    torch.testing.assert_close(z.grad, torch.full((5,), 0.5j), rtol=1e-6, atol=0)
 
 
 def agc(weights, gradients, clip_factor=0.01, eps=1e-3):
@@ -607,6 +698,32 @@ def test_a_limit_in_a_tensor():
         p.grad = torch.tensor([3.0, 4.0])
         assert clipper.clip_().limit.item() == value
         assert tensor_norm(p.grad) == pytest.approx(5 * clip_factor(5.0, value), rel=clipping(torch.float32))
+    for value in (-1.0, math.nan):
+        limit.fill_(value)
+        p.grad = torch.tensor([3.0, 4.0])
+        for rule in (GlobalNorm(torch.tensor(2.0)), [Value(1.0), Only(GlobalNorm(torch.tensor(2.0)), [p])]):
+            clipper = fastclip.Clipper([p], rule)
+            inner = clipper.rules[-1].rule if isinstance(rule, list) else rule
+            inner.max_norm.fill_(value)
+            with pytest.raises(ValueError, match=f"max_norm must be >= 0, got {value}"):
+                clipper.clip_()
+            assert p.grad.tolist() == [3, 4]
+        with pytest.raises(ValueError, match=f"max_norm must be >= 0, got {value}"):
+            GlobalNorm(limit)
+
+
+def test_a_limit_that_nobody_has_looked_at():
+    """One on a GPU: whatever it is, no gradient is turned round."""
+    norm = torch.tensor([0.0, 1e-9, 5.0, math.inf, math.nan, -2.0], dtype=torch.float64)  # the last, of clip_with_norm_
+    for limit, expected in (
+        (-1.0, [0, 0, 0, -0.0, math.nan, 1 / (2 - 1e-6)]),
+        (-math.inf, [0, 0, 0, -0.0, math.nan, 1]),
+        (math.nan, [math.nan] * 3 + [-0.0] + [math.nan] * 2),
+        (math.inf, [1] * 6),
+        (1.0, [1, 1, 1 / (5 + 1e-6), -0.0, math.nan, 0]),
+    ):
+        coef = clip_coefficient(norm, torch.tensor(limit, dtype=torch.float64))
+        torch.testing.assert_close(coef.tolist(), [float(e) for e in expected], rtol=1e-15, atol=0, equal_nan=True)
 
 
 def named():
@@ -630,6 +747,33 @@ def test_a_limit_for_each_group(backend):
         assert_scaled([p.grad], [before[name]], [factors.get(name, clip_factor(norm, 1.0))])
     assert stats.limit is None
     assert stats.total_norm.item() == pytest.approx(total_norm(before.values()), rel=NORM_ERROR)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.text("ab.*?[]!-\n", max_size=5), min_size=1, max_size=4),
+    st.lists(st.text("ab.[]*!-\n", max_size=4), min_size=1, max_size=8, unique=True),
+)
+def test_which_names_are_meant(patterns, names):
+    """As fnmatch.fnmatchcase has it; and a pattern that means none is refused."""
+    ps = [(name, parameter(torch.ones(1))) for name in names]
+    meant = [any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) for name in names]
+    for rule, expected in ((Only(0.0, patterns), meant), (Except(0.0, patterns), [not m for m in meant])):
+        if all(any(fnmatch.fnmatchcase(name, pattern) for name in names) for pattern in patterns):
+            coef = fastclip.Clipper(ps, rule).clip_().coef
+            assert coef.expand(len(names)).tolist() == [0.0 if m else 1.0 for m in expected]
+        else:
+            with pytest.raises(ValueError, match="no parameter is called"):
+                fastclip.Clipper(ps, rule)
+
+
+def test_long_lists_of_names_take_no_time():
+    ps = [(f"layers.{i}.weight", parameter(torch.ones(1))) for i in range(3000)]
+    names = [name for name, _ in ps[:1500]]
+    begin = time.process_time()
+    coef = fastclip.Clipper(ps, Only(0.0, names)).clip_().coef
+    assert time.process_time() - begin < 1  # name by name it was three times that
+    assert coef.tolist() == [0.0] * 1500 + [1.0] * 1500
 
 
 @pytest.mark.parametrize(
@@ -710,6 +854,55 @@ def test_any_list_of_rules_decides_as_one_after_the_other(data):
             clipper.clip_()
         for p, q in zip(ps, qs):
             torch.testing.assert_close(p.grad, q.grad, rtol=CLOSE, atol=CLOSE)
+
+
+PAIRED = {
+    "GlobalNorm": lambda: GlobalNorm(1.0),
+    "GlobalNorm, limit 0": lambda: GlobalNorm(0.0),
+    "TensorNorm": lambda: TensorNorm(0.7),
+    "BlockRMS": lambda: BlockRMS(0.3),
+    "Mask": lambda: Mask(0.5),
+    "Value": lambda: Value(-0.4, 0.6),
+    "AGC": lambda: AGC(0.1),
+    "ZClip": lambda: ZClip(warmup=1),
+    "AutoClip": lambda: AutoClip(50),
+    "AdaGC": lambda: AdaGC(warmup=1),
+    "Only": lambda: Only(GlobalNorm(0.3), ["0", "2"]),
+    "Except": lambda: Except(TensorNorm(0.2), "0"),
+    "-0": lambda: lambda stats: torch.full((), -0.0, dtype=torch.float64),
+}
+FIRST_ELEMENTS = {"finite": 1.0, "inf": math.inf, "NaN": math.nan, "zeros": None, "squares overflow": 1e200}
+
+
+@pytest.mark.parametrize("first", PAIRED)
+def test_pairs_of_rules_with_broken_gradients(first):
+    """Decided at once, a pair of rules does to inf, NaN and zeros what one does after the other."""
+
+    def gradients(kinds):
+        for i, kind in enumerate([*kinds, "finite"]):
+            g = torch.linspace(0.2, 1.0, 3 + i, dtype=torch.float64)
+            g[0] = FIRST_ELEMENTS[kind] or 0.0
+            yield g * (kind != "zeros")
+
+    for second in PAIRED:
+        for kinds in itertools.product(FIRST_ELEMENTS, repeat=2):
+            sides = [[(str(i), parameter(torch.zeros(3 + i, dtype=torch.float64))) for i in range(3)] for _ in range(2)]
+            for p, q in zip(*sides):
+                with torch.no_grad():
+                    p[1].fill_(2.0), q[1].fill_(2.0)
+            rules = [[PAIRED[name]() for name in (first, second)] for _ in range(2)]
+            together = fastclip.Clipper(sides[0], rules[0])
+            apart = [fastclip.Clipper(sides[1], rule) for rule in rules[1]]
+            for now in (("finite", "finite"), kinds, ("finite", "finite")):
+                for side in sides:
+                    for (_, p), g in zip(side, gradients(now)):
+                        p.grad = g
+                together.clip_()
+                for clipper in apart:
+                    clipper.clip_()
+                for (_, p), (_, q) in zip(*sides):  # three roundings on either side
+                    same = torch.allclose(p.grad, q.grad, rtol=1e-14, atol=1e-300, equal_nan=True)
+                    assert same, (second, kinds, p.grad, q.grad)
 
 
 def test_gradients_that_are_shared_otherwise_than_before():

@@ -2,7 +2,8 @@
 
 What they remember is small tensors on the device of the gradients, changed in place: no step waits for the device, a
 CUDA graph's replay goes on from where the last one was, and ``Clipper.state_dict`` saves them. A norm that is not
-finite is never remembered, nor is that of a step that is skipped; a step without gradients changes nothing.
+finite is never remembered, nor one of exactly 0 (``torch.distributed.checkpoint`` takes a step with gradients of zeros
+when it loads an optimizer), nor that of a step that is skipped; a step without gradients changes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..backends import capturing, choose, get
 from ..stats import Stats
-from .formula import EPS, at_least_one, clip_coefficient, fraction, nonnegative, number, positive
+from .formula import EPS, STATES, at_least_one, clip_coefficient, fraction, nonnegative, number, positive, whose
 
 
 class Adaptive:
@@ -68,7 +69,7 @@ class Adaptive:
         """ValueError unless `state` is one of this rule's."""
         if state and set(state) != set(self._names):
             names = ", ".join(self._names)
-            raise ValueError(f"state_dict holds {', '.join(state)} for {self!r}, which remembers {names}")
+            raise ValueError(f"state_dict holds {', '.join(state)} for {self!r}, which remembers {names}{whose(state)}")
         for name, mine in self._new(torch.device("cpu")).items() if state else ():
             shape = tuple(torch.as_tensor(state[name]).shape)
             if not self._fits(name, shape, tuple(mine.shape)):
@@ -81,17 +82,18 @@ class Adaptive:
         """Take over a saved state, an empty one too. ValueError if it is another rule's."""
         self.check_state_dict(state)
         loaded = {name: torch.as_tensor(state[name], dtype=torch.float64) for name in self._names if state}
-        if not self.state:
-            self.state = {name: t.detach().clone() for name, t in loaded.items()}
-            return
-        for name, mine in self.state.items():
-            value = loaded[name] if loaded else self._new(mine.device)[name]
-            if len(value) > len(mine) if mine.dim() else False:  # more parameters than there were
-                self.state[name] = value.detach().to(mine.device, copy=True)
-            elif mine.dim():
-                mine.zero_()[: len(value)].copy_(value)
-            else:
-                mine.copy_(value)
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be changed outside of it
+            if not self.state:
+                self.state = {name: t.detach().clone() for name, t in loaded.items()}
+                return
+            for name, mine in self.state.items():
+                value = loaded[name] if loaded else self._new(mine.device)[name]
+                if len(value) > len(mine) if mine.dim() else False:  # more parameters than there were
+                    self.state[name] = value.detach().to(mine.device, copy=True)
+                elif mine.dim():
+                    mine.zero_()[: len(value)].copy_(value)
+                else:
+                    mine.copy_(value)
 
     _names: tuple[str, ...]
 
@@ -104,9 +106,9 @@ class ZClip(Adaptive):
 
     All gradients are scaled so that their norm N is at most tau; where z is not that large they are left alone. Then mu
     and sigma^2 follow, with ``alpha``, the norm as it was clipped: :math:`\mu \leftarrow \alpha\mu + (1-\alpha)N`,
-    :math:`\sigma^2 \leftarrow \alpha\sigma^2 + (1-\alpha)(N-\mu)^2`. The first `warmup` finite norms are not clipped;
-    their mean and variance are what mu and sigma^2 start from. While mu is 0, all norms having been 0, nothing is
-    clipped, or nothing would ever be learnt. Kumar et al. 2025, "ZClip" (arXiv 2504.02507).
+    :math:`\sigma^2 \leftarrow \alpha\sigma^2 + (1-\alpha)(N-\mu)^2`. The first `warmup` norms are not clipped; their
+    mean and variance are what mu and sigma^2 start from. A norm of 0 or one that is not finite changes neither, and is
+    no step of the warm-up. Kumar et al. 2025, "ZClip" (arXiv 2504.02507).
 
     Parameters may come and go: only their common norm counts. ``stats.limit`` is tau where something was clipped,
     elsewhere the norm above which something would have been.
@@ -121,7 +123,7 @@ class ZClip(Adaptive):
         ValueError, TypeError: an argument out of range, named with its value.
     """
 
-    _names = ("count", "mean", "var")
+    _names = STATES["ZClip"]
 
     def __init__(self, z_max: float = 2.5, alpha: float = 0.97, warmup: int = 25, eps: float = 1e-6) -> None:
         super().__init__()
@@ -165,8 +167,9 @@ def _zclip(
     std = var.sqrt()
     z = (norm - mean) / (std + eps)
     warm = count >= warmup
-    spike = warm & (z > z_max) & (mean > 0)
-    above = torch.where(warm & (mean > 0), mean + z_max * (std + eps), math.inf)
+    known = warm & (mean > 0)  # a mean of 0 comes from a checkpoint of a version that remembered zeros
+    spike = known & (z > z_max)
+    above = torch.where(known, mean + z_max * (std + eps), math.inf)
     limit = torch.where(spike, mean + z_max * z_max * std / z, above)
     coef = torch.where(spike, clip_coefficient(norm, limit), 1.0)
     # A NaN is no spike; it and inf go on as torch's clip would let them, for whatever rule or policy comes after.
@@ -175,13 +178,13 @@ def _zclip(
     share = torch.where(warm, 1 - alpha, 1 / (count + 1))
     new_mean = mean + share * toward
     new_var = var + share * (torch.where(warm, seen - new_mean, toward) * (seen - new_mean) - var)
-    finite = heard.isfinite()
+    usable = (heard > 0) & (heard < math.inf)
     return (
         coef,
         limit,
-        torch.where(finite, (count + 1).clamp(max=warmup), count),
-        torch.where(finite, new_mean, mean),
-        torch.where(finite, new_var, var),
+        torch.where(usable, (count + 1).clamp(max=warmup), count),
+        torch.where(usable, new_mean, mean),
+        torch.where(usable, new_var, var),
     )
 
 
@@ -192,17 +195,18 @@ class AutoClip(Adaptive):
         g \leftarrow g \cdot \min\left(1, \frac{\tau}{N_t + 10^{-6}}\right)
 
     with the present norm among them, so that the first is its own limit, and linear interpolation between two norms,
-    as ``numpy.percentile`` has it. Seetharaman et al. 2020, "AutoClip" (arXiv 2007.14469), with a bounded window.
+    as ``numpy.percentile`` has it. Norms of 0 and those that are not finite are left out. Seetharaman et al. 2020,
+    "AutoClip" (arXiv 2007.14469), with a bounded window.
 
     Args:
         percentile: p, in [0, 100]. Small is the paper's way: most steps are clipped, and nearly equally long.
-        window: how many norms are remembered, >= 1. Those that are not finite are not.
+        window: how many norms are remembered, >= 1.
 
     Raises:
         ValueError, TypeError: an argument out of range, named with its value.
     """
 
-    _names = ("count", "history")
+    _names = STATES["AutoClip"]
 
     def __init__(self, percentile: float = 10.0, window: int = 1000) -> None:
         super().__init__()
@@ -233,10 +237,10 @@ class AutoClip(Adaptive):
 def _autoclip(norm: Tensor, heard: Tensor, count: Tensor, history: Tensor, share: float) -> tuple[Tensor, ...]:
     """(coefficient, limit, and count and history afterwards)."""
     window = len(history) - 1
-    finite = heard.isfinite()
-    place = torch.where(finite, count % window, window).long()
-    history = history.scatter(0, place.unsqueeze(0), torch.where(finite, heard, math.inf).unsqueeze(0))
-    count = count + finite
+    usable = (heard > 0) & (heard < math.inf)
+    place = torch.where(usable, count % window, window).long()
+    history = history.scatter(0, place.unsqueeze(0), torch.where(usable, heard, math.inf).unsqueeze(0))
+    count = count + usable
     known = count.clamp(max=window)
     ordered = history[:window].sort().values  # what is not known yet is inf, and so comes last
     rank = share * (known - 1).clamp(min=0)
@@ -265,14 +269,14 @@ class AdaGC(Adaptive):
     Args:
         lambda_rel: how much larger than gamma_i a norm may be, > 0.
         beta: how slowly gamma_i follows, in [0, 1).
-        warmup: steps with a finite norm, >= 0.
+        warmup: steps whose norm is finite and not 0, >= 0.
         lambda_abs: the limit of the global norm in the warm-up, > 0.
 
     Raises:
         ValueError, TypeError: an argument out of range, named with its value.
     """
 
-    _names = ("count", "gamma")
+    _names = STATES["AdaGC"]
 
     def __init__(
         self, lambda_rel: float = 1.05, beta: float = 0.98, warmup: int = 100, lambda_abs: float = 1.0
@@ -299,14 +303,15 @@ class AdaGC(Adaptive):
                 raise RuntimeError(
                     f"{self!r} has met new parameters: call it once before it is captured in a CUDA graph"
                 )
-            self.state["gamma"] = torch.cat([gamma, gamma.new_zeros(total - len(gamma))])
+            with torch.inference_mode(False):
+                self.state["gamma"] = torch.cat([gamma, gamma.new_zeros(total - len(gamma))])
 
     def reorder(self, came_from: list[int]) -> None:
         """Let gamma_i follow its parameter: the i-th one now was the came_from[i]-th; -1: it is new."""
         if (gamma := self.state.get("gamma")) is not None:
             places = torch.tensor([i if i < len(gamma) else -1 for i in came_from], device=gamma.device)
-            earlier = torch.cat([gamma, gamma.new_zeros(1)])[places]  # -1: the zero
-            self.state["gamma"] = earlier
+            with torch.inference_mode(False):
+                self.state["gamma"] = torch.cat([gamma, gamma.new_zeros(1)])[places]  # -1: the zero
 
     def __call__(self, stats: Stats) -> Tensor:
         members = stats.members()
@@ -349,14 +354,15 @@ def _adagc(
     known = gamma > 0
     apart = torch.where(known, clip_coefficient(norms, rel * gamma), 1.0)
     # Not by clip_coefficient, whose look at the limit a compiler could not follow.
-    together = torch.where(norm.isinf(), -0.0, (absolute / (norm + EPS)).clamp(max=1.0))
+    together = torch.where(norm == math.inf, -0.0, (absolute / (norm + EPS)).clamp(max=1.0))
     coef = torch.where(warming, together, apart)
     clipped = coef * norms
     least = torch.where(known, torch.minimum(gamma, clipped), clipped)
     followed = torch.where(known, beta * gamma + (1 - beta) * clipped, clipped)
-    usable = clipped.isfinite() & (clipped > 0) & heard.isfinite()
+    finite = heard < math.inf  # not NaN either
+    usable = (clipped > 0) & (clipped < math.inf) & finite
     gamma = torch.where(usable, torch.where(warming, least, followed), gamma)
-    return coef, count + (warming & heard.isfinite().all()), gamma
+    return coef, count + (warming & finite.all() & (norm > 0)), gamma
 
 
 # ---- one kernel out of a few lines ----

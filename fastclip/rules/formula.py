@@ -8,36 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..stats import is_zero
+
 EPS = 1e-6  # torch's, in the denominator of the clip coefficient
 
 
 def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     """min(1, max_norm / (norm + 1e-6)) in float64; 1 for an infinite `max_norm`, -0.0 for an infinite norm.
 
-    -0.0 multiplies where +0.0 writes zeros: torch scales by 0 there, which leaves NaN where inf was.
+    -0.0 multiplies where +0.0 writes zeros: torch scales by 0 there, which leaves NaN where inf was. Never negative: a
+    negative number in a tensor, which nobody has looked at, counts as 0.
     """
     if not isinstance(max_norm, Tensor) and math.isinf(max_norm):
         return torch.ones_like(norm)
-    coef = torch.where(norm.isinf(), -0.0, (max_norm / (norm + EPS)).clamp(max=1.0))
-    return torch.where(max_norm.isinf(), 1.0, coef) if isinstance(max_norm, Tensor) else coef
+    coef = torch.where(norm == math.inf, -0.0, (max_norm / (norm + EPS)).clamp(0.0, 1.0))
+    return torch.where(max_norm == math.inf, 1.0, coef) if isinstance(max_norm, Tensor) else coef
 
 
 def within(norm: Tensor, limit: Tensor) -> Tensor:
     """1 / max(1, norm / limit): as :func:`clip_coefficient`, without its 1e-6."""
-    return torch.where(norm.isinf() & limit.isfinite(), -0.0, torch.where(norm <= limit, 1.0, limit / norm))
+    return torch.where(norm <= limit, 1.0, torch.where(norm == math.inf, -0.0, limit / norm))
 
 
 def combined(coef: Tensor | None, factor: Tensor) -> Tensor:
     """The coefficient that does what `coef` (None: 1) and then `factor` do: +0 writes zeros, all else multiplies."""
     if coef is None:
         return factor
-
-    return torch.where(is_zero(factor) | (is_zero(coef) & ~factor.isnan()), 0.0, coef * factor)
-
-
-def is_zero(coef: Tensor) -> Tensor:
-    """Where it is +0, not -0."""
-    return coef.reciprocal() == math.inf
+    product = coef * factor
+    vanished = product == 0
+    zeroes = is_zero(factor) | (is_zero(coef) & vanished)  # where zeros were written, inf and NaN are NaN again
+    return torch.where(zeroes, 0.0, torch.where(vanished, -0.0, product))
 
 
 def checked(factor: Any, rule: Any, count: int) -> Tensor:
@@ -69,7 +69,18 @@ def check_state(rule: Any, state: dict[str, Any]) -> None:
     if hasattr(rule, "check_state_dict"):
         rule.check_state_dict(state)
     elif state and not hasattr(rule, "load_state_dict"):
-        raise ValueError(f"state_dict has {', '.join(state)} for the rule {rule!r}, which has no state")
+        raise ValueError(f"state_dict has {', '.join(state)} for the rule {rule!r}, which has no state{whose(state)}")
+
+
+STATES = {"ZClip": ("count", "mean", "var"), "AutoClip": ("count", "history"), "AdaGC": ("count", "gamma")}
+
+
+def whose(state: dict[str, Any]) -> str:
+    """For a complaint about `state`: which rule saved it, and what to do."""
+    owner = next((rule for rule, names in STATES.items() if set(state) == set(names)), None)
+    if owner is None:
+        return ""
+    return f". It was saved by {owner}: use that rule, or put {{}} in its place to begin anew"
 
 
 # ---- arguments ----
@@ -77,14 +88,42 @@ def check_state(rule: Any, state: dict[str, Any]) -> None:
 
 def number(value: Any, argument: str) -> float:
     """`value` as a float; an error that names `argument` unless it is a number (inf and NaN included)."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{argument} must be one number, got a tensor of shape {tuple(value.shape)}")
+    if isinstance(value, Tensor):
+        value = one_number(value, argument).item()
     if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__} {value!r}")
     try:
         return float(value)
     except OverflowError:
         raise ValueError(f"{argument} must fit a float64, got {value!r}") from None
+    except (TypeError, ValueError):  # an array of several numbers, say
+        raise TypeError(f"{argument} must be a number, got {type(value).__name__} {value!r}") from None
+
+
+def one_number(value: Tensor, argument: str) -> Tensor:
+    """`value` as a tensor of shape [] without a graph; ValueError unless it is one real number. Reads no value."""
+    if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool or value.is_meta:
+        got = f"a {value.dtype} tensor of shape {tuple(value.shape)}{' on the meta device' if value.is_meta else ''}"
+        raise ValueError(f"{argument} must be one real number, got {got}")
+    return value.detach().reshape(())
+
+
+def checked_limit(value: Any, argument: str) -> float | Tensor:
+    """:func:`nonnegative`; but a tensor on another device than the CPU stays there, unread, as a tensor of shape []."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return one_number(value, argument)
+    return nonnegative(value, argument)
+
+
+def checked_norm(value: Any) -> Tensor:
+    """A `total_norm` as a tensor of shape []; an error unless it is >= 0 or NaN. On a GPU it is not read."""
+    if isinstance(value, Tensor):
+        norm = one_number(value, "total_norm")
+    else:
+        norm = torch.full((), number(value, "total_norm"), dtype=torch.float64, device="cpu")
+    if norm.device.type == "cpu" and norm.item() < 0:
+        raise ValueError(f"total_norm must be >= 0, got {norm.item()}")
+    return norm
 
 
 def nonnegative(value: Any, argument: str) -> float:
@@ -93,7 +132,7 @@ def nonnegative(value: Any, argument: str) -> float:
         return math.inf
     found = number(value, argument)
     if not found >= 0:
-        raise ValueError(f"{argument} must be >= 0, got {value!r}")
+        raise ValueError(f"{argument} must be >= 0, got {found if isinstance(value, Tensor) else value!r}")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import upload
 from ..members import Members
 from ..stats import Stats
-from .formula import clip_coefficient, nonnegative, within
+from .formula import checked_limit, clip_coefficient, nonnegative, within
 
 
 class GlobalNorm:
@@ -26,12 +26,14 @@ class GlobalNorm:
     Args:
         max_norm: the limit, >= 0: a number; or a function from the number of steps taken (0 in the first) to one, for a
             limit that warms up or decays; or a tensor of one element, on any device, of which each step takes the
-            present value (it is not checked, since that would wait for the device). In a CUDA graph, whose replays
-            take steps that Python does not see, only a number or a tensor on the GPU.
+            present value. One on a GPU is not checked, since that would wait for the device: a negative number there
+            counts as 0, and NaN makes all gradients NaN. In a CUDA graph, whose replays take steps that Python does
+            not see, only a number or a tensor on the GPU.
         norm_type: p: 2, 1, ``inf``, 0 (the number of tensors that are not all zero) or any other p > 0.
 
     Raises:
-        ValueError, TypeError: a limit or a norm type that is no such number; in the step, a function that returns none.
+        ValueError, TypeError: a limit or a norm type that is no such number; in the step, a function that returns none,
+            or a tensor on the CPU that holds none any more.
         RuntimeError: a function, or a tensor on the host, in a CUDA graph.
     """
 
@@ -39,10 +41,7 @@ class GlobalNorm:
 
     def __init__(self, max_norm: float | Tensor | Callable[[int], float], norm_type: float = 2.0) -> None:
         if isinstance(max_norm, Tensor):
-            if max_norm.numel() != 1 or max_norm.is_complex():
-                raise ValueError(
-                    f"max_norm must be one real number, got a {max_norm.dtype} tensor of shape {tuple(max_norm.shape)}"
-                )
+            checked_limit(max_norm, "max_norm")
         elif not callable(max_norm):
             max_norm = nonnegative(max_norm, "max_norm")
         self.max_norm = max_norm
@@ -52,7 +51,7 @@ class GlobalNorm:
     def limit(self, step: int) -> float | Tensor:
         """The limit after `step` steps."""
         if isinstance(self.max_norm, Tensor):
-            return self.max_norm.detach().reshape(())
+            return checked_limit(self.max_norm, "max_norm")
         if not callable(self.max_norm):
             return self.max_norm
         if self._called is None or self._called[0] is not self.max_norm or self._called[1] != step:
@@ -76,10 +75,7 @@ class GlobalNorm:
     def __call__(self, stats: Stats) -> Tensor:
         limit = self.limit(stats.step)
         if isinstance(limit, Tensor):  # a copy: the statistics keep it, and it changes
-            if limit.device.type == "cpu" != stats.device.type:
-                limit = upload(limit, torch.float64, stats.device)
-            else:
-                limit = limit.to(stats.device, torch.float64, non_blocking=True, copy=True)
+            limit = limit.to(stats.device, torch.float64, non_blocking=True, copy=True)
         stats.limit = limit
         return clip_coefficient(stats.norm, limit)
 
@@ -134,8 +130,9 @@ class BlockRMS:
         self.threshold = nonnegative(threshold, "threshold")
 
     def __call__(self, stats: Stats) -> Tensor:
-        limit = self.threshold * stats.members().sizes(stats.device).sqrt()
-        return within(stats.norms, limit)
+        if math.isinf(self.threshold):
+            return torch.ones((), dtype=torch.float64, device=stats.device)
+        return within(stats.norms, self.threshold * stats.sizes().sqrt())
 
     def __repr__(self) -> str:
         return f"BlockRMS({self.threshold})"
@@ -166,7 +163,7 @@ class Mask:
         self.hold = hold
 
     def __call__(self, stats: Stats) -> Tensor:
-        return torch.where(stats.absmax < self.threshold, 0.0, 1.0).double()
+        return (stats.absmax < self.threshold).logical_not().double()
 
     def __repr__(self) -> str:
         return f"Mask({self.threshold}{', hold=True' if self.hold else ''})"
