@@ -110,6 +110,10 @@ class Clipper:
                 finite where ``nonfinite="raise"``, before any is changed; or a rule that returns no coefficients,
                 before anything that comes after the last `Value`.
         """
+        if torch.compiler.is_dynamo_compiling():
+            from . import graph_breaks
+
+            return graph_breaks.clip_(self)
         done = self._at_once()
         if isinstance(done, Stats):
             return done
@@ -189,6 +193,10 @@ class Clipper:
         with dampening counts as such) and where the rules have a ``Value``. ``Mask(hold=True)`` reads which are held,
         but not with :mod:`fastclip.optim`, where only SGD with dampening reads either.
         """
+        if torch.compiler.is_dynamo_compiling():
+            from . import graph_breaks
+
+            return graph_breaks.step(self, optimizer, scaler, when, divide_by)
         inner = innermost(optimizer)
         check_optimizer(inner)
         stats: Stats | None = None

@@ -13,7 +13,6 @@ gradients on the CPU are clipped by one thread.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,7 +25,7 @@ from . import backends, ops
 from .backends import native
 from .clipper import clip, clip_by_norm, refuse_nonfinite
 from .rules import GlobalNorm, Mask, TensorNorm, Value
-from .rules.formula import nonnegative
+from .rules.formula import checked_limit, checked_norm, nonnegative, number, one_number
 from .table import check_not_gradients, from_native, is_watched, listed, pack
 
 Parameters = Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -48,7 +47,9 @@ def clip_norm_(
 
     Args:
         parameters: whose ``.grad`` is clipped; float32, float64, bfloat16, float16 or complex, on any devices.
-        max_norm: the limit, >= 0, in the gradients' unit; ``inf`` only measures.
+        max_norm: the limit, >= 0, in the gradients' unit; ``inf`` only measures. A tensor of one element is a number
+            too. On a GPU it is not checked, since that would wait for the device: a negative number there counts as 0,
+            and NaN makes all gradients NaN.
         norm_type: p: 2, 1, ``inf`` (or ``"inf"``), 0 (the number of tensors that are not all zero), any other p > 0.
         error_if_nonfinite: raise instead of clipping by a norm that is inf or NaN. Reads the norm back to the host.
         foreach: ignored.
@@ -64,7 +65,7 @@ def clip_norm_(
         NotImplementedError: a gradient is a DTensor or another wrapper subclass.
     """
     if _in_a_graph():
-        limit, p, items = nonnegative(max_norm, "max_norm"), nonnegative(norm_type, "norm_type"), listed(parameters)
+        limit, p, items = _in_graph(max_norm, "max_norm"), _order(norm_type), listed(parameters)
         grads = _gradients(items)
         return ops.clip_norm_(grads, limit, p, bool(error_if_nonfinite)) if grads else _nothing(items, ())
     return _global_norm(parameters, "parameters", max_norm, norm_type, error_if_nonfinite)
@@ -80,7 +81,7 @@ def total_norm(
     Follows ``torch.nn.utils.get_total_norm``. Args, returns and raises as :func:`clip_norm_`.
     """
     if _in_a_graph():
-        p, items = nonnegative(norm_type, "norm_type"), listed(tensors, "tensors")
+        p, items = _order(norm_type), listed(tensors, "tensors")
         _check_tensors(items, "tensors")
         return ops.total_norm([t.detach() for t in items], p, bool(error_if_nonfinite)) if items else _nothing([], ())
     return _global_norm(tensors, "tensors", None, norm_type, error_if_nonfinite)
@@ -93,28 +94,19 @@ def clip_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor,
 
     Args:
         parameters: whose ``.grad`` is scaled.
-        max_norm: the limit, >= 0.
-        total_norm: one number, a tensor on any device or a float.
+        max_norm: the limit, as :func:`clip_norm_`'s.
+        total_norm: one number >= 0, a tensor on any device or a float. NaN makes all gradients NaN.
         foreach: ignored.
 
     Raises:
         As :func:`clip_norm_`; TypeError too where gradients were passed instead of parameters.
     """
-    limit = nonnegative(max_norm, "max_norm")
-    if isinstance(total_norm, Tensor):
-        if total_norm.numel() != 1:
-            raise ValueError(f"total_norm must be one number, got a tensor of shape {tuple(total_norm.shape)}")
-        norm = total_norm.detach().reshape(())
-    elif isinstance(total_norm, numbers.Real) and not isinstance(total_norm, bool):
-        if total_norm < 0:
-            raise ValueError(f"total_norm must be >= 0, got {total_norm!r}")
-        norm = torch.full((), float(total_norm), dtype=torch.float64, device="cpu")
-    else:
-        raise TypeError(f"total_norm must be a tensor or a number, got {type(total_norm).__name__} {total_norm!r}")
     if _in_a_graph():
+        bound, norm = _in_graph(max_norm, "max_norm"), _in_graph(total_norm, "total_norm")
         if grads := _gradients(listed(parameters)):
-            ops.clip_with_norm_(grads, limit, norm)
+            ops.clip_with_norm_(grads, bound, norm)
         return
+    limit, norm = checked_limit(max_norm, "max_norm"), checked_norm(total_norm)
     clip_by_norm(pack(listed(parameters), gradients=False, write=True), norm, limit)
 
 
@@ -131,11 +123,12 @@ def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None 
     Raises:
         As :func:`clip_norm_`.
     """
-    rule = Value(nonnegative(clip_value, "clip_value"))
     if _in_a_graph():
+        limit = _in_graph(clip_value, "clip_value")
         if grads := _gradients(listed(parameters)):
-            ops.clip_value_(grads, rule.high)
+            ops.clip_value_(grads, limit)
         return
+    rule = Value(nonnegative(clip_value, "clip_value"))
     pack(listed(parameters), gradients=False, write=True).clamp_(rule.low, rule.high)
 
 
@@ -151,10 +144,11 @@ def clip_tensor_norm_(parameters: Parameters, max_norm: float, norm_type: float 
     Returns:
         [T] the norms before clipping, in the order of the parameters that have a gradient.
     """
-    rule = TensorNorm(max_norm, norm_type)
     if _in_a_graph():
-        grads = _gradients(items := listed(parameters))
-        return ops.clip_tensor_norm_(grads, rule.max_norm, rule.norm_type) if grads else _nothing(items, 0)
+        limit, p, items = _in_graph(max_norm, "max_norm"), _order(norm_type), listed(parameters)
+        grads = _gradients(items)
+        return ops.clip_tensor_norm_(grads, limit, p) if grads else _nothing(items, 0)
+    rule = TensorNorm(max_norm, norm_type)
     table = pack(listed(parameters), gradients=False, write=True)
     return clip(table, [rule], rule.norm_type).tensor_norms
 
@@ -174,10 +168,11 @@ def mask_small_(parameters: Parameters, threshold: float) -> Tensor:
     Raises:
         As :func:`clip_norm_`.
     """
-    rule = Mask(threshold)
     if _in_a_graph():
-        grads = _gradients(items := listed(parameters))
-        return ops.mask_small_(grads, rule.threshold) if grads else _nothing(items, 0).bool()
+        limit, items = _in_graph(threshold, "threshold"), listed(parameters)
+        grads = _gradients(items)
+        return ops.mask_small_(grads, limit) if grads else _nothing(items, 0).bool()
+    rule = Mask(threshold)
     table = pack(listed(parameters), gradients=False, write=True)
     return clip(table, [rule], math.inf).coef.expand(len(table)) == 0
 
@@ -194,7 +189,7 @@ def _global_norm(
             packed = library.global_norm(items, clips, max_norm, norm_type, error_if_nonfinite)
             if isinstance(packed, Tensor):
                 return packed
-    rule = GlobalNorm(max_norm if clips else math.inf, norm_type)  # type: ignore[arg-type]
+    rule = GlobalNorm(checked_limit(max_norm, "max_norm") if clips else math.inf, norm_type)
     items = listed(items, argument)
     table = from_native(packed) if packed else pack(items, gradients=not clips, write=clips, argument=argument)
     return clip(table, [rule], rule.norm_type, refuse_nonfinite if error_if_nonfinite else None).total_norm
@@ -223,6 +218,26 @@ def _check_tensors(items: list[Any], argument: str) -> None:
     for i, item in enumerate(items):
         if not isinstance(item, Tensor):
             raise TypeError(f"{argument}[{i}] must be a tensor, got {type(item).__name__} {item!r}")
+
+
+def _in_graph(value: Any, argument: str) -> Tensor:
+    """For a graph: a limit as a tensor of shape [], whose value is checked when the graph runs.
+
+    A number that changes from call to call has no value here. Multiplied by a tensor, torch.compile makes it an input
+    of the graph; anything else would compile its value in.
+    """
+    if isinstance(value, Tensor):
+        return one_number(value, argument)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        value = number(value, argument)
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
+
+
+def _order(norm_type: Any) -> float:
+    """For a graph: the norm type, checked when the graph runs."""
+    if isinstance(norm_type, bool) or not isinstance(norm_type, (int, float)):
+        return nonnegative(norm_type, "norm_type")
+    return norm_type * 1.0
 
 
 def _nothing(parameters: list[Tensor], shape: Any) -> Tensor:

@@ -161,6 +161,10 @@ class _Optimizer(TakesDecision, torch.optim.Optimizer):
 
         `stats` is then the :class:`~fastclip.Stats` of the gradients, if they were clipped.
         """
+        if torch.compiler.is_dynamo_compiling():
+            from . import graph_breaks
+
+            return graph_breaks.optimizer_step(self, closure, zero_grad=zero_grad)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -11,20 +11,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastclip
 from fastclip import ops
+from fastclip.rules import AdaGC, AutoClip, Except, GlobalNorm, Mask, Only, ZClip
 
 
 def grads(*dtypes):
     return [torch.randn(3, 5).to(d) for d in dtypes or (torch.float32, torch.bfloat16)]
 
 
+def limit(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
 SAMPLES = {
-    "clip_norm_": (ops.clip_norm_, lambda: (grads(), 1.0, 2.0, False)),
-    "clip_norm_ float64": (ops.clip_norm_, lambda: (grads(torch.float64), 1.0, math.inf, False)),
+    "clip_norm_": (ops.clip_norm_, lambda: (grads(), limit(1.0), 2.0, False)),
+    "clip_norm_ float64": (ops.clip_norm_, lambda: (grads(torch.float64), limit(1.0), math.inf, False)),
     "total_norm": (ops.total_norm, lambda: (grads(), 2.0, False)),
-    "clip_with_norm_": (ops.clip_with_norm_, lambda: (grads(), 1.0, torch.tensor(5.0))),
-    "clip_value_": (ops.clip_value_, lambda: (grads(), 0.1)),
-    "clip_tensor_norm_": (ops.clip_tensor_norm_, lambda: (grads(), 1.0, 2.0)),
-    "mask_small_": (ops.mask_small_, lambda: (grads(), 2.0)),
+    "clip_with_norm_": (ops.clip_with_norm_, lambda: (grads(), limit(1.0), limit(5.0))),
+    "clip_value_": (ops.clip_value_, lambda: (grads(), limit(0.1))),
+    "clip_tensor_norm_": (ops.clip_tensor_norm_, lambda: (grads(), limit(1.0), 2.0)),
+    "mask_small_": (ops.mask_small_, lambda: (grads(), limit(2.0))),
 }
 
 
@@ -222,3 +227,153 @@ def test_a_mode_that_only_looks():
         fastclip.total_norm([3])
     with FlopCounterMode(display=False):
         assert fastclip.Clipper([p], 1.0).clip_().total_norm == 6
+
+
+# ---- a limit that changes from call to call ----
+
+
+CHANGING = {
+    "clip_norm_": lambda ps, v: fastclip.clip_norm_(ps, v),
+    "clip_with_norm_ max_norm": lambda ps, v: fastclip.clip_with_norm_(ps, v, torch.tensor(4.0)),
+    "clip_with_norm_ total_norm": lambda ps, v: fastclip.clip_with_norm_(ps, 1.0, v),
+    "clip_value_": lambda ps, v: fastclip.clip_value_(ps, v),
+    "clip_tensor_norm_": lambda ps, v: fastclip.clip_tensor_norm_(ps, v),
+    "mask_small_": lambda ps, v: fastclip.mask_small_(ps, v),
+}
+LIMITS = {
+    "float": [0.5 + 0.25 * k for k in range(12)],
+    "int": list(range(1, 13)),
+    "tensor": [torch.tensor(0.5 + 0.25 * k) for k in range(12)],
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("kind", LIMITS)
+@pytest.mark.parametrize("call", CHANGING)
+def test_a_limit_that_changes(call, kind, dynamic):
+    """One graph for all values: a graph for each would end at torch's limit of eight."""
+    function = CHANGING[call]
+    make = lambda: [parameter(torch.linspace(-3, 3, 50)), parameter(torch.full((3,), 1.2))]  # noqa: E731
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
+    for value in LIMITS[kind]:
+        expected, actual = make(), make()
+        torch.testing.assert_close(compiled(actual, value), function(expected, value), rtol=0, atol=0)
+        for a, b in zip(gradients(actual), gradients(expected)):
+            assert torch.equal(a, b)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("call", CHANGING)
+@pytest.mark.parametrize("value", [-1.0, -1, torch.tensor(-1.0)], ids=repr)
+def test_a_bad_limit_is_refused_in_a_graph(call, value):
+    p = parameter(torch.ones(3))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda v: CHANGING[call]([p], v), fullgraph=True, dynamic=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"must be >= 0, got -1\.0"):
+        compiled(value)
+    assert torch.equal(p.grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_norm_type_that_changes(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(fastclip.total_norm, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    tensors = [torch.ones(9), torch.full((2,), 3.0)]
+    for p in (2.0, 1.0, 3, 0.5, 0, "inf"):
+        assert torch.equal(compiled(tensors, p), fastclip.total_norm(tensors, p))
+    with pytest.raises(ValueError, match="norm_type must be >= 0"):
+        compiled(tensors, -1.0)
+
+
+# ---- two gradients over one memory ----
+
+
+@pytest.mark.parametrize("view", ["flat", "transposed", "detached", "part"])
+@pytest.mark.parametrize("call", [call for call in CALLS if call != "clip_norm_ inf"])
+def test_gradients_that_share_memory(call, view):
+    """Scaled once, as without a graph; or refused, and nothing changed."""
+    function = CALLS[call]
+
+    def make():
+        g = torch.linspace(-3, 3, 50).reshape(10, 5).clone()  # torch refuses some views whose base is another tensor
+        p = parameter(g)
+        other = {"flat": g.view(-1), "transposed": g.t(), "detached": g.detach(), "part": g[3:]}[view]
+        return [p, parameter(other), parameter(torch.ones(7))]
+
+    eager, compiled = make(), make()
+    before = [g.clone() for g in gradients(compiled)]
+    torch._dynamo.reset()
+    run = torch.compile(lambda: function(compiled), fullgraph=True)
+    if call != "total_norm" and (view == "part" or call in ("clip_tensor_norm_", "mask_small_")):
+        with pytest.raises(RuntimeError, match="overlap in memory" if view == "part" else "3 gradients share memory"):
+            run()
+        assert all(map(torch.equal, gradients(compiled), before))
+        return
+    torch.testing.assert_close(run(), function(eager), rtol=0, atol=0)
+    for a, b in zip(gradients(compiled), gradients(eager)):
+        assert torch.equal(a, b)
+
+
+def test_views_of_one_gradient_that_a_graph_makes():
+    def clip(ps, x):
+        g = x * 2
+        ps[0].grad, ps[1].grad = g, g.view(-1)
+        return fastclip.clip_norm_(ps, 1.0)
+
+    eager, compiled = ([torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(12))] for _ in range(2))
+    x = torch.ones(3, 4)
+    torch._dynamo.reset()
+    norm = torch.compile(clip, fullgraph=True)(compiled, x)
+    torch.testing.assert_close(norm, clip(eager, x), rtol=1e-6, atol=0)
+    for a, b in zip(gradients(compiled), gradients(eager)):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+# ---- a Clipper in a compiled step ----
+
+
+ADAPTIVE = {
+    "ZClip": lambda: ZClip(warmup=4),
+    "AutoClip": lambda: AutoClip(40, window=8),
+    "AdaGC": lambda: AdaGC(warmup=5),
+    "Only, Except": lambda: [Only(AdaGC(warmup=3), "0"), Except(ZClip(warmup=4), "0"), Except(AutoClip(60), "1")],
+    "several": lambda: [Mask(1e-9), ZClip(warmup=4), AdaGC(warmup=2), GlobalNorm(lambda step: 1.0 + step)],
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "compiler"), [*((rule, "aot_eager") for rule in ADAPTIVE), ("AdaGC", "eager"), ("AdaGC", "inductor")]
+)
+@pytest.mark.parametrize("how", ["clip_", "step", "optim"])
+def test_a_clipper_in_a_compiled_step(rule, how, compiler):
+    """30 steps, bit by bit as without a compiler: it runs outside of the graph, which loses none of its changes."""
+
+    def train(compile_it):
+        generator = torch.Generator().manual_seed(0)
+        ps = {str(i): torch.nn.Parameter(torch.randn(4 + i, generator=generator)) for i in range(3)}
+        if how == "optim":
+            optimizer = fastclip.optim.SGD(ps.items(), lr=0.5, max_norm=ADAPTIVE[rule]())
+            clipper = optimizer.clipper
+        else:
+            optimizer = torch.optim.SGD(ps.values(), lr=0.5)
+            clipper = fastclip.Clipper(ps.items(), ADAPTIVE[rule]())
+
+        def step(gradients):
+            for p, g in zip(ps.values(), gradients):
+                p.grad = g * 2
+            if how == "clip_":
+                clipper.clip_()
+            if how == "step":
+                clipper.step(optimizer)
+            else:
+                optimizer.step()
+
+        step = torch.compile(step, backend=compiler) if compile_it else step
+        for k in range(30):
+            step([torch.randn(p.shape, generator=generator) * (9 if k % 7 == 6 else 1) for p in ps.values()])
+        return ps, clipper.state_dict()
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(train(True), train(False), rtol=0, atol=0)

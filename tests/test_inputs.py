@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import clip_factor, clipping, gradients, parameter
@@ -153,28 +154,42 @@ def test_bad_dtypes(backend, dtype):
 
 
 NUMBERS = {
-    "max_norm": lambda p, v: fastclip.clip_norm_(p, v),
-    "norm_type": lambda p, v: fastclip.clip_norm_(p, 1.0, v),
-    "clip_value": lambda p, v: fastclip.clip_value_(p, v),
-    "threshold": lambda p, v: fastclip.mask_small_(p, v),
+    "clip_norm_ max_norm": lambda p, v: fastclip.clip_norm_(p, v),
+    "clip_norm_ norm_type": lambda p, v: fastclip.clip_norm_(p, 1.0, v),
+    "total_norm norm_type": lambda p, v: fastclip.total_norm([q.grad for q in p], v),
+    "clip_with_norm_ max_norm": lambda p, v: fastclip.clip_with_norm_(p, v, 2.0),
+    "clip_value_ clip_value": lambda p, v: fastclip.clip_value_(p, v),
+    "clip_tensor_norm_ max_norm": lambda p, v: fastclip.clip_tensor_norm_(p, v),
+    "mask_small_ threshold": lambda p, v: fastclip.mask_small_(p, v),
+    "TensorNorm max_norm": lambda p, v: fastclip.rules.TensorNorm(v),
+    "BlockRMS threshold": lambda p, v: fastclip.rules.BlockRMS(v),
+    "Mask threshold": lambda p, v: fastclip.rules.Mask(v),
+    "Value limit": lambda p, v: fastclip.rules.Value(v),
+    "AGC clip_factor": lambda p, v: fastclip.rules.AGC(v),
 }
 BAD_NUMBERS = [(-1.0, ValueError), (math.nan, ValueError), ("1", TypeError), (None, TypeError), (True, TypeError),
-               (torch.ones(2), ValueError), ([1.0], TypeError)]  # fmt: skip
+               (torch.ones(2), ValueError), ([1.0], TypeError), (lambda step: 1.0, TypeError),
+               (torch.tensor(-1.0), ValueError), (torch.tensor(math.nan), ValueError), (torch.tensor(True), ValueError),
+               (torch.tensor(1j), ValueError), (torch.ones((), device="meta"), ValueError),
+               (np.ones(2), TypeError)]  # fmt: skip
 
 
 @pytest.mark.parametrize("argument", NUMBERS)
 @pytest.mark.parametrize(("value", "kind"), BAD_NUMBERS, ids=str)
 def test_bad_numbers(backend, argument, value, kind):
     parameters = ones(3)
-    with pytest.raises(kind, match=f"^{argument} must be"):
+    with pytest.raises(kind, match=f"^{argument.split()[1]} must be"):
         NUMBERS[argument](parameters, value)
     assert torch.equal(parameters[0].grad, torch.ones(3))
 
 
 def test_bad_total_norm(backend):
-    with pytest.raises(ValueError, match="total_norm must be one number"):
+    for value in (-5.0, torch.tensor(-5.0)):
+        with pytest.raises(ValueError, match=r"total_norm must be >= 0, got -5\.0"):
+            fastclip.clip_with_norm_(ones(3), 1.0, value)
+    with pytest.raises(ValueError, match="total_norm must be one real number"):
         fastclip.clip_with_norm_(ones(3), 1.0, torch.ones(3))
-    with pytest.raises(TypeError, match="total_norm must be a tensor or a number, got str '5'"):
+    with pytest.raises(TypeError, match="total_norm must be a number, got str '5'"):
         fastclip.clip_with_norm_(ones(3), 1.0, "5")
 
 
