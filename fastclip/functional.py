@@ -208,7 +208,8 @@ def _in_a_graph() -> bool:
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     """For a graph: the gradients, each once."""
     _check_tensors(parameters, "parameters")
-    found = [g.detach() for g in dict.fromkeys(p.grad for p in parameters if p.grad is not None)]
+    distinct = dict.fromkeys(p.grad for p in parameters if p.grad is not None)
+    found = [g.detach() if g.requires_grad else g for g in distinct]  # a view too many hides what shares memory
     if not found:
         check_not_gradients(parameters, "parameters")
     return found
