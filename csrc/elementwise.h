@@ -133,8 +133,9 @@ struct AdamW {
   template <bool AMSGRAD, class V, class Root>
   FASTCLIP_FN void operator()(V& p, V g, V& m, V& v, V& largest, Root root) const {
     g = product(g, coef);
-    m = product_plus(g - m, beta1_rest, m);
-    v = product_plus(v, beta2, product(product(g, g), beta2_rest));
+    // torch's lerp: from m, or from g where little of m is kept, since g - m loses a small g beside a large m.
+    m = beta1_rest < S(0.5) ? product_plus(g - m, beta1_rest, m) : product_plus(g - m, beta1_rest - 1, g);
+    v = product_plus(v, beta2, product(product(g, beta2_rest), g));  // g * g could overflow where v does not
     V square = v;
     if constexpr (AMSGRAD) square = largest = largest > v ? largest : v;
     p = product_plus(p, decay, -product(m, step_size) / product_plus(root(square), inv_root_bias2, eps));

@@ -105,6 +105,46 @@ def test_one_step_in_half_precision(step_backend, pair, dtype):
     exact.check(a)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("beta1", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_the_first_moment_keeps_what_is_small_after_what_was_large(step_backend, beta1, dtype):
+    """It starts from the moment or from the gradient, whichever is to weigh more: small differences of large numbers
+    would lose the smaller one."""
+    large = 1e4 if dtype == torch.float16 else 1e10
+    moments = [large, 1e-3, -large, 0.3, 1.0, -1.0]
+    grads = [1e-3, large, 1e-3, 0.7, -9.0, -1.0]
+    m, g = (torch.tensor(values * 50, dtype=torch.float64).to(dtype) for values in (moments, grads))
+    p = parameter(g.clone(), torch.zeros_like(g))
+    optimizer = AdamW([p], betas=(beta1, 0.999))
+    optimizer.state[p] = {"step": torch.tensor(3.0), "exp_avg": m.clone(), "exp_avg_sq": g.float().square().to(dtype)}
+    optimizer.step()
+
+    m, g = m.double(), g.double()
+    exact = beta1 * m + (1 - beta1) * g
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    unit = torch.finfo(compute).eps / 2
+    weight = torch.tensor(1 - beta1, dtype=torch.float64).to(compute).double().item()
+    difference = (g - m).abs()
+    # The rounded weight, the roundings of the difference and its product, and of the sum; then of what is stored.
+    budget = abs(weight - (1 - beta1)) * difference + 2.01 * unit * min(weight, 1 - weight) * difference
+    budget += (1.01 * unit + torch.finfo(dtype).eps / 2) * exact.abs()
+    budget += torch.finfo(torch.float64).eps * (m.abs() * beta1 + g.abs() * (1 - beta1))  # of `exact` itself
+    assert ((optimizer.state[p]["exp_avg"].double() - exact).abs() <= budget).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_second_moment_overflows_only_where_it_is_too_large(step_backend, dtype):
+    """The square of 3e19 is beyond float32, a thousandth of it is not."""
+    g = torch.full((300,), 3e19, dtype=dtype)
+    p = parameter(g.clone(), torch.ones_like(g))
+    optimizer = AdamW([p], lr=0.125, weight_decay=0.0)
+    optimizer.step()
+    square = 0.001 * g.double().square()
+    rounding = 5 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps  # beta2, two products and the sum; stored
+    torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"].double(), square, rtol=rounding, atol=0)
+    torch.testing.assert_close(p.detach().double(), torch.full_like(square, 0.875), rtol=rounding, atol=0)
+
+
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("limit", [0.5, 1e9, 0.0])
 def test_clipped_steps_as_clip_then_step_in_float64(step_backend, pair, limit):

@@ -186,8 +186,10 @@ if MISSING is None:
             largest = tl.load(largest_ptr, mask=mask)
         g = tl.where(zeros, 0.0, _wide(g) * coef)
         p, m, v = _wide(p), _wide(m), _wide(v)
-        m = m + (g - m) * beta1_rest
-        v = v * beta2 + g * g * beta2_rest
+        # As in csrc/elementwise.h: torch's lerp, and a square that does not overflow before v does.
+        from_m = beta1_rest < 0.5
+        m = tl.fma(g - m, tl.where(from_m, beta1_rest, beta1_rest - 1.0), tl.where(from_m, m, g))
+        v = tl.fma(v, beta2, g * beta2_rest * g)
         square = v
         if AMSGRAD:
             largest = _wide(largest)
