@@ -6,6 +6,7 @@
 #include <cmath>
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "cpu.h"
@@ -144,10 +145,24 @@ bool same_items(const py::list& a, const py::list& b) {
   return true;
 }
 
+// The memory of the gradients: with their shapes, or flat where they were given other memory since.
 py::list tensors(const Group& group) {
   py::list list;
-  for (const auto& owner : group.owners)
-    list.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(at::Tensor(owner).detach())));
+  for (size_t i = 0; i < group.owners.size(); i++) {
+    at::Tensor tensor;
+    if (group.has_its_memory(i)) {
+      tensor = at::Tensor(group.owners[i]).detach();
+    } else {
+      const auto& [segment, storage] = std::tie(group.segments[i], group.storages[i]);
+      const int64_t itemsize = c10::elementSize(group.dtype);
+      const int64_t offset = static_cast<char*>(segment.data) - static_cast<char*>(storage.mutable_data());
+      TORCH_CHECK(offset >= 0 && offset + segment.numel * itemsize <= int64_t(storage.nbytes()),
+                  "the storage of gradient ", i, " was freed or shrunk while it was being clipped");
+      tensor = at::empty({0}, at::TensorOptions().dtype(group.dtype).device(group.device));
+      tensor.set_(storage, offset / itemsize, {segment.numel}, {1});
+    }
+    list.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)));
+  }
   return list;
 }
 
@@ -164,14 +179,16 @@ at::Tensor addresses_and_sizes(const Group& group) {
 }
 
 // The group of all rows of tensors of two or more dimensions, and of all other tensors whole; null unless every row is
-// one piece of memory.
+// one piece of memory. A gradient that was given other memory since the group was made is an error: its rows are unknown.
 std::unique_ptr<Group> units(const Group& group) {
   auto made = std::make_unique<Group>();
   made->device = group.device;
   made->dtype = group.dtype;
-  made->owners = group.owners;
   const size_t itemsize = c10::elementSize(group.dtype);
-  for (const auto& s : group.segments) {
+  for (size_t i = 0; i < group.owners.size(); i++) {
+    TORCH_CHECK(group.has_its_memory(i), "gradient ", i, " of ", group.segments.size(),
+                " was given other memory (its .data) while it was being clipped");
+    const auto& s = group.segments[i];
     const auto& t = *s.gradient;
     const int64_t rows = t.dim() > 1 && s.numel > 0 ? t.size(0) : 1, size = s.numel / rows;
     if (rows > 1 && t.stride(0) != size) return nullptr;
@@ -271,15 +288,25 @@ void* memory(const c10::TensorImpl& tensor) {
 struct StepGroup {
   Group group;
   cpu::States states;
-  std::vector<c10::intrusive_ptr<c10::TensorImpl>> owners;  // of everything but the gradients; the parameters first
+  std::vector<c10::TensorImpl*> params;
+  std::vector<py::tuple> tensors;     // keep everything but the gradients alive,
+  std::vector<c10::Storage> storages; // and its memory, which a tensor may be parted from (`p.data = x`)
 
   void bump_version(bool gradients) const {
     for (size_t i = 0; i < group.segments.size(); i++) {
-      if (!owners[i]->is_inference()) owners[i]->bump_version();
+      if (!params[i]->is_inference()) params[i]->bump_version();
       if (gradients) group.bump_version(i);
     }
   }
 };
+
+// Whether a tensor before the i-th of column c, the gradients' column left out, begins at this address.
+bool holds(const std::vector<std::vector<c10::TensorImpl*>>& columns, size_t c, size_t i, const void* address) {
+  for (size_t k = 1; k <= c; k++)
+    for (size_t j = 0; j < (k < c ? columns[k].size() : i); j++)
+      if (columns[k][j]->numel() > 0 && memory(*columns[k][j]) == address) return true;
+  return false;
+}
 
 // The StepGroup of parameters, gradients and each of `lists` (a list of state tensors), in the same order; `steps` are
 // float32 counters, or there are none. None if any of them is not as the kernels need it, or two share memory: threads
@@ -305,11 +332,14 @@ std::unique_ptr<StepGroup> pack_step(const py::list& params, const py::list& gra
   for (size_t c = 0; c < columns.size(); c++)
     if (columns[c].size() != count && !(c == 2 && columns[c].empty())) return nullptr;
   made->states.segments.resize(count);
-  made->owners.reserve((columns.size() - 1) * count);
+  made->params = columns[1];
+  for (const auto* list : {&params, &steps}) made->tensors.emplace_back(*list);
+  for (const auto& list : lists) made->tensors.emplace_back(list);
+  made->storages.reserve((columns.size() - 1) * count);
   // A parameter that is there twice has its gradient there twice, which pack() has noticed; a state or a counter might
   // be there twice by itself.
   static thread_local Overlaps overlaps;
-  overlaps.expect(2 * count);
+  overlaps.expect(3 * count);
   for (size_t c = 1; c < columns.size(); c++) {
     for (size_t i = 0; i < columns[c].size(); i++) {
       auto& tensor = *columns[c][i];
@@ -324,12 +354,13 @@ std::unique_ptr<StepGroup> pack_step(const py::list& params, const py::list& gra
         if (!matches(tensor, *columns[0][i])) return nullptr;
         (c == 1 ? segment.param : segment.state[c - 3]) = memory(tensor);
       }
-      const auto address = reinterpret_cast<uintptr_t>(memory(tensor));
-      if (bytes > 0 && !Overlaps::alone_in(tensor.unsafe_storage(), bytes)) overlaps.add_view(address, address + bytes);
-      if (bytes > 0 && (c == 2 || c == 3) && !overlaps.insert(address))
-        for (size_t j = 0; j < i; j++)
-          if (columns[c][j]->numel() > 0 && memory(*columns[c][j]) == memory(tensor)) return nullptr;
-      made->owners.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));
+      const auto& storage = tensor.unsafe_storage();
+      if (bytes > 0) {
+        const auto address = reinterpret_cast<uintptr_t>(memory(tensor));
+        const bool alone = overlaps.add(storage, address, bytes);
+        if ((!alone || c == 2 || c == 3) && !overlaps.insert(address) && holds(columns, c, i, memory(tensor))) return nullptr;
+      }
+      made->storages.push_back(storage);
     }
   }
   if (overlaps.any_partial()) return nullptr;
@@ -395,7 +426,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("positions", &Group::positions)
       .def_property_readonly("tensors", &tensors)
       .def("addresses_and_sizes", &addresses_and_sizes)
-      .def("units", &units)
+      .def("units", &units, py::keep_alive<0, 1>())
       .def("bump_version", [](const Group& g) { for (size_t i = 0; i < g.segments.size(); i++) g.bump_version(i); });
   py::class_<StepGroup>(m, "StepGroup")
       .def("addresses", &step_addresses)

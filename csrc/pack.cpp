@@ -99,7 +99,7 @@ Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std
           for (const auto& any : groups)
             if (segment_at(any, data)) return Packed::Odd;
         }
-        if (!Overlaps::alone_in(storage, bytes)) overlaps.add_view(address, address + bytes);
+        overlaps.add(storage, address, bytes);
       }
       group->add(data, numel, gradient);
       if (groups.size() > 1) group->positions.push_back(position);
@@ -125,7 +125,18 @@ void Group::add(void* data, int64_t numel, c10::TensorImpl* gradient) {
 void Group::own() {
   if (!owners.empty()) return;
   owners.reserve(segments.size());
-  for (auto& s : segments) owners.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(s.gradient));
+  storages.reserve(segments.size());
+  for (auto& s : segments) {
+    owners.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(s.gradient));
+    storages.push_back(s.gradient->unsafe_storage());
+  }
+}
+
+bool Group::has_its_memory(size_t i) const {
+  const auto& gradient = *owners[i];
+  return gradient.unsafe_storage().is_alias_of(storages[i]) && gradient.numel() == segments[i].numel &&
+      static_cast<char*>(storages[i].mutable_data()) + gradient.storage_offset() * c10::elementSize(dtype) ==
+      segments[i].data;
 }
 
 void Group::bump_version(size_t i) const {

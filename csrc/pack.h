@@ -27,17 +27,21 @@ struct Group {
   std::vector<int64_t> positions;  // of each segment among all gradients; empty if there is no other group
   int64_t chunks = 0;
   int64_t work = 0;
-  std::vector<c10::intrusive_ptr<c10::TensorImpl>> owners;  // empty until own()
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> owners;  // the gradients; empty until own()
+  std::vector<c10::Storage> storages;                       // and their memory, which they may be parted from
 
   void add(void* data, int64_t numel, c10::TensorImpl* gradient);
-  // Keep the gradients alive. Without it the table is good only while the GIL is held.
+  // Keep the gradients and their memory alive, whatever Python does to them meanwhile (`p.grad = None`, `p.grad.data = x`).
+  // Without it the table is good only while the GIL is held.
   void own();
+  // Whether gradient i of an owned group still has the memory that the group was made of.
+  bool has_its_memory(size_t i) const;
   // Tell autograd that segment i was written.
   void bump_version(size_t i) const;
 };
 
-// Which tensors share memory: exact repeats through a hash table of addresses, partial overlaps by sorting those few that
-// are views into a larger storage, or share it, or borrowed it (from numpy, say).
+// Which tensors share memory: exact repeats through a hash table of addresses, partial overlaps by sorting those that are
+// not alone in their storage, if any of them is a part of a larger one, or borrowed its memory (from numpy, say).
 class Overlaps {
  public:
   void expect(size_t tensors) {
@@ -45,6 +49,7 @@ class Overlaps {
     while (capacity < 2 * tensors) capacity *= 2;
     slots_.assign(capacity, 0);
     views_.clear();
+    parts_ = false;
     shift_ = 64 - __builtin_ctzll(capacity);
   }
 
@@ -60,16 +65,20 @@ class Overlaps {
     return true;
   }
 
-  // Whether nothing but a tensor of so many bytes has this storage, so that only the same tensor can overlap it.
-  static bool alone_in(const c10::Storage& storage, size_t bytes) {
-    return storage.nbytes() == bytes && storage.use_count() == 1 && storage.unsafeGetStorageImpl()->resizable();
+  // Takes note of a tensor of so many bytes; true if nothing else has its storage. One that fills its storage can be
+  // overlapped by others that fill it, which begin at the same address, and by views, which do not fill it.
+  bool add(const c10::Storage& storage, uintptr_t address, size_t bytes) {
+    const bool fills = storage.nbytes() == bytes && storage.unsafeGetStorageImpl()->resizable();
+    if (fills && storage.use_count() == 1) return true;
+    views_.emplace_back(address, address + bytes);
+    parts_ |= !fills;
+    return false;
   }
-
-  void add_view(uintptr_t begin, uintptr_t end) { views_.emplace_back(begin, end); }
 
   bool any_views() const { return !views_.empty(); }
 
   bool any_partial() {
+    if (!parts_) return false;
     std::sort(views_.begin(), views_.end());
     for (size_t i = 1; i < views_.size(); i++)
       if (views_[i].first < views_[i - 1].second) return true;
@@ -79,6 +88,7 @@ class Overlaps {
  private:
   std::vector<uint32_t> slots_;
   std::vector<std::pair<uintptr_t, uintptr_t>> views_;
+  bool parts_;  // whether a tensor does not fill its storage
   int shift_;
 };
 

@@ -2,6 +2,9 @@
 
 Addresses are read anew on every call, so a table cannot be stale. Plain gradients (dense, real) are packed natively;
 this file is the general packer: it handles what is not plain, and says clearly what cannot be handled.
+
+A table owns the memory it was made of until the call is over. Where a rule or another thread sets a gradient to None or
+gives it other memory (``p.grad.data = x``) meanwhile, that first memory is what is clipped.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Addresses that change between calls: a stale table would read or write memory that is no longer the gradients'."""
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +60,96 @@ def test_zero_grad_set_to_none(backend):
         keep.append(torch.empty(600))  # so that the allocator does not return the same block
         model(torch.randn(4, 20)).square().mean().backward()
         check(list(model.parameters()), lambda: clipper.clip_().total_norm, 0.1)
+
+
+@pytest.mark.parametrize("then", [[], [fastclip.rules.Value(2.0)], [1.0], [fastclip.rules.Mask(0.0), 1.0]], ids=str)
+@pytest.mark.parametrize("how", ["none", "data", "set"])
+def test_a_rule_that_takes_the_gradients_away(backend, how, then):
+    """What is clipped is the memory that they had, which stays theirs until the call is over."""
+    kept, hostages = [], []
+
+    def rule(stats):
+        for p in ps:
+            if how == "none":
+                p.grad = None
+            elif how == "data":
+                p.grad.data = torch.full((3,), 5.0)
+            else:
+                p.grad.set_(torch.full((3,), 5.0))
+        # Freed blocks are handed out again: a write through an old address shows in these.
+        hostages.extend(torch.full((1000,), 7.0) for _ in range(20))
+        return torch.full((), 0.5, dtype=torch.float64)
+
+    for keep in (True, False):
+        ps = [parameter(torch.full((1000,), 3.0)) for _ in range(4)]
+        kept = [p.grad.detach() for p in ps] if keep else []  # the memory, seen from elsewhere
+        fastclip.Clipper(ps, [rule, *then]).clip_()
+        assert all((h == 7).all() for h in hostages)
+        assert all(p.grad is None or p.grad.tolist() == [5.0] * 3 for p in ps)
+        assert all((g < 3).all() and g.any() for g in kept)
+
+
+def test_agc_after_a_rule_that_gave_gradients_other_memory():
+    """It needs rows, which that memory no longer has."""
+
+    def rule(stats):
+        for p in ps:
+            p.grad.data = torch.full((3,), 5.0)
+        return torch.full((), 0.5, dtype=torch.float64)
+
+    ps = [parameter(torch.full((8, 8), 3.0)) for _ in range(4)]
+    with pytest.raises(RuntimeError, match=r"gradient 0 of 4 was given other memory .* while it was being clipped"):
+        fastclip.Clipper(ps, [rule, fastclip.rules.AGC()]).clip_()
+
+
+# Large enough that the interpreter is given to other threads meanwhile, and that what is freed is unmapped, so that a
+# touch of it is a segmentation fault; therefore in a process of its own.
+THREADS = """
+import threading
+import torch
+import fastclip
+
+SIZE = (1 << 21) + (1 << 20)
+ps = [torch.nn.Parameter(torch.ones(SIZE)) for _ in range(2)]
+optimizer = fastclip.optim.AdamW(ps, max_norm=1.0)
+done = threading.Event()
+
+def give_gradients():
+    for p in ps:
+        p.grad = torch.ones(SIZE)
+
+def take_away():
+    while not done.is_set():
+        for p in ps:
+            if p.grad is not None:
+                p.grad.data = torch.zeros(SIZE)
+            p.grad = None
+            p.data = torch.ones(SIZE)
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in optimizer.state[p]:
+                    optimizer.state[p][name].data = torch.zeros(SIZE)
+                    optimizer.state[p][name] = torch.zeros(SIZE)
+
+give_gradients()
+optimizer.step()
+thread = threading.Thread(target=take_away)
+thread.start()
+clipper = fastclip.Clipper(ps, fastclip.rules.TensorNorm(1.0))
+for _ in range(15):
+    for call in (lambda: fastclip.clip_norm_(ps, 1.0), clipper.clip_, optimizer.step):
+        give_gradients()
+        call()
+done.set()
+thread.join()
+print("done")
+"""
+
+
+def test_another_thread_that_takes_memory_away(monkeypatch):
+    """From gradients, parameters and states, in the middle of calls that let it run."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    result = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
 
 
 def test_two_models_alternate(backend):
