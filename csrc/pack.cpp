@@ -29,6 +29,11 @@ const Segment* segment_at(const Group& group, const void* data) {
   return nullptr;
 }
 
+bool has_gradient(const Group& group, const c10::TensorImpl* gradient) {
+  return std::any_of(group.segments.begin(), group.segments.end(),
+                     [gradient](const Segment& segment) { return segment.gradient == gradient; });
+}
+
 Group& group_of(std::vector<Group>& groups, c10::Device device, at::ScalarType dtype, size_t expected) {
   for (auto& group : groups)
     if (group.device == device && group.dtype == dtype) return group;
@@ -89,7 +94,9 @@ Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std
       const int64_t numel = gradient->numel();
       const auto& storage = gradient->unsafe_storage();
       char* data = static_cast<char*>(storage.mutable_data()) + gradient->storage_offset() * itemsize;
-      if (numel > 0) {
+      if (numel == 0) {
+        if (!overlaps.insert(reinterpret_cast<uintptr_t>(gradient)) && has_gradient(*group, gradient)) continue;
+      } else {
         const auto address = reinterpret_cast<uintptr_t>(data);
         const size_t bytes = numel * itemsize;
         if (storage.nbytes() < gradient->storage_offset() * itemsize + bytes) return Packed::Odd;  // freed

@@ -62,6 +62,32 @@ def test_zero_grad_set_to_none(backend):
         check(list(model.parameters()), lambda: clipper.clip_().total_norm, 0.1)
 
 
+def test_gradients_without_elements_are_the_same_only_as_one_object(backend):
+    """The native packer, the general one, a graph and the names of gradients agree, so that a rule for one of the
+    others finds it in its place."""
+    whole = torch.ones(6)
+    nothing = torch.empty(0)
+    pairs = {
+        "one object": (nothing, nothing),
+        "a view": (nothing, nothing.view(0)),
+        "two views of nothing": (whole[2:2], whole[2:2]),
+        "other shapes": (torch.empty(0), torch.empty(0, 3)),
+    }
+    for name, pair in pairs.items():
+        distinct = 1 if name == "one object" else 2
+        for odd in ([], [torch.ones(2, dtype=torch.complex64)]):  # which takes the general packer
+            full = torch.full((4,), 3.0)
+            ps = [parameter(g) for g in (*pair, full, *odd)]
+            named = {"first": ps[0], "second": ps[1], "full": ps[2]} | {f"odd {i}": p for i, p in enumerate(ps[3:])}
+            clipper = fastclip.Clipper(named.items(), fastclip.rules.Only(fastclip.rules.TensorNorm(1.0), "full"))
+            stats = clipper.clip_()
+            assert stats.names == tuple(named)[:distinct] + tuple(named)[2:], name
+            assert stats.tensor_norms[distinct].item() == pytest.approx(6) and stats.coef[distinct] < 1
+            assert full[0].item() == pytest.approx(0.5, rel=1e-5)
+            assert len(clipper.owners()[0]) == 3 - distinct
+            assert len(fastclip.clip_tensor_norm_(ps, 9.0)) == len(stats.names)
+
+
 @pytest.mark.parametrize("then", [[], [fastclip.rules.Value(2.0)], [1.0], [fastclip.rules.Mask(0.0), 1.0]], ids=str)
 @pytest.mark.parametrize("how", ["none", "data", "set"])
 def test_a_rule_that_takes_the_gradients_away(backend, how, then):
