@@ -13,11 +13,11 @@ constexpr int64_t SEGMENT_COST = 256;  // of starting on a tensor, in elements; 
 
 constexpr size_t MOST_KEPT = 1 << 15;  // segments
 
-// Anything that is not simply memory: wrapper subclasses, lazy conjugates and negatives, vmap, sparse, meta, ...
+// Anything that is not simply memory: wrapper subclasses, lazy conjugates and negatives, vmap, nested, sparse, meta, ...
 const c10::DispatchKeySet ODD_KEYS{
     c10::DispatchKey::Python, c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
     c10::DispatchKey::ZeroTensor, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
-    c10::DispatchKey::Functionalize};
+    c10::DispatchKey::Functionalize, c10::DispatchKey::NestedTensor};
 
 // Memory kept from call to call: asking the system for fresh pages costs more than filling them.
 thread_local Overlaps kept_overlaps;

@@ -268,6 +268,8 @@ class _Optimizer(TakesDecision, torch.optim.Optimizer):
         columns = {"parameter": arrays.params, "gradient": arrays.grads, **dict(zip(self._names, arrays.states))}
         for name, tensors in columns.items():
             for p, t in zip(arrays.params, tensors):
+                if t.is_nested:
+                    raise NotImplementedError(f"{name} is a nested tensor, which is not supported; nothing was changed")
                 if t.shape != p.shape:
                     raise ValueError(
                         f"{name} has the shape {tuple(t.shape)}, and its parameter {tuple(p.shape)}; nothing was "

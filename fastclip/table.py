@@ -318,7 +318,7 @@ def check_not_traced() -> None:
 def identity(gradient: Tensor) -> Any:
     """Equal for two gradients that are the same values in memory, such as those of tied weights."""
     plain = gradient.layout is torch.strided and not _is_wrapped(gradient) and not gradient.is_meta
-    if not plain or not gradient.numel():
+    if not plain or gradient.is_nested or not gradient.numel():
         return id(gradient)
     dense = torch.ops.aten.is_non_overlapping_and_dense.default(gradient)
     return gradient.data_ptr(), gradient.numel() if dense else (gradient.shape, gradient.stride()), gradient.dtype
@@ -337,6 +337,8 @@ def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
         raise NotImplementedError(
             f"{label} is a {type(gradient).__name__}; DTensor and other wrapper subclasses are not supported yet"
         )
+    if gradient.is_nested:
+        raise NotImplementedError(f"{label} is a nested tensor, which is not supported")
     if gradient.is_meta:
         raise ValueError(f"{label} is on the meta device and has no values")
     if not (gradient.is_floating_point() or gradient.is_complex()) or gradient.dtype.itemsize < 2:
@@ -348,6 +350,9 @@ def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
     if gradient.layout is not torch.strided:
         raise TypeError(f"{label} has the layout {gradient.layout}, which is not supported")
     memory = gradient.detach()
+    if memory.is_complex():  # of which only magnitudes matter: those of the memory itself
+        memory = memory.conj() if memory.is_conj() else memory
+        memory = torch._neg_view(memory) if memory.is_neg() else memory
     if not has_memory(memory):
         raise RuntimeError(f"{label} has no memory: its storage was freed or shrunk")
     if write and torch._debug_has_internal_overlap(memory) == 1:

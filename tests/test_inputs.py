@@ -8,6 +8,7 @@ import torch
 from cases import clip_factor, clipping, gradients, parameter
 
 import fastclip
+from fastclip import rules
 
 
 def ones(*sizes):
@@ -213,6 +214,61 @@ def test_number_like_limits(backend):
         (p,) = ones(4)
         fastclip.clip_norm_([p], limit)
         assert p.grad[0].item() == clipped_ones(2, 1.0)
+
+
+@pytest.mark.parametrize("lazy", ["conj", "neg", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.complex128], ids=str)
+def test_lazily_conjugated_and_negated_gradients(backend, dtype, lazy):
+    """What every function does to a lazy gradient is what it does to the same values in memory."""
+    values = torch.tensor([3 + 4j, -6 - 8j, 0.1j, 0], dtype=torch.complex128)
+    memory = (values if dtype.is_complex else values.real - values.imag).to(dtype)
+
+    def made():
+        g = memory.clone()
+        g = g.conj() if lazy != "neg" else g
+        return torch._neg_view(g) if lazy != "conj" else g
+
+    calls = [
+        lambda ps: fastclip.clip_norm_(ps, 1.0),
+        lambda ps: fastclip.clip_value_(ps, 1.0),
+        lambda ps: fastclip.clip_tensor_norm_(ps, 1.0),
+        lambda ps: fastclip.mask_small_(ps, 100.0),
+        lambda ps: fastclip.clip_with_norm_(ps, 1.0, torch.tensor(5.0)),
+        lambda ps: fastclip.total_norm(gradients(ps)),
+        lambda ps: fastclip.Clipper(ps, [rules.AGC(), rules.Value(0.5)], nonfinite="zero").clip_().total_norm,
+        lambda ps: fastclip.Clipper(ps, rules.TensorNorm(1.0), nonfinite="raise").clip_().total_norm,
+    ]
+    if not dtype.is_complex:
+        calls.append(lambda ps: fastclip.Clipper(ps, rules.Value(-0.5, 2.0)).clip_().total_norm)
+    for call in calls:
+        p, q = parameter(made()), parameter(made().resolve_conj().resolve_neg().clone())
+        assert (p.grad.is_conj(), p.grad.is_neg()) == (lazy != "neg" and dtype.is_complex, lazy != "conj")
+        a, b = call([p]), call([q])
+        torch.testing.assert_close(p.grad.resolve_conj().resolve_neg(), q.grad, rtol=2e-7, atol=0)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=2e-7, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_strided_nested_tensors_are_refused(backend):
+    x = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], requires_grad=True)
+    torch.nested.to_padded_tensor(x * 2, 0.0).sum().backward()
+    good = ones(3)[0]
+    for call in (
+        lambda: fastclip.clip_norm_([good, x], 0.1),
+        lambda: fastclip.clip_value_([good, x], 0.1),
+        lambda: fastclip.mask_small_([good, x], 9.0),
+        lambda: fastclip.Clipper([("good", good), ("x", x)], rules.Only(rules.TensorNorm(0.1), "x")).clip_(),
+        lambda: fastclip.Clipper([good, x], rules.AGC()).clip_(),
+        lambda: fastclip.optim.AdamW([good, x], max_norm=0.1).step(),
+    ):
+        with pytest.raises(NotImplementedError, match=r"the gradient of parameters\[1\] is a nested tensor"):
+            call()
+    with pytest.raises(NotImplementedError, match=r"tensors\[0\] is a nested tensor"):
+        fastclip.total_norm([x.grad])
+    with pytest.raises(NotImplementedError, match="nested tensor, which is not supported; nothing was changed"):
+        fastclip.optim.SGD([good, x], lr=0.1).step()
+    assert torch.equal(good.grad, torch.ones(3)) and not good.detach().any()
 
 
 def test_dtensor(backend):
