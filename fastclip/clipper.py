@@ -28,7 +28,7 @@ class Clipper:
 
     Args:
         parameters: as torch.optim takes them: an iterable of tensors, of parameter-group dicts, or of (name, tensor)
-            pairs such as ``model.named_parameters()``.
+            pairs such as ``model.named_parameters()``; in an order, so no set.
         rule: a :mod:`fastclip.rules` rule, a function from :class:`Stats` to coefficients, a list of such (run in
             order, each seeing what those before it leave), or a number, which means ``GlobalNorm(number)``.
         nonfinite: what to do when a gradient holds an inf or a NaN: ``"propagate"`` it as torch does; ``"skip"`` (the
@@ -57,7 +57,7 @@ class Clipper:
     def __init__(
         self, parameters: Iterable[Any] | Tensor, rule: Rule | list[Rule] | float, *, nonfinite: str = "propagate"
     ) -> None:
-        self.parameters, self.names = _named(listed(parameters))
+        self.parameters, self.names = _named(listed(parameters, ordered=True))
         self.rules = [as_rule(r) for r in rule] if isinstance(rule, (list, tuple)) else [as_rule(rule)]
         if not self.rules:
             raise ValueError(f"rule must not be an empty list, got {rule!r}")

@@ -25,7 +25,7 @@ from .clipper import Clipper, Pending, check_names
 from .feed import Fed, TakesDecision, flat_params, given_by_scaler
 from .rules import Rule
 from .stats import Stats, measure
-from .table import has_memory, pack, pack_step
+from .table import has_memory, pack, pack_step, refuse_set
 
 NUMBERS = ("eps", "momentum", "dampening", "weight_decay")  # entries of a parameter group, besides lr and betas
 OWN = ("stochastic_rounding", "rounding_step", "clipper")  # entries of a parameter group that torch's do not have
@@ -46,6 +46,7 @@ class _Optimizer(TakesDecision, torch.optim.Optimizer):
     def __init__(
         self, params: Any, defaults: dict[str, Any], max_norm: Any, nonfinite: str, stochastic_rounding: int | None
     ) -> None:
+        refuse_set(params, "params")
         if defaults["foreach"] or defaults["fused"] is False:
             raise ValueError("foreach=True and fused=False are not supported: this optimizer is always fused")
         if defaults["differentiable"]:
@@ -87,6 +88,7 @@ class _Optimizer(TakesDecision, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         given = param_group["params"]
+        refuse_set(given, "params")
         param_group = {**param_group, "params": [given] if isinstance(given, Tensor) else list(given)}
         for item in param_group["params"]:
             p = item[1] if isinstance(item, tuple) else item

@@ -146,12 +146,17 @@ class GradTable:
         return changed
 
 
-def listed(parameters: Any, argument: str = "parameters", stacklevel: int = 3) -> list[Any]:
-    """A tensor, an iterable of tensors, or of torch.optim's parameter-group dicts, as a flat list."""
+def listed(parameters: Any, argument: str = "parameters", stacklevel: int = 3, ordered: bool = False) -> list[Any]:
+    """A tensor, an iterable of tensors, or of torch.optim's parameter-group dicts, as a flat list.
+
+    `stacklevel`: of the user's call, seen from here. `ordered`: refuse sets.
+    """
     if isinstance(parameters, Tensor):
         return [parameters]
     if isinstance(parameters, (str, bytes, dict)) or not isinstance(parameters, Iterable):
         raise TypeError(f"{argument} must be a tensor or an iterable of tensors, got {_shown(parameters)}")
+    if ordered:
+        refuse_set(parameters, argument)
     items = list(parameters)
     if not items and isinstance(parameters, types.GeneratorType):
         warnings.warn(f"{argument} is an exhausted generator: nothing is clipped", stacklevel=stacklevel)
@@ -162,10 +167,19 @@ def listed(parameters: Any, argument: str = "parameters", stacklevel: int = 3) -
         if isinstance(item, dict):
             if "params" not in item:
                 raise ValueError(f"{argument}[{i}] is a dict without the key 'params'; its keys are {list(item)}")
-            flat += listed(item["params"], f"{argument}[{i}]['params']")
+            flat += listed(item["params"], f"{argument}[{i}]['params']", stacklevel + 1, ordered)
         else:
             flat.append(item)
     return flat
+
+
+def refuse_set(parameters: Any, argument: str) -> None:
+    """TypeError for a set: what is remembered of its elements would belong to others in the next run."""
+    if isinstance(parameters, (set, frozenset)):
+        raise TypeError(
+            f"{argument} must be in an order that is the same in every run, which a {type(parameters).__name__} has "
+            f"not: pass a list"
+        )
 
 
 def pack(items: list[Any], *, gradients: bool, write: bool, argument: str = "parameters") -> GradTable:

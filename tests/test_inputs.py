@@ -40,6 +40,21 @@ def test_forms_of_parameters(backend, form):
     assert all(g[0].item() == clipped_ones(4, 2.0) for g in gradients(parameters))
 
 
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_what_remembers_parameters_refuses_a_set(kind):
+    """Its order is another one in the next run; torch's optimizers refuse it in a group, and torch's clip takes it."""
+    ps = ones(3, 6)
+    for make in (
+        lambda: fastclip.Clipper(kind(ps), 1.0),
+        lambda: fastclip.Clipper([{"params": kind(ps)}], 1.0),
+        lambda: fastclip.optim.SGD(kind(ps), lr=0.1),
+        lambda: fastclip.optim.AdamW([{"params": kind(ps)}], max_norm=1.0),
+        lambda: fastclip.optim.SGD(ps[:1], lr=0.1).add_param_group({"params": kind(ps[1:])}),
+    ):
+        with pytest.raises(TypeError, match=rf"param.* must be in an order .* which a {kind.__name__} has not"):
+            make()
+
+
 def test_single_tensor(backend):
     (p,) = ones(4)
     assert fastclip.clip_norm_(p, 1.0).item() == 2
