@@ -158,8 +158,8 @@ def listed(parameters: Any, argument: str = "parameters", stacklevel: int = 3, o
     if ordered:
         refuse_set(parameters, argument)
     items = list(parameters)
-    if not items and isinstance(parameters, types.GeneratorType):
-        warnings.warn(f"{argument} is an exhausted generator: nothing is clipped", stacklevel=stacklevel)
+    if not items and isinstance(parameters, types.GeneratorType):  # torch's words, which people filter
+        warnings.warn(f"`{argument}` is an empty generator, no gradient clipping will occur.", stacklevel=stacklevel)
     if not any(isinstance(item, dict) for item in items):
         return items
     flat: list[Any] = []

@@ -135,14 +135,28 @@ def test_no_gradients(backend):
     assert fastclip.clip_norm_([frozen], 1.0).item() == 0
 
 
-def test_exhausted_generator_warns(backend):
+def test_exhausted_generator_warns_as_torch_does(backend):
+    """In its words and its category, by which people filter; and it points at the caller."""
     generator = (p for p in ())
-    for call in (fastclip.clip_norm_, fastclip.clip_value_):
-        with pytest.warns(UserWarning, match="exhausted generator") as warned:
-            call(generator, 1.0)
-        assert warned[0].filename == __file__  # it points at the caller
-    with pytest.warns(UserWarning, match="exhausted generator"):
-        assert fastclip.clip_norm_(generator, 1.0).item() == 0
+    calls = {
+        "clip_norm_": lambda: fastclip.clip_norm_(generator, 1.0),
+        "clip_value_": lambda: fastclip.clip_value_(generator, 1.0),
+        "clip_tensor_norm_": lambda: fastclip.clip_tensor_norm_(generator, 1.0),
+        "mask_small_": lambda: fastclip.mask_small_(generator, 1.0),
+        "clip_with_norm_": lambda: fastclip.clip_with_norm_(generator, 1.0, torch.tensor(1.0)),
+        "Clipper": lambda: fastclip.Clipper(generator, 1.0),
+    }
+    with pytest.warns(UserWarning, match="empty generator") as torchs:
+        torch.nn.utils.clip_grad_norm_(generator, 1.0)
+    for name, call in calls.items():
+        with pytest.warns(UserWarning, match="empty generator") as warned:
+            call()
+        assert [str(w.message) for w in warned] == [str(torchs[0].message)], name
+        assert [w.category for w in warned] == [torchs[0].category], name
+        assert [w.filename for w in warned] == [__file__], name
+    with pytest.warns(UserWarning, match="is an empty generator, no gradient clipping will occur") as warned:
+        fastclip.clip_value_([{"params": generator}], 1.0)
+    assert warned[0].filename == __file__
 
 
 def test_nothing_to_clip_by_value(backend):
