@@ -12,6 +12,7 @@ compiler to pack with, it is torch's own fused kernel, fed with the coefficient.
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -57,10 +58,10 @@ class _Optimizer(TakesDecision, torch.optim.Optimizer):
                 raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
             if not (name == "lr" and isinstance(value, Tensor)) and not value >= 0:
                 raise ValueError(f"{name} must be >= 0, got {value!r}")
-        if stochastic_rounding is not None and (
-            isinstance(stochastic_rounding, bool) or not isinstance(stochastic_rounding, int)
-        ):
-            raise TypeError(f"stochastic_rounding must be a seed (an int) or None, got {stochastic_rounding!r}")
+        if stochastic_rounding is not None:
+            if isinstance(stochastic_rounding, bool) or not isinstance(stochastic_rounding, numbers.Integral):
+                raise TypeError(f"stochastic_rounding must be a seed (an int) or None, got {stochastic_rounding!r}")
+            stochastic_rounding = int(stochastic_rounding)
         if max_norm is None and nonfinite != "propagate":
             raise ValueError(f"nonfinite={nonfinite!r} needs a max_norm; float('inf') only measures")
         if max_norm is not None:

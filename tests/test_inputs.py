@@ -225,10 +225,42 @@ def test_inference_tensors(backend):
 
 
 def test_number_like_limits(backend):
-    for limit in (1, torch.tensor(1.0), torch.tensor([1.0]), torch.tensor(1.0, dtype=torch.float64)):
+    numpys = (np.float32(1), np.float64(1), np.float16(1), np.int64(1))
+    for limit in (1, torch.tensor(1.0), torch.tensor([1.0]), torch.tensor(1.0, dtype=torch.float64), *numpys):
         (p,) = ones(4)
         fastclip.clip_norm_([p], limit)
         assert p.grad[0].item() == clipped_ones(2, 1.0)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64], ids=lambda kind: kind.__name__)
+def test_numpys_numbers_are_numbers(kind):
+    one, two = kind(1), kind(2)
+    ps = ones(4, 5)
+    fastclip.clip_with_norm_(ps, one, two)
+    assert ps[0].grad[0].item() == pytest.approx(0.5, rel=1e-5)
+    for rule in (one, rules.GlobalNorm(one, two), rules.TensorNorm(one), rules.Value(one), rules.Value(-one, one),
+                 rules.Mask(one, hold=np.bool_(False)), rules.BlockRMS(one), rules.AGC(one, one), rules.ZClip(two),
+                 rules.AdaGC(two, warmup=np.int64(0)), rules.AdaGC(two, warmup=np.int64(3)),
+                 rules.AutoClip(one, window=np.int32(9))):  # fmt: skip
+        ps = ones(4)
+        stats = fastclip.Clipper(ps, rule).step(torch.optim.SGD(ps, lr=0.1), divide_by=two)
+        assert stats.total_norm.item() == 1
+    for make in (
+        lambda p: fastclip.optim.AdamW(p, lr=one, eps=one, weight_decay=one, betas=(kind(0), kind(0)), max_norm=one,
+                                       amsgrad=np.bool_(True), maximize=np.bool_(True)),
+        lambda p: fastclip.optim.SGD(p, lr=one, momentum=one, weight_decay=one, nesterov=np.bool_(True), max_norm=one,
+                                     stochastic_rounding=np.int64(2**62)),
+    ):  # fmt: skip
+        p = parameter(torch.ones(40, dtype=torch.bfloat16))
+        make([p]).step(zero_grad=np.bool_(True))
+        assert p.detach().any() and not p.grad.any()
+
+
+def test_numpys_bool_is_no_number():
+    with pytest.raises(TypeError, match="max_norm must be a number, got bool"):
+        fastclip.clip_norm_(ones(3), np.bool_(True))
+    with pytest.raises(TypeError, match="warmup must be an int, got bool"):
+        rules.AdaGC(warmup=np.bool_(False))
 
 
 @pytest.mark.parametrize("lazy", ["conj", "neg", "both"])

@@ -18,7 +18,18 @@ from torch import Tensor
 
 from ..backends import capturing, choose, get
 from ..stats import Stats
-from .formula import EPS, STATES, at_least_one, clip_coefficient, fraction, nonnegative, number, positive, whose
+from .formula import (
+    EPS,
+    STATES,
+    at_least_one,
+    clip_coefficient,
+    fraction,
+    is_bool,
+    nonnegative,
+    number,
+    positive,
+    whose,
+)
 
 
 class Adaptive:
@@ -284,7 +295,7 @@ class AdaGC(Adaptive):
         super().__init__()
         self.lambda_rel = positive(lambda_rel, "lambda_rel")
         self.beta = fraction(beta, "beta")
-        self.warmup = at_least_one(warmup, "warmup") if warmup != 0 or isinstance(warmup, bool) else 0
+        self.warmup = at_least_one(warmup, "warmup") if warmup != 0 or is_bool(warmup) else 0
         self.lambda_abs = positive(lambda_abs, "lambda_abs")
 
     def _new(self, device: torch.device) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def number(value: Any, argument: str) -> float:
     """`value` as a float; an error that names `argument` unless it is a number (inf and NaN included)."""
     if isinstance(value, Tensor):
         value = one_number(value, argument).item()
-    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
+    if isinstance(value, (str, bytes)) or is_bool(value) or not hasattr(value, "__float__"):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__} {value!r}")
     try:
         return float(value)
@@ -151,8 +152,14 @@ def fraction(value: Any, argument: str) -> float:
 
 
 def at_least_one(value: Any, argument: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{argument} must be an int, got {type(value).__name__} {value!r}")
     if value < 1:
         raise ValueError(f"{argument} must be >= 1, got {value!r}")
-    return value
+    return int(value)
+
+
+def is_bool(value: Any) -> bool:
+    """Whether it is Python's or numpy's, which need not be installed."""
+    kind = type(value)
+    return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))

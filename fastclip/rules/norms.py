@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..members import Members
 from ..stats import Stats
-from .formula import checked_limit, clip_coefficient, nonnegative, within
+from .formula import checked_limit, clip_coefficient, is_bool, nonnegative, within
 
 
 class GlobalNorm:
@@ -158,9 +158,9 @@ class Mask:
 
     def __init__(self, threshold: float, hold: bool = False) -> None:
         self.threshold = nonnegative(threshold, "threshold")
-        if not isinstance(hold, bool):
+        if not is_bool(hold):
             raise TypeError(f"hold must be a bool, got {type(hold).__name__} {hold!r}")
-        self.hold = hold
+        self.hold = bool(hold)
 
     def __call__(self, stats: Stats) -> Tensor:
         return (stats.absmax < self.threshold).logical_not().double()
