@@ -207,6 +207,7 @@ void for_each_step(const Group& group, const States& states, Coef coef_of, Run r
 void adamw_(const Group& group, const States& states, const AdamWOptions& o, const double* coef, int64_t stride) {
   std::vector<AdamW<double>> constants(group.segments.size());
   const auto coef_of = coefficients(group, coef, stride);
+  const double lerp = group.dtype == at::kDouble ? lerp_factor<double>(o.beta1) : lerp_factor<float>(o.beta1);
   double last_step = -1, bias1 = 1, root_bias2 = 1;
   for (size_t i = 0; i < constants.size(); i++) {
     if (states.is_idle(i)) continue;
@@ -216,7 +217,7 @@ void adamw_(const Group& group, const States& states, const AdamWOptions& o, con
       root_bias2 = std::sqrt(1 - std::pow(o.beta2, step));
       last_step = step;
     }
-    constants[i] = {states.maximize ? -coef_of(i) : coef_of(i), 1 - o.lr * o.weight_decay, 1 - o.beta1, o.beta2,
+    constants[i] = {states.maximize ? -coef_of(i) : coef_of(i), 1 - o.lr * o.weight_decay, lerp, o.beta2,
                     1 - o.beta2, o.lr / bias1, 1 / root_bias2, o.eps};
   }
   const auto& k = kernels_of(group.dtype);

@@ -414,7 +414,7 @@ FASTCLIP_FN void step_over(const StepArrays& arrays, Op op) {
 template <class T>
 void adamw(const StepArrays& arrays, const AdamW<double>& c) {
   using S = typename T::Compute;
-  const AdamW<S> h{S(c.coef), S(c.decay), S(c.beta1_rest), S(c.beta2), S(c.beta2_rest), S(c.step_size),
+  const AdamW<S> h{S(c.coef), S(c.decay), S(c.lerp), S(c.beta2), S(c.beta2_rest), S(c.step_size),
                    S(c.inv_root_bias2), S(c.eps)};
   constexpr int L = BYTES / sizeof(S);
   auto square_root = [](Vec<S, L> x) __attribute__((always_inline)) { return root<L>(x); };

@@ -98,7 +98,7 @@ template <class S>
 __device__ AdamW<S> constants_of(const AdamWOptions& o, double coef, double lr, float* step) {
   const double t = *step += 1;
   const double bias1 = 1 - pow(o.beta1, t), bias2 = 1 - pow(o.beta2, t);
-  return {S(coef), S(1 - lr * o.weight_decay), S(1 - o.beta1), S(o.beta2), S(1 - o.beta2), S(lr / bias1),
+  return {S(coef), S(1 - lr * o.weight_decay), lerp_factor<S>(o.beta1), S(o.beta2), S(1 - o.beta2), S(lr / bias1),
           S(1 / sqrt(bias2)), S(o.eps)};
 }
 template <class S>

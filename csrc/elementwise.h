@@ -119,12 +119,20 @@ FASTCLIP_FN V product_plus(V a, S b, C c) {
 #endif
 }
 
+// What AdamW's first moment m multiplies g - m by, with torch's rounding. It starts from m, and the factor is 1 - beta1; or,
+// where little of m is kept, from g, and the factor is that less 1, not positive: g - m loses a small g beside a large m.
+template <class S>
+FASTCLIP_FN S lerp_factor(double beta1) {
+  const S weight = S(1 - beta1);
+  return weight < S(0.5) ? weight : weight - 1;
+}
+
 // One tensor's constants of a step of torch.optim.AdamW; S is the type it is computed in.
 template <class S>
 struct AdamW {
   S coef;             // the gradient is multiplied by it first; negative to maximize
   S decay;            // 1 - lr * weight_decay
-  S beta1_rest;       // 1 - beta1
+  S lerp;             // lerp_factor(beta1)
   S beta2, beta2_rest;
   S step_size;        // lr / (1 - beta1^t)
   S inv_root_bias2;   // 1 / sqrt(1 - beta2^t)
@@ -133,8 +141,7 @@ struct AdamW {
   template <bool AMSGRAD, class V, class Root>
   FASTCLIP_FN void operator()(V& p, V g, V& m, V& v, V& largest, Root root) const {
     g = product(g, coef);
-    // torch's lerp: from m, or from g where little of m is kept, since g - m loses a small g beside a large m.
-    m = beta1_rest < S(0.5) ? product_plus(g - m, beta1_rest, m) : product_plus(g - m, beta1_rest - 1, g);
+    m = product_plus(g - m, lerp, lerp > 0 ? m : g);
     v = product_plus(v, beta2, product(product(g, beta2_rest), g));  // g * g could overflow where v does not
     V square = v;
     if constexpr (AMSGRAD) square = largest = largest > v ? largest : v;
