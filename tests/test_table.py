@@ -147,9 +147,11 @@ def give_gradients():
 def take_away():
     while not done.is_set():
         for p in ps:
-            if p.grad is not None:
-                p.grad.data = torch.zeros(SIZE)
+            gradient = p.grad
+            if gradient is not None:
+                gradient.data = torch.zeros(SIZE)
             p.grad = None
+            del gradient  # only now is it freed: torch itself crashes where .grad is read while None takes its place
             p.data = torch.ones(SIZE)
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in optimizer.state[p]:
