@@ -15,7 +15,7 @@ from .backends import Measurement, capturing, native, upload
 from .feed import Fed, Scaling, check_optimizer, covers, innermost, prepare, step_inside
 from .members import Members
 from .rules import GlobalNorm, Rule
-from .rules.formula import check_state, checked, clip_coefficient, combined, norm_type_of, state_of
+from .rules.formula import check_state, checked, clip_coefficient, combined, is_bool, norm_type_of, state_of
 from .rules.norms import as_rule
 from .stats import Stats, is_zero, measure
 from .table import GradTable, check_not_traced, from_native, listed, pack, same_items
@@ -477,7 +477,7 @@ def decide(
 
 
 def _flag(when: Any, device: torch.device) -> Tensor:
-    if type(when).__name__ in ("bool", "bool_") and type(when).__module__ == "numpy":  # which need not be installed
+    if is_bool(when):
         when = bool(when)
     if not (isinstance(when, bool) or (isinstance(when, Tensor) and when.dtype == torch.bool and when.numel() == 1)):
         got = f"a {when.dtype} tensor of shape {tuple(when.shape)}" if isinstance(when, Tensor) else repr(when)

@@ -248,12 +248,12 @@ class _Optimizer(TakesDecision, torch.optim.Optimizer):
             for part, arrays in enumerate(parts):
                 kernel = getattr(backends.choose(arrays.params[0].device), self._verb, None)
                 table = pack_step(arrays.params, arrays.grads, arrays.states, arrays.steps) if kernel else None
-                if table is None and arrays.overlap():  # each sees what those before it wrote, as in torch
-                    parts += arrays.one_by_one()
-                    continue
-                seed = _seed(group, number, part) if arrays.params[0].dtype == torch.bfloat16 else None
                 if table is None:
                     self._check(arrays)
+                    if arrays.overlap():  # each sees what those before it wrote, as in torch
+                        parts += arrays.one_by_one()
+                        continue
+                seed = _seed(group, number, part) if arrays.params[0].dtype == torch.bfloat16 else None
                 if seed is not None and table is None:
                     raise NotImplementedError(
                         "stochastic_rounding needs a backend with kernels, a C++ compiler, and gradients laid out as "

@@ -31,7 +31,7 @@ from cases import (
 
 import fastclip
 from fastclip import backends
-from fastclip.backends import native
+from fastclip.backends import build_cache, native
 
 cuda = importlib.import_module("fastclip.backends.cuda")
 emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="emulated only where there is no GPU")
@@ -57,7 +57,7 @@ def compiled(request, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     library, log = (folder / f"nvcc{request.param}{suffix}" for suffix in (".so", ".log"))
-    with native._between_processes(library.with_suffix(".lock")):
+    with build_cache.Entry(library, "").locked():
         if not log.is_file():
             command = [*native.nvcc_command(library, [request.param]), "-Xptxas", "-v"]
             result = subprocess.run(command, capture_output=True, text=True)
