@@ -1,5 +1,7 @@
 // The only file that knows Python: lists of parameters in, groups and tensors out.
 #include <ATen/EmptyTensor.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -32,6 +34,9 @@ const std::vector<c10::TensorImpl*>* tensors_of(PyObject* list, bool* subclass =
   }
   return &tensors;
 }
+
+// Whether a mode may want to see every operation (fake tensors, make_fx, FlopCounterMode), which nothing here would show it.
+bool watched() { return c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled(); }
 
 // Whether a parameter is one of FSDP1's flat ones, or a view of one: each rank has another part of them. Looks at none
 // where FSDP1 is not loaded, and unless `all` only at those of one dimension, as flat ones are.
@@ -100,7 +105,7 @@ PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const int refuses = PyObject_IsTrue(args[4]);
   if (refuses < 0) return nullptr;
   std::vector<Group> groups;
-  if (pack_items(args[0], /*gradients_of=*/clip, groups) == Packed::Odd || groups.empty()) Py_RETURN_NONE;
+  if (watched() || pack_items(args[0], /*gradients_of=*/clip, groups) == Packed::Odd || groups.empty()) Py_RETURN_NONE;
   int64_t work = 0;
   bool wide = false;
   for (const auto& group : groups) {
@@ -232,7 +237,7 @@ py::tuple measure(const Group& group, double p, std::optional<double> max_norm, 
 // nothing here runs Python.
 py::object clip_all(const py::list& list, double p, double max_norm) {
   std::vector<Group> groups;
-  if (pack_items(list.ptr(), /*gradients_of=*/true, groups) == Packed::Odd || groups.empty()) return py::none();
+  if (watched() || pack_items(list.ptr(), /*gradients_of=*/true, groups) == Packed::Odd || groups.empty()) return py::none();
   if (groups.size() > 1 || !groups[0].device.is_cpu() || groups[0].work > LONG_WORK) return wrap(std::move(groups));
   Group& group = groups[0];
   const int64_t n = group.segments.size();

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, compiler
 
 from . import backends
 from .backends import Measurement, capturing, native, upload
@@ -18,7 +18,7 @@ from .rules import GlobalNorm, Rule
 from .rules.formula import check_state, checked, clip_coefficient, combined, is_bool, norm_type_of, state_of
 from .rules.norms import as_rule
 from .stats import Stats, is_zero, measure
-from .table import GradTable, check_not_traced, from_native, listed, pack, same_items
+from .table import GradTable, from_native, listed, pack, same_items
 
 NONFINITE = ("propagate", "skip", "zero", "raise")
 
@@ -110,7 +110,7 @@ class Clipper:
                 finite where ``nonfinite="raise"``, before any is changed; or a rule that returns no coefficients,
                 before anything that comes after the last `Value`.
         """
-        if torch.compiler.is_dynamo_compiling():
+        if compiler.is_dynamo_compiling():
             from . import graph_breaks
 
             return graph_breaks.clip_(self)
@@ -130,7 +130,6 @@ class Clipper:
         rule = self.rules[0]
         if len(self.rules) > 1 or type(rule) is not GlobalNorm or rule.norm_type == 0 or self.nonfinite != "propagate":
             return None
-        check_not_traced()
         limit = rule.limit(self.steps)
         library = native.cpp.load() if backends.current() in ("auto", "cpu") else None
         if library is None or isinstance(limit, Tensor):
@@ -193,7 +192,7 @@ class Clipper:
         with dampening counts as such) and where the rules have a ``Value``. ``Mask(hold=True)`` reads which are held,
         but not with :mod:`fastclip.optim`, where only SGD with dampening reads either.
         """
-        if torch.compiler.is_dynamo_compiling():
+        if compiler.is_dynamo_compiling():
             from . import graph_breaks
 
             return graph_breaks.step(self, optimizer, scaler, when, divide_by)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_torch_function_mode_enabled, _len_torch_dispatch_stack
 from torch.compiler import is_dynamo_compiling
 
 from . import backends, ops
@@ -64,10 +63,8 @@ def clip_norm_(
             gradients overlap.
         NotImplementedError: a gradient is a DTensor or another wrapper subclass.
     """
-    if _in_a_graph():
-        limit, p, items = _in_graph(max_norm, "max_norm"), _order(norm_type), listed(parameters)
-        grads = _gradients(items)
-        return ops.clip_norm_(grads, limit, p, bool(error_if_nonfinite)) if grads else _nothing(items, ())
+    if is_dynamo_compiling():
+        return _global_norm_in_graph(listed(parameters), "parameters", max_norm, norm_type, error_if_nonfinite)
     return _global_norm(parameters, "parameters", max_norm, norm_type, error_if_nonfinite)
 
 
@@ -80,10 +77,8 @@ def total_norm(
 
     Follows ``torch.nn.utils.get_total_norm``. Args, returns and raises as :func:`clip_norm_`.
     """
-    if _in_a_graph():
-        p, items = _order(norm_type), listed(tensors, "tensors")
-        _check_tensors(items, "tensors")
-        return ops.total_norm([t.detach() for t in items], p, bool(error_if_nonfinite)) if items else _nothing([], ())
+    if is_dynamo_compiling():
+        return _global_norm_in_graph(listed(tensors, "tensors"), "tensors", None, norm_type, error_if_nonfinite)
     return _global_norm(tensors, "tensors", None, norm_type, error_if_nonfinite)
 
 
@@ -189,20 +184,29 @@ def _global_norm(
             packed = library.global_norm(items, clips, max_norm, norm_type, error_if_nonfinite)
             if isinstance(packed, Tensor):
                 return packed
+    if not packed and is_watched():
+        return _global_norm_in_graph(listed(items, argument), argument, max_norm, norm_type, error_if_nonfinite)
     rule = GlobalNorm(checked_limit(max_norm, "max_norm") if clips else math.inf, norm_type)
     items = listed(items, argument)
     table = from_native(packed) if packed else pack(items, gradients=not clips, write=clips, argument=argument)
     return clip(table, [rule], rule.norm_type, refuse_nonfinite if error_if_nonfinite else None).total_norm
 
 
+def _global_norm_in_graph(
+    items: list[Tensor], argument: str, max_norm: float | None, norm_type: float, error_if_nonfinite: bool
+) -> Tensor:
+    p, refuse = _order(norm_type), bool(error_if_nonfinite)
+    if argument == "tensors":
+        _check_tensors(items, argument)
+        return ops.total_norm([t.detach() for t in items], p, refuse) if items else _nothing([], ())
+    limit, grads = _in_graph(max_norm, "max_norm"), _gradients(items)
+    return ops.clip_norm_(grads, limit, p, refuse) if grads else _nothing(items, ())
+
+
 def _in_a_graph() -> bool:
     """Whether operations are looked at (torch.compile, make_fx, FakeTensorMode and any other TorchDispatchMode), which
     a kernel on bare addresses would pass by: in a graph its result would be a constant."""
-    # What is asked first takes some 10 ns each, is_watched() and torch.compiler.is_compiling() several times as long.
-    # Where export sets the latter without Dynamo, a mode is watching.
-    return (
-        is_dynamo_compiling() or _len_torch_dispatch_stack() > 0 or (_is_torch_function_mode_enabled() and is_watched())
-    )
+    return is_dynamo_compiling() or is_watched()  # where export compiles without Dynamo, a mode is watching
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:

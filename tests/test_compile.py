@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import clip_factor, clipping, gradients, parameter, tensor_norm
 from torch._functorch import config as functorch_config
 from torch._subclasses import FakeTensorMode

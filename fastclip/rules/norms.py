@@ -50,6 +50,8 @@ class GlobalNorm:
 
     def limit(self, step: int) -> float | Tensor:
         """The limit after `step` steps."""
+        if type(self.max_norm) is float:
+            return self.max_norm
         if isinstance(self.max_norm, Tensor):
             return checked_limit(self.max_norm, "max_norm")
         if not callable(self.max_norm):
