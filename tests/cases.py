@@ -154,8 +154,13 @@ def assert_scaled(actual, before, factors, dtype=None, relative=None):
     """Every gradient is its old value times its factor; `relative` error: that of clipping by a norm, or another."""
     for a, b, factor in zip(actual, before, factors):
         kind = dtype or a.dtype
-        tolerance = {"rtol": clipping(kind) if relative is None else relative, "atol": tiny(kind)}
-        torch.testing.assert_close(*wide([a]), wide([b])[0] * factor, **tolerance, equal_nan=True)
+        (old,) = wide([b])
+        absolute = tiny(kind)
+        if abs(factor) < torch.finfo(compute_dtype(kind)).smallest_normal and old.numel():
+            magnitudes = old.abs()  # a coefficient that small is itself rounded to a multiple of the smallest number
+            absolute += tiny(compute_dtype(kind)) * magnitudes.nan_to_num(0, 0, 0).max().item()
+        tolerance = {"rtol": clipping(kind) if relative is None else relative, "atol": absolute}
+        torch.testing.assert_close(*wide([a]), old * factor, **tolerance, equal_nan=True)
 
 
 def assert_within(actual, exact, error):
