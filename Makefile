@@ -30,12 +30,12 @@ format: .venv/ready
 # On the GPU if there is one. Under ten minutes; writes bench/results/, the README's block and its pictures.
 DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 bench: .venv/ready
-	$(BIN)/python bench/clip.py --minutes 3 --json bench/results/$(DEVICE)-clip.json
-	$(BIN)/python bench/clip.py --growth --minutes 1.6 --json bench/results/$(DEVICE)-growth.json
-	$(BIN)/python bench/step.py --minutes 2.5 --json bench/results/$(DEVICE)-step.json
-	$(BIN)/python bench/rules.py --minutes 0.7 --json bench/results/$(DEVICE)-rules.json
-	$(BIN)/python bench/monitor.py --json bench/results/$(DEVICE)-monitor.json
-	$(BIN)/python bench/report.py
+	$(BIN)/python -m bench.clip --minutes 3 --json bench/results/$(DEVICE)-clip.json
+	$(BIN)/python -m bench.clip --growth --minutes 1.6 --json bench/results/$(DEVICE)-growth.json
+	$(BIN)/python -m bench.step --minutes 2.5 --json bench/results/$(DEVICE)-step.json
+	$(BIN)/python -m bench.rules --minutes 0.7 --json bench/results/$(DEVICE)-rules.json
+	$(BIN)/python -m bench.monitor --json bench/results/$(DEVICE)-monitor.json
+	$(BIN)/python -m bench.report
 
 # On a GPU machine, with the system's python3: no install, no network.
 gpu:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 TESTS = [f"tests/test_{name}.py" for name in ("gpu", "gpu_rules", "monitor")]
 DEADLINE = 8 * 60 - 15  # seconds, for all parts
 
@@ -52,7 +51,7 @@ def parts(results: Path) -> list[Part]:
 
     def benchmark(name: str, minutes: float) -> list[str]:
         json = str(results / f"cuda-{name}.json")
-        return [*python, f"bench/{name}.py", "--device", "cuda", "--minutes", str(minutes), "--json", json]
+        return [*python, "-m", f"bench.{name}", "--device", "cuda", "--minutes", str(minutes), "--json", json]
 
     return [
         Part("build", [*python, "-m", "fastclip", "build"], 120, {}),
@@ -154,7 +153,7 @@ def main() -> int:
     if options.small:
         small()
         return 0
-    import method
+    from . import method
 
     start = time.perf_counter()
     results = Path(os.environ.get("OUT") or ROOT / "bench" / "results")
@@ -162,11 +161,11 @@ def main() -> int:
     outcomes = [run(part, DEADLINE - (time.perf_counter() - start)) for part in parts(results)]
     method.write(results / "cuda-run.json", "gpu", "cuda", 0, [], outcomes)
     try:
-        import report
+        from . import goals, runs
     except ImportError as error:
         print(f"\nthe goals cannot be shown: {error}\n")
     else:
-        print("\n" + report.goals(report.newest(results)) + "\n")
+        print("\n" + goals.goals(runs.newest(results)) + "\n")
     for outcome in outcomes:
         print(f"{outcome['part']:10} {outcome['status']:8} {outcome['seconds']:5.0f} s  {outcome['said']}")
     return int(any(outcome["status"] == "failed" for outcome in outcomes))

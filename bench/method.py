@@ -20,7 +20,6 @@ import shlex
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 import timeit
 from collections.abc import Callable, Iterable, Iterator
@@ -34,18 +33,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.benchmark import Timer, timer
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # so that a checkout needs no install
-import fastclip  # noqa: E402
+import fastclip
 
+ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 MOST_CALLS = 50  # in a row, for the short ones
 SHRINK = 0.99999
 NO_TIME = "no time is left of --minutes"
-SCRIPTS = {  # of the kinds of results
-    "step": "bench/step.py", "rules": "bench/rules.py", "monitor": "bench/monitor.py", "gpu": "-m bench.gpu",
-}  # fmt: skip
+MODULES = {"growth": "clip"}  # the module that measures a kind of results, where it is not called like the kind
 RANGE = "one call"  # the profiler's name for it
 
 Calls = dict[str, Callable[[], Any]]
@@ -324,7 +320,7 @@ def write(
         "kind": kind,
         "device": device,
         "date": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        "command": _command(SCRIPTS.get(kind, "bench/clip.py"), arguments),
+        "command": _command(MODULES.get(kind, kind), arguments),
         "commit": _said_by(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
         "machine": _machine(device),
         "versions": {
@@ -340,12 +336,12 @@ def write(
     path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
 
 
-def _command(script: str, arguments: list[str]) -> str:
+def _command(module: str, arguments: list[str]) -> str:
     words = list(arguments)
     if "--json" in words:  # a path of no one else's concern
         at = words.index("--json")
         del words[at : at + 2]
-    return f"python {script} {shlex.join(words)}".strip()
+    return f"python -m bench.{module} {shlex.join(words)}".strip()
 
 
 def _machine(device: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What watching costs: a call of GradMonitor.update beside a training step of a small GPT.
 
-    python bench/monitor.py                     # on the GPU if there is one; half a minute
+    python -m bench.monitor                     # on the GPU if there is one; half a minute
 
 The GPT is the demo's. A step is forward, backward and `clipper.step` with AdamW, up to the moment the device has done
 it. An update is what the host spends on it, a JSON line included, right after a step: caches are cold then, and an
@@ -19,14 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import method
 import torch
-from method import fastclip
 from tabulate import tabulate
 from torch.nn import functional as F
 
-sys.path.insert(0, str(method.ROOT / "examples"))
-import demo
+import fastclip
+from examples import demo
+
+from . import method
 
 MONITORS: dict[str, dict[str, Any]] = {
     "GradMonitor(path)": {},

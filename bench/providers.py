@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from method import fastclip
 from torch import Tensor
+
+import fastclip
 
 CLIPS = ("not triggered", "triggered")
 BASELINE = "torch foreach"

@@ -1,7 +1,7 @@
 """What a rule costs: `Clipper.clip_()` with each, beside the plain global norm on the same gradients.
 
-    python bench/rules.py                       # on the GPU if there is one
-    python bench/rules.py --models 2000x256 --minutes 0.5
+    python -m bench.rules                       # on the GPU if there is one
+    python -m bench.rules --models 2000x256 --minutes 0.5
 
 Every rule is at rest: the same gradients in every call, and limits that clip nothing, so that what is timed is the
 rule's own work and not a second pass over the gradients. ("AGC" reads gradients and parameters once more: it has norms
@@ -17,13 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import method
 import torch
-from method import fastclip
-from models import find
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
+
+import fastclip
+
+from . import method
+from .models import find
 
 RULES = fastclip.rules
 BASELINE = "GlobalNorm"

@@ -1,7 +1,7 @@
 """The whole optimizer phase, clip and step: what one can choose today, beside what fastclip offers.
 
-    python bench/step.py                        # on the GPU if there is one
-    python bench/step.py --quick                # under a minute
+    python -m bench.step                        # on the GPU if there is one
+    python -m bench.step --quick                # under a minute
 
 AdamW and SGD with momentum, each in torch's three implementations (a loop over parameters, foreach, fused), after
 torch's clip and after fastclip's; `Clipper.step`, which feeds torch's fused one; and `fastclip.optim`. All of them must
@@ -19,13 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import method
 import torch
-from method import DTYPES, Falling, fastclip
-from models import find
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
+
+import fastclip
+
+from . import method
+from .method import DTYPES, Falling
+from .models import find
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 1e-4, "weight_decay": 0.01},

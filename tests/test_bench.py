@@ -1,8 +1,8 @@
 """The benchmarks: the models' sizes, what a run writes down, what it refuses to time, and the README's block."""
 
+import importlib.util
 import json
-import pathlib
-import sys
+import re
 
 import pytest
 import torch
@@ -11,16 +11,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-import clip  # noqa: E402
-import method  # noqa: E402
-import models  # noqa: E402
-import providers  # noqa: E402
-import report  # noqa: E402
-import rules  # noqa: E402
-import step  # noqa: E402
+from bench import clip, goals, inputs, method, models, pictures, providers, report, rules, runs, step
 
 TENSORS = {
     "resnet50": 161,
@@ -48,7 +39,7 @@ def _few_rounds(monkeypatch):
 
 @pytest.fixture
 def run_clip(tmp_path):
-    """bench/clip.py with some arguments, in this process; the JSON that it writes."""
+    """bench.clip with some arguments, in this process; the JSON that it writes."""
 
     def run(*arguments):
         out = tmp_path / "out.json"
@@ -81,14 +72,14 @@ def test_synthetic_models():
 
 
 def test_misaligned_gradients():
-    inputs = clip.Inputs(models.MODELS["misaligned"]._replace(shapes=[(3, 5)] * 4), torch.float32, "cpu", 1)
-    assert all(p.grad.data_ptr() % 16 for p in inputs.sets[0])
+    gradients = inputs.Inputs(models.MODELS["misaligned"]._replace(shapes=[(3, 5)] * 4), torch.float32, "cpu", 1)
+    assert all(p.grad.data_ptr() % 16 for p in gradients.sets[0])
 
 
 def test_rows_have_all_fields(run_clip):
     run = run_clip("--models", "20x64,resnet50", "--modes", "triggered", "--providers", "fastclip cpu,torch foreach")
     assert {"machine", "versions", "commit", "threads", "command", "date", "kind", "device", "rows"} <= run.keys()
-    assert run["command"].startswith("python bench/clip.py --device cpu --quick")
+    assert run["command"].startswith("python -m bench.clip --device cpu --quick")
     assert "out.json" not in run["command"]
     assert len(run["rows"]) == 4
     for row in run["rows"]:
@@ -175,36 +166,44 @@ def test_rules(tmp_path, capsys):
 
 
 def test_readme_shows_the_committed_results():
-    runs = report.newest()
-    assert ("clip", "cpu") in runs
-    assert report.block(runs) in report.README.read_text(), "run `python bench/report.py`"
+    newest = runs.newest()
+    assert ("clip", "cpu") in newest
+    assert report.block(newest) in report.README.read_text(), "run `python -m bench.report`"
 
 
 def test_pictures(tmp_path):
-    runs = report.newest()
-    text = report.block(runs)
-    for name, figure in report.draw(runs).items():
+    newest = runs.newest()
+    text = report.block(newest)
+    for name, figure in pictures.draw(newest).items():
         assert f"docs/bench-{name}.svg" in text
-        assert (report.PICTURES / f"bench-{name}.svg").is_file(), "run `python bench/report.py`"
-        report.save(figure, tmp_path / "1.svg")
-        report.save(report.draw(runs)[name], tmp_path / "2.svg")
+        assert (pictures.FOLDER / f"bench-{name}.svg").is_file(), "run `python -m bench.report`"
+        pictures.save(figure, tmp_path / "1.svg")
+        pictures.save(pictures.draw(newest)[name], tmp_path / "2.svg")
         assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
 
 
 def test_report_of_a_gpu_run():
     """No GPU is needed to see that its part can be written: a CPU run in its clothes, with made-up counts."""
-    runs = report.newest()
+    newest = runs.newest()
     for kind in ("clip", "growth", "step"):
-        run = json.loads(json.dumps(runs[kind, "cpu"]))
+        run = json.loads(json.dumps(newest[kind, "cpu"]))
         run |= {"device": "cuda", "copy_bytes_per_s": 1e12}
         run["machine"] |= {"driver": "0"}
         for row in run["rows"]:
             row["provider"] = row["provider"].replace("fastclip cpu", "fastclip triton")
             if row["status"] == "ok":
                 row |= {"launches": 2, "syncs": 0, "copies": 0, "of_floor": 0.5, "device_s": row["wall_s"]}
-        runs[kind, "cuda"] = run
-    text = report.block(runs)
+        newest[kind, "cuda"] = run
+    text = report.block(newest)
     assert "not measured" not in text.lower()
     assert "1,000 GB/s" in text
-    assert {"cuda-ratio", "cuda-bandwidth", "cuda-growth"} <= report.draw(runs).keys()
-    assert "of a copy" in report.goals(runs)
+    assert {"cuda-ratio", "cuda-bandwidth", "cuda-growth"} <= pictures.draw(newest).keys()
+    assert "of a copy" in goals.goals(newest)
+
+
+@pytest.mark.parametrize("document", ["Makefile", "README.md", "CONTRIBUTING.md", "bench/NOTES.md"])
+def test_documented_commands_exist(document):
+    text = (method.ROOT / document).read_text()
+    assert not re.findall(r"python3? bench/\S+", text), "the benchmarks are modules: python -m bench.clip"
+    for module in re.findall(r"-m (bench\.\w+)", text):
+        assert importlib.util.find_spec(module), f"{document} names {module}"
