@@ -12,7 +12,17 @@ from torch import Tensor, compiler
 
 from . import backends
 from .backends import Measurement, capturing, native, upload
-from .feed import Fed, Scaling, check_optimizer, covers, innermost, prepare, step_inside
+from .feed import (
+    Fed,
+    Scaling,
+    check_optimizer,
+    covers,
+    has_post_hooks,
+    prepare,
+    step_inside,
+    undo_after_step,
+    unwrapped,
+)
 from .members import Members
 from .rules import GlobalNorm, Rule
 from .rules.formula import check_state, checked, clip_coefficient, combined, is_bool, norm_type_of, state_of
@@ -196,30 +206,37 @@ class Clipper:
             from . import graph_breaks
 
             return graph_breaks.step(self, optimizer, scaler, when, divide_by)
-        inner = innermost(optimizer)
+        optimizers = unwrapped(optimizer)
+        inner = optimizers[-1]
         check_optimizer(inner)
         stats: Stats | None = None
 
         def begin(undo: ExitStack) -> bool:
             nonlocal stats
-            stats, steps = self._begin_step(inner, scaler, when, divide_by, undo)
+            if stats is not None and (isinstance(divide_by, Tensor) or divide_by != 1):
+                raise RuntimeError("divide_by: the optimizer's wrapper took a second step, which would divide again")
+            stats, steps = self._begin_step(optimizers, scaler, when, divide_by, undo)
             return steps
 
         if inner is not optimizer:
             step_inside(optimizer, inner, begin)
             return stats
-        with ExitStack() as undo:
+        with ExitStack() as hooks, ExitStack() as undo:
             if begin(undo):
+                if has_post_hooks(optimizer):
+                    undo_after_step(optimizer, undo, hooks)
                 optimizer.step()
         return stats
 
     def _begin_step(
-        self, optimizer: torch.optim.Optimizer, scaler: Any, when: Any, divide_by: Any, undo: ExitStack
+        self, optimizers: list[Any], scaler: Any, when: Any, divide_by: Any, undo: ExitStack
     ) -> tuple[Stats, bool]:
-        """Decide, and make the optimizer's next step carry it out; False if there must be none, see :func:`prepare`."""
+        """Decide, and make the next step of the innermost optimizer carry it out; False if there must be none, see
+        :func:`prepare`."""
+        optimizer = optimizers[-1]
         complete = covers(optimizer, self.parameters)
         table = pack(self.parameters, gradients=False, write=True)
-        scaling = Scaling.of(scaler, optimizer, table.device)
+        scaling = Scaling.of(scaler, optimizers, table.device)
         factor = scaling.factor(divide_by)
         if factor is not None and not complete:
             raise ValueError(

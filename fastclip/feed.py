@@ -33,15 +33,27 @@ class TakesDecision:
     decision: Fed | None = None  # of the Clipper whose step() calls this optimizer's
 
 
-def innermost(optimizer: Any) -> Any:
-    """The optimizer that steps in the end, inside wrappers such as Accelerate's, Fabric's and Lightning's."""
-    seen = {id(optimizer)}
+def unwrapped(optimizer: Any) -> list[Any]:
+    """The optimizer, and what is inside of it one in the other, where it is a wrapper such as Accelerate's, Fabric's or
+    Lightning's. The last one is the optimizer that steps in the end."""
+    found = [optimizer]
     inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, torch.optim.Optimizer) and id(inner) not in seen:
-        optimizer = inner
-        seen.add(id(inner))
-        inner = getattr(optimizer, "optimizer", None)
-    return optimizer
+    while isinstance(inner, torch.optim.Optimizer) and all(inner is not one for one in found):
+        if not _wraps(optimizer, inner):
+            break
+        found.append(inner)
+        inner = getattr(inner, "optimizer", None)
+    return found
+
+
+def _wraps(outer: Any, inner: torch.optim.Optimizer) -> bool:
+    """Whether `outer` leaves all of its parameters to `inner`: those that it steps itself must be clipped before."""
+    groups = getattr(outer, "param_groups", None)
+    return (
+        groups is None
+        or groups is inner.param_groups
+        or set(map(id, flat_params(outer))) <= set(map(id, flat_params(inner)))
+    )
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -53,7 +65,7 @@ def check_optimizer(optimizer: Any) -> None:
             f"optimizer must step without a closure; {type(optimizer).__name__} evaluates one several times a step, so "
             f"call clip_() inside the closure instead"
         )
-    if getattr(optimizer, "clipper", None) is not None:
+    if any(getattr(one, "clipper", None) is not None for one in (optimizer, getattr(optimizer, "optimizer", None))):
         raise ValueError(
             "optimizer has a max_norm of its own, so its gradients would be clipped twice: call its step()"
         )
@@ -85,7 +97,8 @@ def covers(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> bool:
 class Scaling:
     """What a GradScaler and a divisor ask of a step, and the scaler's books: as after ``scaler.step(optimizer)``."""
 
-    def __init__(self, scaler: GradScaler | None, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    def __init__(self, scaler: GradScaler | None, optimizers: list[Any], device: torch.device) -> None:
+        optimizer = optimizers[-1]
         self.device = device
         self.active = scaler is not None and scaler.is_enabled()
         self.by_wrapper = False  # whether a GradScaler outside calls the optimizer's step, and keeps its own books
@@ -103,7 +116,9 @@ class Scaling:
             return
         if scaler._scale is None:
             raise RuntimeError("scaler has not scaled a loss yet: call scaler.scale(loss).backward() before the step")
-        self._state = scaler._per_optimizer_states[id(optimizer)]
+        books = scaler._per_optimizer_states
+        used = [one for one in optimizers if id(one) in books and books[id(one)]["stage"] is not OptState.READY]
+        self._state = books[id(used[0] if used else optimizer)]  # unscale_() may have been given the wrapper
         if self._state["stage"] is OptState.STEPPED:
             raise RuntimeError("this optimizer has already stepped with scaler since its last update()")
         if self._state["stage"] is OptState.UNSCALED:
@@ -113,10 +128,11 @@ class Scaling:
             self._scale = scaler._scale.to(device, torch.float64)
 
     @classmethod
-    def of(cls, scaler: Any, optimizer: torch.optim.Optimizer, device: torch.device) -> Scaling:
+    def of(cls, scaler: Any, optimizers: list[Any], device: torch.device) -> Scaling:
+        """For a step of the first of `optimizers`, which wraps the others, see :func:`unwrapped`."""
         if scaler is not None and not isinstance(scaler, GradScaler):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__} {scaler!r}")
-        return cls(scaler, optimizer, device)
+        return cls(scaler, optimizers, device)
 
     def factor(self, divide_by: Any) -> Tensor | None:
         """[] float64: what the gradients are to be multiplied by first; None if that is 1."""
@@ -127,6 +143,8 @@ class Scaling:
                 raise ValueError(f"divide_by must be one number, got a {divide_by.dtype} tensor of shape {shape}")
             count = divide_by.detach().reshape(())
             on_host = count.device.type == "cpu"
+            if on_host and not 0 < count.item() < float("inf"):
+                raise ValueError(f"divide_by must be > 0 and finite, got {count.item()}")
             count = upload(count, torch.float64, self.device) if on_host else count.to(self.device, torch.float64)
             divisor = count if divisor is None else divisor * count
         else:
@@ -192,12 +210,13 @@ def prepare(
     skipped, and the host knows.
     """
     pending = fed.pending
-    hands_over = complete and not _has_step_hooks(optimizer)
+    inner = getattr(optimizer, "optimizer", None)  # which steps a part, see _wraps()
+    hands_over = complete and not _has_step_hooks(optimizer) and not isinstance(inner, torch.optim.Optimizer)
     if hands_over and isinstance(optimizer, TakesDecision):
         undo.enter_context(_attributes(optimizer, decision=fed))
         return True
     kept = [(p, p.grad) for p in fed.held()]
-    if hands_over and _divides_by_scale(optimizer, table):
+    if hands_over and _divides_by_scale(optimizer, table) and has_divisor(pending.common):
         on_host = all(group.device.type == "cpu" for group in table.groups)
         if on_host and fed.skipped():
             return False
@@ -205,7 +224,7 @@ def prepare(
             table.apply_(pending.unless_skipped(pending.each))
         if type(optimizer) is torch.optim.SGD:
             _start_momentum(optimizer)
-        divisor = _divisor(pending.common)
+        divisor = divisor_of(pending.common)
         scale, found_inf = given_by_scaler(optimizer)
         given: dict[str, Any] = {} if scale is None else {"grad_scale": None}
         given |= {} if found_inf is None else {"found_inf": None}
@@ -229,24 +248,26 @@ def prepare(
 
 
 def step_inside(outer: Any, inner: torch.optim.Optimizer, begin: Callable[[contextlib.ExitStack], bool]) -> None:
-    """``outer.step()``, in which ``begin(undo)`` is called as the step of the optimizer `inner` begins.
+    """``outer.step()``, in which ``begin(undo)`` is called as a step of the optimizer `inner` begins.
 
     A wrapper may step later (it accumulates), not at all (its GradScaler found an inf) or with scaled gradients, so
-    what is to be done waits until the innermost step is really taken. If that is not taken, nothing is done.
+    what is to be done waits until the innermost step is really taken. If that is not taken, nothing is done. A second
+    step begins anew.
 
     Raises:
         RuntimeError: parameters changed without a step of `inner`, so with gradients that were not clipped.
     """
-    params = flat_params(inner)
+    params = list(flat_params(inner))
     versions = [p._version for p in params]
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as hooks, contextlib.ExitStack() as undo:
 
         def start() -> None:
             if not begin(undo):
-                undo.enter_context(_without_gradients([(p, p.grad) for p in params]))
+                undo.enter_context(_without_gradients([(p, p.grad) for p in flat_params(inner)]))
 
-        hook = _Begin(inner, start)
-        undo.callback(_register_first(inner, hook).remove)
+        hook = _Hook(inner, start)
+        hooks.callback(_register_first(inner, hook).remove)
+        undo_after_step(inner, undo, hooks)
         outer.step()
     if not hook.called and versions != [p._version for p in params]:
         raise RuntimeError(
@@ -255,19 +276,31 @@ def step_inside(outer: Any, inner: torch.optim.Optimizer, begin: Callable[[conte
         )
 
 
-class _Begin:
-    """A step pre-hook that calls `begin` once, as the step of `optimizer` begins."""
+def undo_after_step(optimizer: torch.optim.Optimizer, undo: contextlib.ExitStack, hooks: contextlib.ExitStack) -> None:
+    """Close `undo` as a step of `optimizer` ends, before others look: gradients that they set to None must stay None.
+    `hooks` takes what stops that."""
+    handle = optimizer.register_step_post_hook(_Hook(optimizer, undo.close))
+    _move_first(optimizer._optimizer_step_post_hooks, handle.id)
+    hooks.callback(handle.remove)
 
-    def __init__(self, optimizer: torch.optim.Optimizer, begin: Callable[[], Any]) -> None:
-        self._optimizer, self._begin, self.called = optimizer, begin, False
+
+def has_post_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer._optimizer_step_post_hooks or torch_optimizer._global_optimizer_post_hooks)
+
+
+class _Hook:
+    """A step hook of `optimizer` that calls `function`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, function: Callable[[], Any]) -> None:
+        self._optimizer, self._function, self.called = optimizer, function, False
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer is self._optimizer and not self.called:
+        if optimizer is self._optimizer:
             self.called = True
-            self._begin()
+            self._function()
 
 
-def _register_first(optimizer: torch.optim.Optimizer, hook: _Begin) -> RemovableHandle:
+def _register_first(optimizer: torch.optim.Optimizer, hook: _Hook) -> RemovableHandle:
     """Register a step pre-hook that runs before all others."""
     if registered := torch_optimizer._global_optimizer_pre_hooks:  # these come before the optimizer's own
         handle = torch_optimizer.register_optimizer_step_pre_hook(hook)
@@ -290,7 +323,7 @@ def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
         optimizer._optimizer_step_pre_hooks,
         optimizer._optimizer_step_post_hooks,
     ]
-    return any(type(hook) is not _Begin for registered in hooks for hook in registered.values())
+    return any(type(hook) is not _Hook for registered in hooks for hook in registered.values())
 
 
 def _divides_by_scale(optimizer: torch.optim.Optimizer, table: GradTable) -> bool:
@@ -309,9 +342,15 @@ def given_by_scaler(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, Te
     return getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
 
 
-def _divisor(common: Tensor) -> Tensor:
+def divisor_of(common: Tensor) -> Tensor:
     """The float32 that torch divides gradients by, from what they are to be multiplied by."""
     return common.reciprocal().float()
+
+
+def has_divisor(common: Tensor) -> bool:
+    """Whether there is such a float32: dividing by inf would make 0 of every gradient. Not asked of a GPU, which would
+    be waited for."""
+    return common.device.type != "cpu" or common.item() == 0 or not divisor_of(common).isinf()
 
 
 def _start_momentum(optimizer: torch.optim.SGD) -> None:

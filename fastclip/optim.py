@@ -23,7 +23,7 @@ from torch import Tensor
 from . import backends
 from .arrays import Arrays, Planned, for_torch, rows_of, shared_addresses, zero_
 from .clipper import Clipper, Pending, check_names
-from .feed import Fed, TakesDecision, flat_params, given_by_scaler
+from .feed import Fed, TakesDecision, divisor_of, flat_params, given_by_scaler, has_divisor
 from .rules import Rule
 from .stats import Stats, measure
 from .table import has_memory, pack, pack_step, refuse_set
@@ -56,7 +56,7 @@ class _Optimizer(TakesDecision, torch.optim.Optimizer):
             value = defaults[name]
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
-            if not (name == "lr" and isinstance(value, Tensor)) and not value >= 0:
+            if not (isinstance(value, Tensor) and value.device.type != "cpu") and not value >= 0:
                 raise ValueError(f"{name} must be >= 0, got {value!r}")
         if stochastic_rounding is not None:
             if isinstance(stochastic_rounding, bool) or not isinstance(stochastic_rounding, numbers.Integral):
@@ -298,12 +298,12 @@ class _Optimizer(TakesDecision, torch.optim.Optimizer):
         plain, copies = for_torch(arrays, shared)
         if fed is not None:
             device, pending = arrays.params[0].device, fed.pending
-            wide = any(g.dtype == torch.float64 for g in plain.grads)  # torch's grad_scale is float32
+            wide = any(g.dtype == torch.float64 for g in plain.grads) or not has_divisor(pending.common)
             in_place = pending.coef if wide else pending.each
             if in_place is not None:
                 mine = rows_of(pending.unless_skipped(in_place), arrays, positions)
                 pack(plain.grads, gradients=True, write=True, argument="grads").apply_(mine)
-            grad_scale = None if wide else pending.common.to(device).reciprocal().float()
+            grad_scale = None if wide else divisor_of(pending.common.to(device))
             if pending.skip is not None:
                 found_inf = pending.skip.to(device, torch.float32)
             else:

@@ -1,6 +1,7 @@
 """Clipper.step: the same as clip, then step, for every optimizer, rule and reason to skip."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -458,6 +459,9 @@ def test_learning_rate_schedulers_and_hooks_see_the_step():
         ({"when": torch.ones(2, dtype=torch.bool)}, TypeError, r"got a torch.bool tensor of shape \(2,\)"),
         ({"divide_by": 0}, ValueError, "divide_by must be > 0 and finite, got 0"),
         ({"divide_by": -2.0}, ValueError, "divide_by must be > 0 and finite, got -2.0"),
+        ({"divide_by": torch.tensor(0)}, ValueError, "divide_by must be > 0 and finite, got 0"),
+        ({"divide_by": torch.tensor(-2.0)}, ValueError, "divide_by must be > 0 and finite, got -2.0"),
+        ({"divide_by": torch.tensor(math.nan)}, ValueError, "divide_by must be > 0 and finite, got nan"),
         ({"divide_by": "4"}, TypeError, "divide_by must be a number, got str '4'"),
         ({"divide_by": torch.ones(3)}, ValueError, r"divide_by must be one number, got a torch.float32 tensor"),
     ],
@@ -506,3 +510,15 @@ def test_float64_gradients_are_clipped_in_float64(make, max_norm):
     fastclip.Clipper([p], max_norm).step(optimizer)
     expected = -values * (max_norm / (values.norm() + 1e-6))
     torch.testing.assert_close(p.detach(), expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["as its parameter", "transposed"])
+@pytest.mark.parametrize("optimizer", [functools.partial(torch.optim.SGD, fused=True), fastclip.optim.SGD])
+def test_a_coefficient_whose_reciprocal_float32_does_not_hold(optimizer, layout):
+    """torch's fused steps divide by it, and divided by inf no gradient would move anything."""
+    gradient = torch.full((2, 2), 1e38)
+    p = parameter(gradient if layout == "as its parameter" else gradient.t(), torch.zeros(2, 2))
+    fastclip.Clipper([p], 1e-2).step(optimizer([p], lr=1.0))
+    subnormal = 2**-150 / 5e-41  # the rounding of the coefficient, 1e-2 / 2e38, to float32
+    rtol = NORM_ERROR + subnormal + 4 * unit(torch.float32)
+    torch.testing.assert_close(p.detach(), torch.full((2, 2), -5e-3), rtol=rtol, atol=0)

@@ -735,6 +735,8 @@ def test_stochastic_rounding_is_refused_where_it_is_not_to_be_had():
     ("make", "error", "message"),
     [
         (lambda p: AdamW([p], lr=-1.0), ValueError, "lr must be >= 0, got -1.0"),
+        (lambda p: AdamW([p], lr=torch.tensor(-1.0)), ValueError, r"lr must be >= 0, got tensor\(-1.\)"),
+        (lambda p: SGD([p], lr=torch.tensor(math.nan)), ValueError, r"lr must be >= 0, got tensor\(nan\)"),
         (
             lambda p: AdamW([p], betas=(0.9, 1.0)),
             ValueError,

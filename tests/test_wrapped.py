@@ -1,6 +1,7 @@
 """Clipper.step on optimizers that trainers have wrapped: the clip happens in the innermost step, or not at all."""
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -232,6 +233,126 @@ def test_a_step_that_fails_leaves_nothing_behind():
     with pytest.raises(ZeroDivisionError):
         fastclip.Clipper(ps, 0.5).step(outer)
     assert clean(inner)
+
+
+# ---- wrappers that do more than to step ----
+
+
+class Busy:
+    """Steps `times` times, and takes the gradients away after each."""
+
+    def __init__(self, optimizer, times=1, zero_grad=False):
+        self.optimizer, self.times, self.zero_grad = optimizer, times, zero_grad
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self):
+        for _ in range(self.times):
+            self.optimizer.step()
+            if self.zero_grad:
+                self.optimizer.zero_grad()
+
+
+class StepsSome(torch.optim.Optimizer):
+    """Steps its parameters by itself, before another optimizer steps the rest."""
+
+    def __init__(self, params, rest):
+        super().__init__(params, {"lr": 1.0})
+        self.optimizer = rest
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p -= p.grad
+        self.optimizer.step()
+
+
+SGDS = {
+    "loop SGD": lambda ps: torch.optim.SGD(ps, lr=1.0),
+    "fused SGD": lambda ps: torch.optim.SGD(ps, lr=1.0, fused=True),
+    "fastclip SGD": lambda ps: fastclip.optim.SGD(ps, lr=1.0),
+}
+
+
+@pytest.mark.parametrize("name", SGDS)
+def test_a_wrapper_that_steps_twice_clips_once(name):
+    ps = loud()  # of norm 1000
+    fastclip.Clipper(ps, 0.5).step(Busy(SGDS[name](ps), times=2))
+    torch.testing.assert_close(ps[0].item(), -0.6, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ps[1][1].item(), 0.8, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", SGDS)
+def test_a_second_step_that_would_divide_again_is_an_error(name):
+    ps = loud()
+    with pytest.raises(RuntimeError, match="divide_by: the optimizer's wrapper took a second step"):
+        fastclip.Clipper(ps, 0.5).step(Busy(SGDS[name](ps), times=2), divide_by=4)
+    torch.testing.assert_close(ps[0].item(), -0.3, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", SGDS)
+def test_gradients_that_a_wrapper_takes_away_stay_away(name):
+    """Given back after the wrapper's step, a NaN would be in all gradients that are accumulated from then on."""
+    ps = loud()
+    ps[0].grad.fill_(math.nan)
+    fastclip.Clipper(ps, 0.5, nonfinite="skip").step(Busy(SGDS[name](ps), zero_grad=True))
+    assert not any(p.any() for p in ps) and all(p.grad is None for p in ps)
+
+
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, Busy])
+@pytest.mark.parametrize("name", SGDS)
+def test_gradients_of_held_parameters_that_a_hook_takes_away_stay_away(name, wrap):
+    ps = loud()
+    ps[0].grad.fill_(1e-3)
+    inner = SGDS[name](ps)
+    inner.register_step_post_hook(lambda optimizer, args, kwargs: optimizer.zero_grad())
+    fastclip.Clipper(ps, rules.Mask(0.1, hold=True)).step(wrap(inner))
+    assert not ps[0].any() and ps[1].any() and all(p.grad is None for p in ps)
+    assert len(inner._optimizer_step_post_hooks) == 1
+
+
+@pytest.mark.parametrize("name", SGDS)
+def test_an_optimizer_that_steps_some_parameters_itself_is_no_wrapper(name):
+    ps = loud()
+    fastclip.Clipper(ps, 0.5).step(StepsSome(ps[:1], SGDS[name](ps[1:])))
+    torch.testing.assert_close(ps[0].item(), -0.3, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ps[1][1].item(), 0.4, rtol=1e-5, atol=0)
+
+
+def test_a_second_clip_is_refused_where_an_optimizer_leaves_some_parameters_to_another():
+    ps = loud()
+    with pytest.raises(ValueError, match="clipped twice"):
+        fastclip.Clipper(ps, 0.5).step(StepsSome(ps[:1], fastclip.optim.SGD(ps[1:], max_norm=1.0)))
+
+
+def test_a_wrapper_that_knows_parameters_of_old():
+    """A subclass that copied the attributes before the inner optimizer's parameters were replaced."""
+    ps = loud()
+    inner = fastclip.optim.SGD(ps, lr=1.0)
+    outer = FabricLike(inner)
+    inner.load_state_dict(inner.state_dict())  # which makes new groups
+    new = inner.param_groups[0]["params"][0] = parameter(torch.full((1,), 600.0))
+    fastclip.Clipper([new, ps[1]], 0.5).step(outer)
+    torch.testing.assert_close(new.item(), -0.3, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", SGDS)
+def test_gradients_unscaled_under_the_wrappers_name_are_not_unscaled_again(name):
+    ps = loud()
+    outer = Busy(SGDS[name](ps))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    for p in ps:
+        p.grad *= 1024
+    scaler.unscale_(outer)
+    clipper = fastclip.Clipper(ps, 2000.0)
+    assert clipper.step(outer, scaler).total_norm == 1000
+    assert ps[0].item() == -600
+    with pytest.raises(RuntimeError, match="already stepped with scaler"):
+        clipper.step(outer, scaler)
+    scaler.update()
 
 
 # ---- step hooks ----
