@@ -25,6 +25,7 @@ from .feed import (
 )
 from .members import Members
 from .rules import GlobalNorm, Rule
+from .rules.chosen import bare_rule
 from .rules.formula import check_state, checked, clip_coefficient, combined, is_bool, norm_type_of, state_of
 from .rules.norms import as_rule
 from .stats import Stats, is_zero, measure
@@ -95,7 +96,8 @@ class Clipper:
         self._check_rules(parameters, names)
         earlier = {id(p): i for i, p in enumerate(self.parameters)}
         came_from = [earlier.get(id(p), -1) for p in parameters]
-        for rule in self.rules:
+        bare = map(bare_rule, self.rules)  # of which there may be one for several
+        for rule in {id(rule): rule for rule in bare}.values():
             if earlier and hasattr(rule, "reorder"):
                 rule.reorder(came_from)
         self.parameters, self.names, self._known = list(parameters), names, None
@@ -285,7 +287,7 @@ class Clipper:
         saved = state_dict["rules"]
         if len(saved) != len(self.rules):
             raise ValueError(f"state_dict has {len(saved)} rules, and this Clipper {len(self.rules)}: {self.rules}")
-        steps, skips, zeroed = state_dict["steps"], state_dict["skips"], state_dict["zeroed"]
+        steps, skips, zeroed = (int(state_dict[name]) for name in ("steps", "skips", "zeroed"))
         for rule, state in zip(self.rules, saved):
             check_state(rule, state)
         for rule, state in zip(self.rules, saved):

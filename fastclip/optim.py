@@ -115,7 +115,12 @@ class _Optimizer(TakesDecision, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, and what the rule of `max_norm` remembers as "clipper" of the first parameter group, where
-        torch.optim and torch.distributed.checkpoint keep entries that they do not know."""
+        torch.optim and torch.distributed.checkpoint keep entries that they do not know.
+
+        Raises:
+            ValueError: the rule names a parameter that is in no group any more.
+        """
+        self._update_clipper()  # what rules remember is saved in the order of the parameters as they are now
         found = super().state_dict()
         if self.clipper is not None:
             found["param_groups"][0]["clipper"] = self.clipper.state_dict()
@@ -127,6 +132,7 @@ class _Optimizer(TakesDecision, torch.optim.Optimizer):
         Raises:
             ValueError: it is of other parameter groups, or of another rule; nothing is changed then.
         """
+        self._update_clipper()
         saved = [dict(group) for group in state_dict["param_groups"]]
         remembered = saved[0].pop("clipper", None) if saved else None
         clipper = self.clipper

@@ -95,15 +95,55 @@ def test_what_a_rule_remembers_stays_with_its_parameter():
     torch.testing.assert_close(rule.state["gamma"], torch.tensor([100.0, 10_000.0, 7.0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("changed", ["saved", "loaded"])
+def test_a_checkpoint_holds_what_a_rule_remembers_in_the_order_of_the_groups(changed):
+    """Also where the groups have changed and no step has looked at them yet."""
+    sizes, saved_rule, rule = (1.0, 100.0, 10_000.0), rules.AdaGC(warmup=0), rules.AdaGC(warmup=0)
+    saved = SGD([loud(1, size=s) for s in (sizes if changed == "saved" else sizes[1:])], lr=1.0, max_norm=saved_rule)
+    loaded = SGD([loud(1, size=s) for s in (sizes if changed == "loaded" else sizes[1:])], lr=1.0, max_norm=rule)
+    saved.step()
+    loaded.step()
+    del {"saved": saved, "loaded": loaded}[changed].param_groups[0]["params"][0]
+    loaded.load_state_dict(saved.state_dict())
+    loaded.step()
+    torch.testing.assert_close(rule.state["gamma"], torch.tensor(sizes[1:], dtype=torch.float64))
+    torch.testing.assert_close(loaded.stats.coef, torch.ones(2))
+
+
+def test_a_rule_that_several_share_follows_its_parameters_once():
+    ps = [loud(1, size=size) for size in (1.0, 100.0, 10_000.0)]
+    rule = rules.AdaGC(warmup=0)
+    optimizer = SGD(ps, lr=1.0, max_norm=[rules.Only(rule, ps[:1]), rules.Only(rules.Only(rule, ps), ps[1:])])
+    optimizer.step()
+    optimizer.param_groups[0]["params"][:] = [ps[1], ps[2], ps[0]]
+    optimizer.step()
+    torch.testing.assert_close(rule.state["gamma"], torch.tensor([100.0, 10_000.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rule", [1.0, rules.AdaGC(warmup=0), [rules.Only(rules.AdaGC(), "*"), 1.0]])
+def test_groups_may_be_empty_for_a_while(rule):
+    optimizer = SGD([("p", loud(3))], lr=1.0, max_norm=rule)
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    group["params"], group["param_names"] = [], []
+    if not isinstance(rule, list):
+        optimizer.step()
+    new = loud(2)
+    group["params"], group["param_names"] = [new], ["p"]
+    optimizer.step()
+    assert optimizer.stats.count == 1 and new.all()
+
+
 def test_a_rule_for_a_parameter_that_is_gone_is_an_error_before_anything_is_written():
     ps = [loud(3), loud(2)]
     optimizer = SGD(ps, lr=1.0, max_norm=rules.Only(1.0, [ps[0]]))
     optimizer.step()
     optimizer.param_groups[0]["params"][0] = loud(3)
-    before = copy.deepcopy([list(optimizer.param_groups[0]["params"]), optimizer.state_dict()])
-    with pytest.raises(ValueError, match="no parameter of this Clipper"):
-        optimizer.step()
-    after = [list(optimizer.param_groups[0]["params"]), optimizer.state_dict()]
+    before = copy.deepcopy([list(optimizer.param_groups[0]["params"]), optimizer.clipper.state_dict()])
+    for call in (optimizer.step, optimizer.state_dict):
+        with pytest.raises(ValueError, match="no parameter of this Clipper"):
+            call()
+    after = [list(optimizer.param_groups[0]["params"]), optimizer.clipper.state_dict()]
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 

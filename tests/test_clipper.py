@@ -274,3 +274,17 @@ def test_flags_of_other_libraries(flag):
     assert torch.equal(p.detach(), torch.full((3,), -0.5 if flag else 0.0))
     with pytest.raises(TypeError, match="when must be a bool"):
         fastclip.Clipper([p], 100.0).step(optimizer, when=numpy.float32(1))
+
+
+@pytest.mark.parametrize("name", ["steps", "skips", "zeroed"])
+def test_a_count_that_is_none_is_an_error_before_rules_take_their_state(name):
+    rule = fastclip.rules.AutoClip(50, window=3)
+    clipper = fastclip.Clipper([parameter(torch.ones(3))], rule)
+    clipper.clip_()
+    saved, fresh = (
+        clipper.state_dict(),
+        fastclip.Clipper([parameter(torch.ones(3))], fastclip.rules.AutoClip(50, window=3)),
+    )
+    with pytest.raises((TypeError, ValueError)):
+        fresh.load_state_dict({**saved, name: "many"})
+    assert fresh.state_dict()["rules"] == [{}]

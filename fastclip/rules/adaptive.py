@@ -320,7 +320,8 @@ class AdaGC(Adaptive):
     def reorder(self, came_from: list[int]) -> None:
         """Let gamma_i follow its parameter: the i-th one now was the came_from[i]-th; -1: it is new."""
         if (gamma := self.state.get("gamma")) is not None:
-            places = torch.tensor([i if i < len(gamma) else -1 for i in came_from], device=gamma.device)
+            known = [i if i < len(gamma) else -1 for i in came_from]
+            places = torch.tensor(known, dtype=torch.int64, device=gamma.device)
             with torch.inference_mode(False):
                 self.state["gamma"] = torch.cat([gamma, gamma.new_zeros(1)])[places]  # -1: the zero
 

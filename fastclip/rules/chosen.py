@@ -117,10 +117,6 @@ class Only:
         if hasattr(self.rule, "init_state"):
             self.rule.init_state(device, total)
 
-    def reorder(self, came_from: list[int]) -> None:
-        if hasattr(self.rule, "reorder"):
-            self.rule.reorder(came_from)
-
     def state_dict(self) -> dict[str, Any]:
         return state_of(self.rule)
 
@@ -145,6 +141,13 @@ class Except(Only):
     """
 
     _others = True
+
+
+def bare_rule(rule: Any) -> Any:
+    """The rule itself, of one that is for some of the parameters."""
+    while isinstance(rule, Only):
+        rule = rule.rule
+    return rule
 
 
 def _is_pattern(name: str) -> bool:
