@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .table import StepTable, are_apart, may_overlap
+from .table import StepTable, are_apart, clusters, may_overlap
 
 
 class Arrays(NamedTuple):
@@ -72,14 +71,13 @@ def zero_(gradients: Iterable[Tensor | None]) -> None:
 
 
 def shared_addresses(plan: list[Planned]) -> set[int]:
-    """The addresses of gradients that are there more than once: what is written to one would be read of the other."""
+    """The addresses of gradients that reach into another: what is written to one would be read of the other."""
     if len(plan) == 1 and plan[0].table is not None:  # in a table each is there once
         return set()
     gradients = [gradient for one in plan for gradient in one.arrays.grads]
     if are_apart(gradients):
         return set()
-    addresses = [gradient.data_ptr() for gradient in gradients]
-    return {address for address, count in Counter(addresses).items() if count > 1 and address}  # 0: of no elements
+    return {gradient.data_ptr() for cluster in clusters(gradients) if len(cluster) > 1 for gradient in cluster}
 
 
 def for_torch(arrays: Arrays, shared: set[int]) -> tuple[Arrays, list[tuple[Tensor, Tensor]]]:

@@ -273,7 +273,12 @@ class _Optimizer(TakesDecision, torch.optim.Optimizer):
         return found
 
     def _check(self, arrays: Arrays) -> None:
-        """An error where torch's kernel, which asks nothing, would read or write memory that is not there."""
+        """An error where torch's kernel, which asks nothing, would read or write memory that is not there, or raise
+        after others have been stepped."""
+        if not arrays.params[0].is_floating_point():
+            raise TypeError(
+                f"parameter must be of a floating-point dtype, got {arrays.params[0].dtype}; nothing was changed"
+            )
         columns = {"parameter": arrays.params, "gradient": arrays.grads, **dict(zip(self._names, arrays.states))}
         for name, tensors in columns.items():
             for p, t in zip(arrays.params, tensors):

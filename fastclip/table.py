@@ -298,7 +298,7 @@ def are_apart(tensors: list[Tensor]) -> bool:
 
 def may_overlap(tensors: list[Tensor]) -> bool:
     """Whether the memory of one tensor may reach into another's."""
-    return not are_apart(tensors) and any(len(cluster) > 1 for cluster in _clusters(tensors))
+    return not are_apart(tensors) and any(len(cluster) > 1 for cluster in clusters(tensors))
 
 
 def same_items(a: list[Any], b: list[Any]) -> bool:
@@ -396,11 +396,11 @@ def check_not_gradients(items: list[Any], argument: str) -> None:
 
 def _check_overlaps(tensors: list[Tensor]) -> None:
     """Raise if two tensors share memory: the shared part would be scaled twice."""
-    for cluster in _clusters(tensors):
+    for cluster in clusters(tensors):
         _check_cluster(cluster)
 
 
-def _clusters(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+def clusters(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors, those together that lie one in the reach of another."""
     spans = sorted(
         (t.device.type, t.device.index or 0, t.data_ptr(), t.data_ptr() + _extent(t), i)

@@ -229,6 +229,28 @@ def test_states_that_share_memory_are_stepped_in_order(shared):
     torch.testing.assert_close(ps, theirs, rtol=0, atol=0)
 
 
+def test_gradients_that_reach_into_another_groups_are_zeroed_after_both_steps():
+    buffer = torch.arange(1.0, 7.0)
+    ps = [parameter(buffer[:4].clone()), parameter(buffer[2:].clone())]
+    ps[0].grad, ps[1].grad = buffer[:4], buffer[2:]
+    before = [p.detach().clone() for p in ps]
+    gradients = [p.grad.clone() for p in ps]
+    SGD([{"params": [p]} for p in ps], lr=1.0).step(zero_grad=True)
+    for p, old, gradient in zip(ps, before, gradients):
+        assert torch.equal(p.detach(), old - gradient)
+    assert not buffer.any()
+
+
+def test_a_parameter_that_no_kernel_takes_is_an_error_before_anything_is_written():
+    ps = [loud(3), loud(3)]
+    optimizer = AdamW([{"params": [p]} for p in ps], lr=0.1)
+    optimizer.param_groups[1]["params"][0] = parameter(torch.ones(3, dtype=torch.complex64))
+    before = ps[0].detach().clone()
+    with pytest.raises(TypeError, match=r"parameter must be of a floating-point dtype, got torch\.complex64"):
+        optimizer.step()
+    assert torch.equal(ps[0].detach(), before)
+
+
 def test_tensors_apart_are_stepped_in_one_go(monkeypatch):
     """References elsewhere (an EMA, a state_dict that is kept) are no overlap."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
