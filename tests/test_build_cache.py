@@ -138,7 +138,7 @@ def test_the_build_command_tries_anew_and_forgets_the_failure(path):
     assert not path.with_name("library.so.failure").exists()
 
 
-@pytest.mark.parametrize("record", [b"", b"[]", b"{}", b'{"time": "now"}', b"\xff"])
+@pytest.mark.parametrize("record", [b"", b"[]", b"{}", b'{"time": "now"}', b"\xff", b"[" * 100_000])
 def test_a_record_that_cannot_be_read_counts_for_nothing(path, record):
     path.parent.mkdir()
     path.with_name("library.so.failure").write_bytes(record)

@@ -97,7 +97,7 @@ class Entry:
             found = json.loads(self._failure_file.read_text())
             recent = 0 <= time.time() - found["time"] < REMEMBERED
             return found["reason"] if recent and found["circumstances"] == self._circumstances else None
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 
     def remember_failure(self, reason: str) -> None:
