@@ -121,10 +121,10 @@ def small() -> None:
                     AdamW(parameters, amsgrad=seed is None, **clipped).step()
                     SGD(parameters, lr=0.1, momentum=0.9 * (seed is None), **clipped).step()
                 SGD(
-                    parameters, lr=0.1, momentum=0.9, nesterov=True, max_norm=fastclip.rules.Mask(1e-3, hold=True)
+                    parameters, lr=0.1, momentum=0.9, nesterov=True, max_norm=fastclip.rules.Mask(1e-3, freeze=True)
                 ).step(zero_grad=True)
                 parameters[-1].grad.fill_(float("nan"))
-                (group,) = fastclip.table.pack(parameters, gradients=False, write=True).groups
+                (group,) = fastclip.gradients.pack.pack(parameters, gradients=False, write=True).groups
                 _, counts = module.repair_(group, module.measure(group, 2.0), 2.0)
                 assert counts.tolist() == [0] * 6 + [200_000], counts
     print("both backends ran")

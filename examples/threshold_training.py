@@ -6,7 +6,7 @@ A small network learns scikit-learn's handwritten digits, once with three thresh
 - a parameter whose gradient has a norm above --limit gets it scaled down to that;
 - the optimizer steps if the loss of the batch is above --loss.
 
-All three are decided on the device, and nothing is read before the end of an epoch. With --hold, a parameter whose
+All three are decided on the device, and nothing is read before the end of an epoch. With --freeze, a parameter whose
 gradient was zeroed stays exactly as it is, momentum and weight decay or not; which ones is read at each step.
 
     python examples/threshold_training.py
@@ -109,13 +109,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--loss", type=float, default=0.02, help="step only above this loss (0.02)")
     parser.add_argument("--mask", type=float, default=5e-3, help="zero gradients below this throughout (5e-3)")
     parser.add_argument("--limit", type=float, default=0.3, help="of the norm of each gradient (0.3)")
-    parser.add_argument("--hold", action="store_true", help="leave parameters alone whose gradients are zeroed")
+    parser.add_argument("--freeze", action="store_true", help="leave parameters alone whose gradients are zeroed")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (0)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
     train_images, train_labels, test_images, test_labels = load(args.seed, args.device)
-    rules = [Mask(args.mask, hold=args.hold), TensorNorm(args.limit)]
+    rules = [Mask(args.mask, freeze=args.freeze), TensorNorm(args.limit)]
     runs = {"with thresholds": (args.loss, rules), "without": (0.0, [TensorNorm(math.inf)])}
     accuracies = {}
     for name, (threshold, rules) in runs.items():

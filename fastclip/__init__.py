@@ -23,12 +23,12 @@ from .functional import (
     total_norm,
 )
 from .stats import Stats
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "Clipper",
     "Stats",
+    "__version__",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends
+from . import backends
 from .backends import native
 from .backends.choice import checked
+from .version import __version__
 
 
 def info() -> int:

@@ -1,20 +1,24 @@
-"""Measure, decide, apply: the pipeline, and the object that keeps a model's parameters and rules together."""
+"""Clipper: a model's parameters, the rules that clip their gradients, and what is done about broken ones."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, compiler
 
 from . import backends
+from .arguments import is_bool
 from .backends import Measurement, capturing, native, upload
-from .feed import (
-    Fed,
-    Scaling,
+from .gradients.pack import flatten_params, from_native, pack, same_items
+from .gradients.param_index import ParamIndex
+from .gradients.table import GradTable
+from .pipeline.amp import GradScalerState
+from .pipeline.decide import ClipDecision, decide
+from .pipeline.step import (
     check_optimizer,
     covers,
     has_post_hooks,
@@ -23,13 +27,10 @@ from .feed import (
     undo_after_step,
     unwrapped,
 )
-from .members import Members
-from .rules import GlobalNorm, Rule
-from .rules.chosen import bare_rule
-from .rules.formula import check_state, checked, clip_coefficient, combined, is_bool, norm_type_of, state_of
-from .rules.norms import as_rule
-from .stats import Stats, is_zero, measure
-from .table import GradTable, from_native, listed, pack, same_items
+from .rules.base import StepContext, norm_type_of
+from .rules.fixed import as_rule
+from .rules.subset import bare_rule
+from .stats import Stats
 
 NONFINITE = ("propagate", "skip", "zero", "raise")
 
@@ -65,10 +66,8 @@ class Clipper:
         >>> stats = clipper.step(optimizer)  # or: stats = clipper.clip_(); optimizer.step()
     """
 
-    def __init__(
-        self, parameters: Iterable[Any] | Tensor, rule: Rule | list[Rule] | float, *, nonfinite: str = "propagate"
-    ) -> None:
-        self.parameters, self.names = _named(listed(parameters, ordered=True))
+    def __init__(self, parameters: Iterable[Any] | Tensor, rule: Any, *, nonfinite: str = "propagate") -> None:
+        self.parameters, self.names = _named(flatten_params(parameters, ordered=True))
         self.rules = [as_rule(r) for r in rule] if isinstance(rule, (list, tuple)) else [as_rule(rule)]
         if not self.rules:
             raise ValueError(f"rule must not be an empty list, got {rule!r}")
@@ -79,8 +78,7 @@ class Clipper:
         self.steps = 0
         self.skips: Tensor | None = None
         self.zeroed: Tensor | None = None
-        self._known: Members | None = None
-        self._distinct = 0  # gradients of the last decision
+        self._params: ParamIndex | None = None
         if self.parameters:
             self._check_rules(self.parameters, self.names)
 
@@ -98,20 +96,19 @@ class Clipper:
         came_from = [earlier.get(id(p), -1) for p in parameters]
         bare = map(bare_rule, self.rules)  # of which there may be one for several
         for rule in {id(rule): rule for rule in bare}.values():
-            if earlier and hasattr(rule, "reorder"):
+            if earlier:
                 rule.reorder(came_from)
-        self.parameters, self.names, self._known = list(parameters), names, None
+        self.parameters, self.names, self._params = list(parameters), names, None
 
     def _check_rules(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
         """ValueError if a rule names a parameter that is not among these."""
         for rule in self.rules:
-            if hasattr(rule, "check"):
-                rule.check(parameters, names)
+            rule.check(parameters, names)
 
     def init_state(self) -> None:
         """Make what the rules will remember, as a first step would."""
         for rule in self.rules:
-            if self.parameters and hasattr(rule, "init_state"):
+            if self.parameters:
                 rule.init_state(self.parameters[0].device, len(self.parameters))
 
     def clip_(self) -> Stats:
@@ -125,26 +122,25 @@ class Clipper:
         if compiler.is_dynamo_compiling():
             from . import graph_breaks
 
-            return graph_breaks.clip_(self)
-        done = self._at_once()
+            return graph_breaks.call(Clipper.clip_, self)
+        done = self._clip_fused()
         if isinstance(done, Stats):
             return done
         table = from_native(done) if done else pack(self.parameters, gradients=False, write=True)
-        stats, pending = self.decide(table)
-        pending.apply_(table)
+        stats, decision = self.decide(table)
+        decision.apply_(table)
         return stats
 
-    def _at_once(self) -> Stats | list[Any] | None:
+    def _clip_fused(self) -> Stats | list[Any] | None:
         """The commonest case in one native call: one limit of the norm, gradients on the CPU, few enough to count.
 
         Returns the packed gradients where it is another case, or None where they want the general packer.
         """
-        rule = self.rules[0]
-        if len(self.rules) > 1 or type(rule) is not GlobalNorm or rule.norm_type == 0 or self.nonfinite != "propagate":
+        if len(self.rules) > 1 or self.norm_type == 0 or self.nonfinite != "propagate":
             return None
-        limit = rule.limit(self.steps)
-        library = native.cpp.load() if backends.current() in ("auto", "cpu") else None
-        if library is None or isinstance(limit, Tensor):
+        limit = self.rules[0].static_limit(self.steps)
+        library = native.cpp.load() if limit is not None and backends.current() in ("auto", "cpu") else None
+        if library is None:
             return None
         done = library.clip_all(self.parameters, self.norm_type, limit)
         if not isinstance(done, tuple):
@@ -152,11 +148,11 @@ class Clipper:
         power, absmax, norm, coef, wide = done
         parts = [Measurement(power, absmax)]
         stats = Stats(self.norm_type, torch.float64 if wide else torch.float32, power.device, parts, None, norm)
-        stats.limit, stats.step = limit, self.steps
+        stats.step = self.steps
         if self.names is not None:
-            stats.names = self._members(len(power)).names
+            stats.names = self._param_index(len(power)).names
         self.steps += 1
-        return stats.decided(coef)
+        return stats.record(coef, limit)
 
     def step(
         self,
@@ -207,7 +203,7 @@ class Clipper:
         if compiler.is_dynamo_compiling():
             from . import graph_breaks
 
-            return graph_breaks.step(self, optimizer, scaler, when, divide_by)
+            return graph_breaks.call(Clipper.step, self, optimizer, scaler, when, divide_by)
         optimizers = unwrapped(optimizer)
         inner = optimizers[-1]
         check_optimizer(inner)
@@ -238,45 +234,48 @@ class Clipper:
         optimizer = optimizers[-1]
         complete = covers(optimizer, self.parameters)
         table = pack(self.parameters, gradients=False, write=True)
-        scaling = Scaling.of(scaler, optimizers, table.device)
-        factor = scaling.factor(divide_by)
-        if factor is not None and not complete:
+        scaler_state = GradScalerState.of(scaler, optimizers, table.device)
+        inv_scale = scaler_state.inv_scale(divide_by)
+        if inv_scale is not None and not complete:
             raise ValueError(
                 "optimizer must hold exactly the parameters of this Clipper where a scaler or divide_by is given: "
                 "the other gradients would be left unscaled"
             )
         skip = None if when is None else ~_flag(when, table.device)
-        if scaling.found_inf is not None:
-            skip = scaling.found_inf if skip is None else skip | scaling.found_inf
-        stats, pending = self.decide(table, factor, skip, scaling.active or scaling.by_wrapper)
-        scaling.record(stats)
-        steps = prepare(optimizer, table, Fed(pending, self.owners), complete, undo)
-        undo.push(scaling.done)
+        if scaler_state.found_inf is not None:
+            skip = scaler_state.found_inf if skip is None else skip | scaler_state.found_inf
+        stats, decision = self.decide(table, inv_scale, skip, scaler_state.active or scaler_state.by_wrapper)
+        scaler_state.record(stats)
+        steps = prepare(optimizer, table, decision, complete, undo)
+        undo.push(scaler_state.done)
         return stats, steps
 
     def decide(
-        self, table: GradTable, factor: Tensor | None = None, skip: Tensor | None = None, scaled: bool = False
-    ) -> tuple[Stats, Pending]:
-        """What the rules say of the gradients of `table`; see :func:`decide`. `scaled`: by a GradScaler."""
+        self, table: GradTable, inv_scale: Tensor | None = None, skip: Tensor | None = None, scaled: bool = False
+    ) -> tuple[Stats, ClipDecision]:
+        """What the rules say of the gradients of `table`; see :func:`fastclip.pipeline.decide.decide`. `scaled`: by a
+        GradScaler."""
         policy = "skip" if scaled else self.nonfinite
         check = self._refuse if policy == "raise" else None
-        count = self._distinct = len(table)
-        members = functools.cache(lambda: self._members(count))  # not of the table, which holds the gradients
-        before = Before(factor, skip, self.steps, members)
-        stats, pending = decide(table, self.rules, self.norm_type, check, before, policy)
+        count = len(table)
+        params = functools.cache(lambda: self._param_index(count))  # not of the table, which holds the gradients
+        context = StepContext(self.steps, skip, inv_scale, params)
+        stats, decision = decide(
+            table, self.rules, self.norm_type, context, check, policy, lambda: self._param_index(count).owners
+        )
         if self.names is not None:
-            stats.names = members().names
+            stats.names = params().names
         self.steps += 1
-        if pending.skip is not None:
-            self.skips = _added(self.skips, pending.skip)
+        if decision.skip is not None:
+            self.skips = _added(self.skips, decision.skip)
         if stats.zeroed is not None:
             self.zeroed = _added(self.zeroed, stats.zeroed.sum())
-        return stats, pending
+        return stats, decision
 
     def state_dict(self) -> dict[str, Any]:
         """What this Clipper and its rules remember: counts as ints, and running statistics as tensors (copies)."""
         counts = {name: 0 if t is None else int(t) for name, t in (("skips", self.skips), ("zeroed", self.zeroed))}
-        return {"steps": self.steps, **counts, "rules": [state_of(rule) for rule in self.rules]}
+        return {"steps": self.steps, **counts, "rules": [rule.state_dict() for rule in self.rules]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, whatever device it was saved from.
@@ -289,10 +288,9 @@ class Clipper:
             raise ValueError(f"state_dict has {len(saved)} rules, and this Clipper {len(self.rules)}: {self.rules}")
         steps, skips, zeroed = (int(state_dict[name]) for name in ("steps", "skips", "zeroed"))
         for rule, state in zip(self.rules, saved):
-            check_state(rule, state)
+            rule.check_state_dict(state)
         for rule, state in zip(self.rules, saved):
-            if hasattr(rule, "load_state_dict"):
-                rule.load_state_dict(state)
+            rule.load_state_dict(state)
         self.steps, self.skips, self.zeroed = steps, _loaded(self.skips, skips), _loaded(self.zeroed, zeroed)
 
     def _refuse(self, stats: Stats) -> None:
@@ -301,7 +299,7 @@ class Clipper:
         if not concerned:
             return
         table = pack(self.parameters, gradients=False, write=False)
-        names = self._members(len(table)).names or tuple(f"gradient {i}" for i in range(len(table)))
+        names = self._param_index(len(table)).names or tuple(f"gradient {i}" for i in range(len(table)))
         counts = [
             f"{names[i]} ({int((~table.tensors[i].isfinite()).sum())} of {table.tensors[i].numel()})"
             for i in concerned[:5]
@@ -311,187 +309,23 @@ class Clipper:
             f"gradients hold elements that are not finite: {', '.join(counts)}{more}; nothing was changed"
         )
 
-    def _members(self, count: int) -> Members:
+    def _param_index(self, count: int) -> ParamIndex:
         """The parameters of the `count` distinct gradients there are now."""
-        known, everyone = self._known, len(self.parameters)
-        if count == everyone:
-            if known is None or known.total != everyone or len(known.indices) != everyone:
-                known = Members.all_of(self.parameters, self.names)
+        cached, total = self._params, len(self.parameters)
+        if count == total:
+            if cached is None or cached.total != total or len(cached.indices) != total:
+                cached = ParamIndex.all_of(self.parameters, self.names)
         else:
-            there = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-            alone = len(there) == count and known is not None and not known.shared
-            if known is None or not alone or known.total != everyone or known.indices != there:
-                found = Members.of(self.parameters, self.names)
-                known = known if known is not None and found.same_as(known) else found
-        self._known = known
-        return known
-
-    def owners(self) -> list[list[Tensor]]:
-        """For each distinct gradient of the last decision, in order, the parameters that have it."""
-        return self._members(self._distinct).owners
+            present = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+            alone = len(present) == count and cached is not None and not cached.shared
+            if cached is None or not alone or cached.total != total or cached.indices != present:
+                index = ParamIndex.of(self.parameters, self.names)
+                cached = cached if cached is not None and index.same_as(cached) else index
+        self._params = cached
+        return cached
 
     def __repr__(self) -> str:
         return f"Clipper({len(self.parameters)} parameters, {self.rules})"
-
-
-class Pending:
-    """What was decided and is still to be done to the gradients.
-
-    Args:
-        coef: [] or [T] float64, what they are to be multiplied by.
-        skip: [] bool, whether nothing is to be done; None: it is.
-        factor: the part of `coef` that no rule asked for, [] float64; None: 1.
-        decisions: the other parts of it, each with its rule; None: `coef` is one factor for all.
-        holds: [T] coefficients, 0 for gradients whose parameters are not to be touched at all.
-    """
-
-    def __init__(
-        self,
-        coef: Tensor,
-        skip: Tensor | None,
-        factor: Tensor | None = None,
-        decisions: list[tuple[Any, Tensor]] | None = None,
-        holds: Sequence[Tensor] = (),
-    ) -> None:
-        self.coef, self.skip = coef, skip
-        self._factor, self._decisions, self._holds = factor, decisions, holds
-
-    @property
-    def common(self) -> Tensor:
-        """[] float64, what all gradients are multiplied by."""
-        return self._split[0]
-
-    @property
-    def each(self) -> Tensor | None:
-        """[] or [T] float64, what they are multiplied by besides; None: nothing."""
-        return self._split[1]
-
-    @functools.cached_property
-    def _split(self) -> tuple[Tensor, Tensor | None]:
-        if self._decisions is None:
-            return self.coef, None
-        common, each = self._factor, None
-        for rule, mine in self._decisions:
-            if mine.dim():
-                each = combined(each, mine)
-                continue
-            if not getattr(rule, "zero_if_finite", False):  # +0 writes zeros, which no factor for all does to a NaN
-                zeroes = torch.where(is_zero(mine), 0.0, 1.0).double()
-                each = combined(each, zeroes)
-                mine = torch.where(zeroes == 0, 1.0, mine)
-            common = combined(common, mine)
-        return torch.ones((), dtype=torch.float64, device=self.coef.device) if common is None else common, each
-
-    @functools.cached_property
-    def held(self) -> Tensor | None:
-        """[T] bool, the gradients whose parameters are not to be touched at all; None: there is none."""
-        found = None
-        for mine in self._holds:
-            found = mine == 0 if found is None else found | (mine == 0)
-        return found
-
-    def apply_(self, table: GradTable) -> None:
-        if len(table):
-            table.apply_(self.unless_skipped(self.coef))
-
-    def unless_skipped(self, coef: Tensor) -> Tensor:
-        return coef if self.skip is None else torch.where(self.skip, 1.0, coef)
-
-
-class Before(NamedTuple):
-    """What is known before the gradients are read."""
-
-    factor: Tensor | None = None  # [] float64: what they are to be multiplied by before all else
-    skip: Tensor | None = None  # [] bool: whether nothing is to be done
-    step: int = 0
-    members: Callable[[], Members] | None = None
-
-
-NOTHING = Before()
-
-
-def clip(table: GradTable, rules: list[Any], norm_type: float, check: Callable[[Stats], None] | None = None) -> Stats:
-    """Run `rules` over the table's gradients: one read, one decision, at most one pass of writing per coefficient rule
-    or run of them. `check` sees the statistics before anything is written and may raise."""
-    stats, pending = decide(table, rules, norm_type, check)
-    pending.apply_(table)
-    return stats
-
-
-def decide(
-    table: GradTable,
-    rules: list[Any],
-    norm_type: float,
-    check: Callable[[Stats], None] | None = None,
-    given: Before = NOTHING,
-    nonfinite: str = "propagate",
-) -> tuple[Stats, Pending]:
-    """Read the gradients once and let the rules decide. Only what comes before the last rule that works in place is
-    written. The statistics are those of the gradients times ``given.factor``, as they were before any rule."""
-    factor, skip = given.factor, given.skip
-    if given.members and any(getattr(rule, "in_place", False) for rule in rules):
-        for rule in rules:
-            if hasattr(rule, "check_gradients"):
-                rule.check_gradients(given.members(), given.step)
-    if capturing(table.device):
-        for rule in rules:
-            rule = getattr(rule, "rule", rule)  # of an Only
-            if hasattr(rule, "check_capture"):
-                rule.check_capture()
-    limit = rules[0].limit(given.step) if len(rules) == 1 and type(rules[0]) is GlobalNorm and factor is None else None
-    fused = limit if isinstance(limit, float) else None
-    before, coef = measure(table, norm_type, fused, repair=nonfinite == "zero")
-    if factor is not None:
-        zeroed, before = before.zeroed, before.scaled(factor)
-        before.zeroed = zeroed
-    before.step, before._members = given.step, given.members
-    if check:
-        check(before)
-    if nonfinite == "skip":
-        broken = before.nonfinite.any()
-        skip = broken if skip is None else skip | broken
-    before.skip = skip
-    if coef is not None or not len(table):
-        one = torch.ones((), dtype=torch.float64, device=table.device) if coef is None or not len(table) else coef
-        if fused is not None:
-            before.limit = fused
-        before._members = None
-        return before.decided(one, None, skip), Pending(one, skip)
-
-    before._sizes = table.sizes
-    coef, overall, changed = factor, None, None  # None: 1, 1, no
-    decisions: list[tuple[Any, Tensor]] = []  # since the last rule that worked in place
-    holds: list[Tensor] = []
-    stats: Stats | None = before
-    for i, rule in enumerate(rules):
-        if getattr(rule, "in_place", False):
-            if coef is not None:
-                table.apply_(coef if skip is None else torch.where(skip, 1.0, coef))
-                coef, factor, decisions = None, None, []
-            mine = rule.write_(table, given.members() if given.members else None, skip)
-            changed = mine if changed is None else changed | mine
-            stats = None  # what the next rule needs must be read again
-            continue
-        if stats is None:
-            stats, _ = measure(table, norm_type)
-            stats.step, stats.skip, stats._members, stats._sizes = given.step, skip, given.members, table.sizes
-        mine = checked(rule(stats), rule, stats.count).to(stats.device)
-        if stats._limit is not None:
-            before._limit = stats._limit
-        decisions.append((rule, mine))
-        if mine.dim() and getattr(rule, "hold", False):
-            holds.append(mine)
-        same = coef is overall
-        coef = combined(coef, mine)
-        overall = coef if same else combined(overall, mine)
-        if i + 1 < len(rules):
-            stats = stats.scaled(mine)
-    if coef is None or overall is None:
-        one = torch.ones((), dtype=torch.float64, device=table.device)
-        coef, overall = one if coef is None else coef, one if overall is None else overall
-    # For the rules only: the statistics would keep parameters and gradients for as long as they live.
-    before._members = before._sizes = None
-    return before.decided(overall, changed, skip), Pending(coef, skip, factor, decisions, holds)
 
 
 def _flag(when: Any, device: torch.device) -> Tensor:
@@ -522,23 +356,6 @@ def _loaded(mine: Tensor | None, saved: int) -> Tensor | None:
         with torch.inference_mode(False):
             return torch.tensor(saved, dtype=torch.int64, device="cpu") if saved else None
     return mine.fill_(saved)
-
-
-def clip_by_norm(table: GradTable, norm: Tensor, max_norm: float | Tensor) -> None:
-    """Scale every gradient by the clip coefficient of a norm measured elsewhere."""
-    if norm.device.type == "cpu":
-        norm = upload(norm, torch.float64, table.device)
-    limit = max_norm.to(table.device, torch.float64) if isinstance(max_norm, Tensor) else max_norm
-    table.apply_(clip_coefficient(norm.to(table.device, torch.float64), limit))
-
-
-def refuse_nonfinite(stats: Stats) -> None:
-    """A check for :func:`clip`: RuntimeError unless the norm is finite. Reads it back to the host."""
-    if not stats.norm.isfinite():
-        raise RuntimeError(
-            f"the total norm of order {stats.norm_type} of the gradients is {stats.norm.item()}, so they cannot be "
-            f"clipped by it; nothing was changed. Set error_if_nonfinite=False to scale by it anyway"
-        )
 
 
 def _named(items: list[Any]) -> tuple[list[Tensor], tuple[str, ...] | None]:

@@ -6,8 +6,8 @@ raises before anything is written. `foreach` is accepted for torch's sake and ig
 
 A call works on the gradients that there are when it begins, also if another thread sets ``p.grad = None`` meanwhile.
 Under torch.compile, make_fx, FakeTensorMode and other modes that look at every operation, a call is one operation of
-:mod:`fastclip.ops`: what it returns is no constant in a graph, and fake tensors stay fake. In a child of ``os.fork()``
-gradients on the CPU are clipped by one thread.
+:mod:`fastclip.torch_ops`: what it returns is no constant in a graph, and fake tensors stay fake. In a child of
+``os.fork()`` gradients on the CPU are clipped by one thread.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import backends, ops
+from . import backends, torch_ops
+from .arguments import checked_limit, checked_norm, nonnegative, number, one_number
 from .backends import native
-from .clipper import clip, clip_by_norm, refuse_nonfinite
+from .gradients.modes import is_watched
+from .gradients.pack import check_not_gradients, flatten_params, from_native, pack
+from .pipeline.decide import clip, clip_by_norm, refuse_nonfinite
 from .rules import GlobalNorm, Mask, TensorNorm, Value
-from .rules.formula import checked_limit, checked_norm, nonnegative, number, one_number
-from .table import check_not_gradients, from_native, is_watched, listed, pack
 
 Parameters = Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -64,7 +65,7 @@ def clip_norm_(
         NotImplementedError: a gradient is a DTensor or another wrapper subclass.
     """
     if is_dynamo_compiling():
-        return _global_norm_in_graph(listed(parameters), "parameters", max_norm, norm_type, error_if_nonfinite)
+        return _global_norm_in_graph(flatten_params(parameters), "parameters", max_norm, norm_type, error_if_nonfinite)
     return _global_norm(parameters, "parameters", max_norm, norm_type, error_if_nonfinite)
 
 
@@ -78,7 +79,7 @@ def total_norm(
     Follows ``torch.nn.utils.get_total_norm``. Args, returns and raises as :func:`clip_norm_`.
     """
     if is_dynamo_compiling():
-        return _global_norm_in_graph(listed(tensors, "tensors"), "tensors", None, norm_type, error_if_nonfinite)
+        return _global_norm_in_graph(flatten_params(tensors, "tensors"), "tensors", None, norm_type, error_if_nonfinite)
     return _global_norm(tensors, "tensors", None, norm_type, error_if_nonfinite)
 
 
@@ -98,11 +99,11 @@ def clip_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor,
     """
     if _in_a_graph():
         bound, norm = _in_graph(max_norm, "max_norm"), _in_graph(total_norm, "total_norm")
-        if grads := _gradients(listed(parameters)):
-            ops.clip_with_norm_(grads, bound, norm)
+        if grads := _gradients(flatten_params(parameters)):
+            torch_ops.clip_with_norm_(grads, bound, norm)
         return
     limit, norm = checked_limit(max_norm, "max_norm"), checked_norm(total_norm)
-    clip_by_norm(pack(listed(parameters), gradients=False, write=True), norm, limit)
+    clip_by_norm(pack(flatten_params(parameters), gradients=False, write=True), norm, limit)
 
 
 def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None = None) -> None:
@@ -120,11 +121,11 @@ def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None 
     """
     if _in_a_graph():
         limit = _in_graph(clip_value, "clip_value")
-        if grads := _gradients(listed(parameters)):
-            ops.clip_value_(grads, limit)
+        if grads := _gradients(flatten_params(parameters)):
+            torch_ops.clip_value_(grads, limit)
         return
     rule = Value(nonnegative(clip_value, "clip_value"))
-    pack(listed(parameters), gradients=False, write=True).clamp_(rule.low, rule.high)
+    pack(flatten_params(parameters), gradients=False, write=True).clamp_(rule.low, rule.high)
 
 
 def clip_tensor_norm_(parameters: Parameters, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -140,11 +141,11 @@ def clip_tensor_norm_(parameters: Parameters, max_norm: float, norm_type: float 
         [T] the norms before clipping, in the order of the parameters that have a gradient.
     """
     if _in_a_graph():
-        limit, p, items = _in_graph(max_norm, "max_norm"), _order(norm_type), listed(parameters)
+        limit, p, items = _in_graph(max_norm, "max_norm"), _order(norm_type), flatten_params(parameters)
         grads = _gradients(items)
-        return ops.clip_tensor_norm_(grads, limit, p) if grads else _nothing(items, 0)
+        return torch_ops.clip_tensor_norm_(grads, limit, p) if grads else _nothing(items, 0)
     rule = TensorNorm(max_norm, norm_type)
-    table = pack(listed(parameters), gradients=False, write=True)
+    table = pack(flatten_params(parameters), gradients=False, write=True)
     return clip(table, [rule], rule.norm_type).tensor_norms
 
 
@@ -164,18 +165,18 @@ def mask_small_(parameters: Parameters, threshold: float) -> Tensor:
         As :func:`clip_norm_`.
     """
     if _in_a_graph():
-        limit, items = _in_graph(threshold, "threshold"), listed(parameters)
+        limit, items = _in_graph(threshold, "threshold"), flatten_params(parameters)
         grads = _gradients(items)
-        return ops.mask_small_(grads, limit) if grads else _nothing(items, 0).bool()
+        return torch_ops.mask_small_(grads, limit) if grads else _nothing(items, 0).bool()
     rule = Mask(threshold)
-    table = pack(listed(parameters), gradients=False, write=True)
+    table = pack(flatten_params(parameters), gradients=False, write=True)
     return clip(table, [rule], math.inf).coef.expand(len(table)) == 0
 
 
 def _global_norm(
     tensors: Parameters, argument: str, max_norm: float | None, norm_type: float, error_if_nonfinite: bool
 ) -> Tensor:
-    items = tensors if type(tensors) is list else listed(tensors, argument, stacklevel=4)
+    items = tensors if type(tensors) is list else flatten_params(tensors, argument, stacklevel=4)
     clips = argument == "parameters"
     packed = None
     if backends.current() in ("auto", "cpu"):
@@ -185,9 +186,9 @@ def _global_norm(
             if isinstance(packed, Tensor):
                 return packed
     if not packed and is_watched():
-        return _global_norm_in_graph(listed(items, argument), argument, max_norm, norm_type, error_if_nonfinite)
+        return _global_norm_in_graph(flatten_params(items, argument), argument, max_norm, norm_type, error_if_nonfinite)
     rule = GlobalNorm(checked_limit(max_norm, "max_norm") if clips else math.inf, norm_type)
-    items = listed(items, argument)
+    items = flatten_params(items, argument)
     table = from_native(packed) if packed else pack(items, gradients=not clips, write=clips, argument=argument)
     return clip(table, [rule], rule.norm_type, refuse_nonfinite if error_if_nonfinite else None).total_norm
 
@@ -198,9 +199,9 @@ def _global_norm_in_graph(
     p, refuse = _order(norm_type), bool(error_if_nonfinite)
     if argument == "tensors":
         _check_tensors(items, argument)
-        return ops.total_norm([t.detach() for t in items], p, refuse) if items else _nothing([], ())
+        return torch_ops.total_norm([t.detach() for t in items], p, refuse) if items else _nothing([], ())
     limit, grads = _in_graph(max_norm, "max_norm"), _gradients(items)
-    return ops.clip_norm_(grads, limit, p, refuse) if grads else _nothing(items, ())
+    return torch_ops.clip_norm_(grads, limit, p, refuse) if grads else _nothing(items, ())
 
 
 def _in_a_graph() -> bool:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import Measurement, upload
-from .reading import Numbers
-from .reading import root as _root
-from .table import GradTable
-
-if TYPE_CHECKING:
-    from .members import Members
+from .host_stats import HostStats, StatsTensors
+from .host_stats import root as _root
 
 
 class Stats:
@@ -38,20 +33,12 @@ class Stats:
             such rules, the last one's.
         zeroed: [T] int64, how many elements ``nonfinite="zero"`` set to 0; else None. The norms are those afterwards.
         names: the T names, where the Clipper was given named parameters, else None.
-
-    For rules:
-        step: how many steps the Clipper has taken before this one.
-        skip: [] bool, whether nothing will be done; None: it will.
-        members(): the parameters that the gradients belong to, :class:`~fastclip.members.Members`.
-        sizes(): [T] float64, how many elements each gradient has.
+        step: how many steps the Clipper had taken before this one.
     """
 
     names: tuple[str, ...] | None = None
     zeroed: Tensor | None = None
     step: int = 0
-    _limit: Tensor | float | None = None
-    _members: Callable[[], Members] | None = None
-    _sizes: Callable[[], Tensor] | None = None
 
     def __init__(
         self,
@@ -71,6 +58,7 @@ class Stats:
         self._norm = norm
         self._coef: Tensor | None = None
         self._clamped: Tensor | None = None
+        self._limit: Tensor | float | None = None
         self.skip: Tensor | None = None
 
     # Computed anew at every look: none of it is paid for by who does not ask, and after a replay of a CUDA graph it is
@@ -79,12 +67,12 @@ class Stats:
     @property
     def power(self) -> Tensor:
         """[T] float64, sum |g|^p of each gradient."""
-        return self._gathered([part.power for part in self._parts])
+        return self.gathered([part.power for part in self._parts])
 
     @property
     def absmax(self) -> Tensor:
         """[T] float64; what `tensor_absmax` is rounded from."""
-        return self._gathered([part.absmax for part in self._parts])
+        return self.gathered([part.absmax for part in self._parts])
 
     @property
     def norm(self) -> Tensor:
@@ -124,22 +112,6 @@ class Stats:
             return torch.full((), self._limit, dtype=self._dtype, device=self.device)
         return None if self._limit is None else self._limit.to(self._dtype)
 
-    @limit.setter
-    def limit(self, limit: Tensor | float) -> None:
-        self._limit = limit
-
-    def members(self) -> Members:
-        """The parameters that the gradients belong to. RuntimeError where only tensors are known."""
-        if self._members is None:
-            raise RuntimeError("this rule needs to know the parameters: use it in a Clipper")
-        return self._members()
-
-    def sizes(self) -> Tensor:
-        """[T] float64, the element counts. RuntimeError once the rules have decided."""
-        if self._sizes is None:
-            raise RuntimeError("sizes() is for rules, while they decide")
-        return self._sizes()
-
     @property
     def coef(self) -> Tensor:
         coef = self._decision().to(self._dtype)
@@ -169,17 +141,18 @@ class Stats:
             ``nonfinite`` (how many gradients hold an inf or a NaN) and ``zeroed`` (how many elements
             ``nonfinite="zero"`` set to 0, if that is the policy).
         """
-        return Numbers.of(self).log(tensors)
+        return HostStats.of(self.tensors()).log(tensors)
 
-    def pieces(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The tensors that all the others are computed from, and what the host knows."""
-        found = {"norm": self.norm, "coef": self._decision(), "absmax": self.absmax}
+    def tensors(self) -> StatsTensors:
+        """The tensors that all the others are computed from, and the numbers that the host knows."""
+        tensors = {"norm": self.norm, "coef": self._decision(), "absmax": self.absmax}
         if not math.isinf(self.norm_type):
-            found["power"] = self.power
+            tensors["power"] = self.power
         known = {"limit": self._limit} if isinstance(self._limit, float) else {}
         limit = None if known else self._limit
         optional = {"clamped": self._clamped, "skip": self.skip, "limit": limit, "zeroed": self.zeroed}
-        return found | {name: piece for name, piece in optional.items() if isinstance(piece, Tensor)}, known
+        tensors |= {name: t for name, t in optional.items() if isinstance(t, Tensor)}
+        return StatsTensors(tensors, known, self.names, self.norm_type, self._dtype, self.device)
 
     def scaled(self, coef: Tensor) -> Stats:
         """The statistics the gradients will have once multiplied by `coef` ([] or [T]): what the next rule sees."""
@@ -191,20 +164,24 @@ class Stats:
             power = torch.where(factor == 0, absmax, power * factor**self.norm_type if self.norm_type else power)
         return self._like(power, absmax)
 
-    def only(self, index: Tensor, members: Members) -> Stats:
-        """The statistics of the gradients at `index` ([K] int64), those of `members`, alone."""
-        stats = self._like(self.power[index], self.absmax[index])
-        stats._members, stats._sizes = lambda: members, lambda: self.sizes()[index]
-        return stats
+    def only(self, index: Tensor) -> Stats:
+        """The statistics of the gradients at `index` ([K] int64) alone."""
+        return self._like(self.power[index], self.absmax[index])
 
     def _like(self, power: Tensor, absmax: Tensor) -> Stats:
         stats = Stats(self.norm_type, self._dtype, self.device, [Measurement(power, absmax)])
-        stats.step, stats.skip, stats._members, stats._sizes = self.step, self.skip, self._members, self._sizes
+        stats.step, stats.skip = self.step, self.skip
         return stats
 
-    def decided(self, coef: Tensor, clamped: Tensor | None = None, skip: Tensor | None = None) -> Stats:
-        """Record what was done."""
-        self._coef, self._clamped, self.skip = coef, clamped, skip
+    def record(
+        self,
+        coef: Tensor,
+        limit: Tensor | float | None = None,
+        clamped: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> Stats:
+        """Take down what was decided."""
+        self._coef, self._limit, self._clamped, self.skip = coef, limit, clamped, skip
         return self
 
     def _decision(self) -> Tensor:
@@ -212,7 +189,8 @@ class Stats:
             raise RuntimeError("coef and clipped are known only once the rules have decided")
         return self._coef
 
-    def _gathered(self, parts: list[Tensor]) -> Tensor:
+    def gathered(self, parts: list[Tensor]) -> Tensor:
+        """What each part has of its tensors, [T of the part], as [T] in the order of the parameters."""
         if len(parts) == 1:
             return parts[0]
         if not parts:
@@ -227,28 +205,3 @@ class Stats:
 def is_zero(coef: Tensor) -> Tensor:
     """Where it is +0, not -0."""
     return coef.reciprocal() == math.inf
-
-
-def measure(
-    table: GradTable, norm_type: float, max_norm: float | None = None, repair: bool = False
-) -> tuple[Stats, Tensor | None]:
-    """One read of the table's gradients; also the clip coefficient of `max_norm` where the backends fuse that.
-
-    `repair`: elements that are inf or NaN are set to 0 first, which is another read of the gradients that hold some.
-    """
-    parts: list[Measurement] = []
-    counts: list[Tensor] = []
-    chained = len({(group.backend, group.device) for group in table.groups}) == 1 and not repair
-    before: Tensor | None = None
-    for group in table.groups:
-        parts.append(group.backend.measure(group, norm_type, max_norm, before))
-        before = parts[-1].total if chained else None
-        if repair:
-            parts[-1], zeroed = group.backend.repair_(group, parts[-1], norm_type)
-            counts.append(zeroed)
-    positions = [p for group in table.groups for p in group.positions] if len(parts) > 1 else None
-    norm, coef = (parts[-1].norm, parts[-1].coef) if chained else (None, None)
-    stats = Stats(norm_type, table.dtype, table.device, parts, positions, norm)
-    if repair:
-        stats.zeroed = stats._gathered(counts) if counts else torch.zeros(0, dtype=torch.int64, device=table.device)
-    return stats, coef

@@ -23,7 +23,7 @@ TYPES = {
     "*fp32": {"lr_ptr"},
     "*i64": {"table_ptr", "counts_ptr"},
     "*i32": {"done_ptr", "clamped_ptr"},
-    "*i1": {"idle_ptr"},
+    "*i1": {"frozen_ptr"},
 }  # fmt: skip
 
 
@@ -60,23 +60,28 @@ def main(file, arch):
     from triton.compiler import ASTSource
 
     if file == "triton":
-        import fastclip.backends.triton as kernels
+        from fastclip.backends.triton import clip as kernels
+        from fastclip.backends.triton import reduction
+        from fastclip.backends.triton.table import TILE_BYTES
     else:
-        import fastclip.backends.triton_step as kernels
+        import fastclip.backends.triton.optim as kernels
 
     def variants(dtype):
         bits, narrow = dtype.primitive_bitwidth, dtype == tl.bfloat16
         if file == "triton":
-            block = kernels.TILE_BYTES * 8 // bits
+            block = TILE_BYTES * 8 // bits
             for norm in range(4):
                 for options in ({"earlier_ptr": None}, {}) if norm == 0 else ({"earlier_ptr": None},):
-                    yield kernels._measure_kernel, {"NORM": norm, "BLOCK": block // (8 if norm == 3 else 1), **options}
+                    yield (
+                        reduction._measure_kernel,
+                        {"NORM": norm, "BLOCK": block // (8 if norm == 3 else 1), **options},
+                    )
             for kernel in (kernels._apply_kernel, kernels._clamp_kernel, kernels._repair_kernel):
                 yield kernel, {"BLOCK": block}
         else:
             block = min(kernels.MOST_TILE, kernels.TILE_BYTES * 8 // bits)
             common = {"MAXIMIZE": False, "BLOCK": block}
-            absent = {"idle_ptr": None, "lr_ptr": None}
+            absent = {"frozen_ptr": None, "lr_ptr": None}
             for pointers in ({}, absent) if dtype == tl.float32 else ():
                 yield kernels._count_kernel, {"BLOCK": kernels.COUNTED, **pointers}
             for stochastic in (False, True) if narrow else (False,):

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from fastclip.backends.base import AdamWOptions, SGDOptions
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -183,3 +185,20 @@ def assert_agrees(ours, theirs, exact, relative, absolute=0.0):
     theirs, exact = theirs.detach().double(), exact.detach()
     assert torch.equal(theirs.isfinite(), exact.isfinite())
     assert_within(ours, theirs, relative * exact.abs() + absolute + (theirs - exact).abs())
+
+
+def adamw_options(group):
+    """What a backend's ``adamw_`` takes, from a parameter group of torch.optim.AdamW."""
+    beta1, beta2 = group["betas"]
+    return AdamWOptions(
+        group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"]
+    )
+
+
+def sgd_options(group, one_minus_dampening=None):
+    """What a backend's ``sgd_`` takes, from a parameter group of torch.optim.SGD."""
+    if one_minus_dampening is None:
+        one_minus_dampening = 1 - group.get("dampening", 0)
+    return SGDOptions(
+        group["lr"], group["momentum"], one_minus_dampening, group["weight_decay"], group["nesterov"], group["maximize"]
+    )

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastclip
-from fastclip import ops
+from fastclip import torch_ops as ops
 from fastclip.rules import AdaGC, AutoClip, Except, GlobalNorm, Mask, Only, ZClip
 
 

@@ -7,15 +7,16 @@ import math
 import emulation
 import pytest
 import torch
-from cases import CASES, NORM_ERROR, assert_within, gradients, parameter
+from cases import CASES, NORM_ERROR, adamw_options, assert_within, gradients, parameter, sgd_options
 from exact_steps import ExactSteps, step_errors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastclip
 from fastclip import backends
+from fastclip.backends.base import StepDecision
+from fastclip.gradients.pack import pack, pack_step
 from fastclip.optim import SGD, AdamW
-from fastclip.table import pack, pack_step
 
 cuda = importlib.import_module("fastclip.backends.cuda")
 cpu = backends.get("cpu")
@@ -63,16 +64,15 @@ class Arrays:
     def everything(self):
         return [*self.params, *itertools.chain(*self.states), *self.steps, *self.grads]
 
-    def take(self, backend, coef=1.0, idle=None, zero_grad=False, seed=None, rest=None):
+    def take(self, backend, coef=1.0, frozen=None, zero_grad=False, seed=None, one_minus_dampening=None):
         table = pack_step(self.params, self.grads, self.states, self.steps)
         assert table is not None
         coef = torch.as_tensor(coef, dtype=F64)
-        idle = None if idle is None else torch.as_tensor(idle)
+        decision = StepDecision(coef, None if frozen is None else torch.as_tensor(frozen), zero_grad, seed)
         if self.steps:
-            backend.adamw_(table, coef, idle, self.group, zero_grad, seed)
+            backend.adamw_(table, decision, adamw_options(self.group))
         else:
-            rest = 1 - self.group["dampening"] if rest is None else rest
-            backend.sgd_(table, coef, idle, self.group, zero_grad, seed, rest)
+            backend.sgd_(table, decision, sgd_options(self.group, one_minus_dampening))
 
     def expected(self, i, coef):
         """Tensor i's parameter and states one step later, by torch in float64, and how far ours may be from them."""
@@ -117,25 +117,25 @@ def test_any_step_is_torchs_in_float64(machine, data):
     count = len(arrays.params)
     each = lambda values: st.one_of(values, st.lists(values, min_size=count, max_size=count))  # noqa: E731
     coef = data.draw(each(st.sampled_from([1.0, 0.25, 0.0, -0.0, 3.0])))
-    idle = data.draw(st.one_of(st.none(), each(st.booleans())))
+    frozen = data.draw(st.one_of(st.none(), each(st.booleans())))
     zero_grad = data.draw(st.booleans())
     machine(data.draw(st.integers(1, 5)), data.draw(st.integers(0, 9)))
 
     coefs = coef if isinstance(coef, list) else [coef] * count
-    idles = idle if isinstance(idle, list) else [bool(idle)] * count
+    frozen_list = frozen if isinstance(frozen, list) else [bool(frozen)] * count
     expected = [arrays.expected(i, c) for i, c in enumerate(coefs)]
     before = [t.clone() for t in arrays.everything()]
     grads, steps = [g.clone() for g in arrays.grads], list(map(float, arrays.steps))
-    arrays.take(cuda, coef, idle, zero_grad)
+    arrays.take(cuda, coef, frozen, zero_grad)
     held = iter(before)
     for column in range(1 + len(arrays.states)):
         for i, t in enumerate((arrays.params, *arrays.states)[column]):
             was = next(held)
-            if idles[i]:
+            if frozen_list[i]:
                 assert torch.equal(t, was)
             else:
                 assert_within(t, *expected[i][column])
-    assert list(map(float, arrays.steps)) == [s + (not i) for s, i in zip(steps, idles)]
+    assert list(map(float, arrays.steps)) == [s + (not i) for s, i in zip(steps, frozen_list)]
     for g, was in zip(arrays.grads, grads):
         assert not g.any() if zero_grad else torch.equal(g, was)
 
@@ -165,7 +165,7 @@ def test_the_first_step_of_sgd_has_no_dampening():
         arrays = Arrays("SGD dampening", F32, (10,))
         arrays.states[0][0].zero_()
         arrays.grads[0].copy_(torch.arange(-5, 5))
-        arrays.take(cuda, rest=rest)
+        arrays.take(cuda, one_minus_dampening=rest)
         assert torch.equal(arrays.states[0][0], arrays.grads[0] * rest)
 
 
@@ -183,13 +183,13 @@ def test_a_gradient_whose_coefficient_is_zero_is_not_read(name):
     assert dirty.params[1].isnan().all()
 
 
-@pytest.mark.parametrize("idle", [True, [True, True]])
-def test_idle_tensors_are_not_written(idle):
+@pytest.mark.parametrize("frozen", [True, [True, True]])
+def test_frozen_tensors_are_not_written(frozen):
     arrays = Arrays("AdamW amsgrad", BF16, (1500, 9))
     before = [t.clone() for t in arrays.everything()]
-    arrays.take(cuda, math.nan, idle)
+    arrays.take(cuda, math.nan, frozen)
     assert all(map(torch.equal, arrays.everything(), before))
-    arrays.take(cuda, math.nan, idle, zero_grad=True)
+    arrays.take(cuda, math.nan, frozen, zero_grad=True)
     assert all(map(torch.equal, arrays.everything()[:-2], before))
     assert not any(g.any() for g in arrays.grads)
 
@@ -291,7 +291,8 @@ def test_nothing_is_kept_of_a_captured_step(count, uploads, monkeypatch):
     with fastclip.use_backend("cuda"):
         ps = [parameter(torch.ones(5)) for _ in range(count)]
         optimizer = SGD(ps, lr=0.1)
-        monkeypatch.setattr(backends, "capturing", lambda device: True)
+        for module in (backends, backends.transfer):
+            monkeypatch.setattr(module, "capturing", lambda device: True)
         for step in (1, 2):
             optimizer.step()
             assert len(uploads) == (step if count > 3 else 0) and not cuda._uploaded_steps.entries

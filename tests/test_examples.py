@@ -39,7 +39,7 @@ def changed(model, before):
 
 
 def learner_with(threshold, mask=0.0, hold=False):
-    rules = [threshold_training.Mask(mask, hold=hold), threshold_training.TensorNorm(0.3)]
+    rules = [threshold_training.Mask(mask, freeze=hold), threshold_training.TensorNorm(0.3)]
     return threshold_training.Learner(threshold, rules, 0, "cpu")
 
 

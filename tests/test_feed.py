@@ -11,7 +11,7 @@ from exact_steps import ExactSteps
 
 import fastclip
 from fastclip import rules
-from fastclip.feed import FUSED
+from fastclip.pipeline.step import FUSED
 
 pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("one_thread")]
 
@@ -219,7 +219,7 @@ def test_value_with_a_skip_writes_nothing(backend):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_hold_leaves_masked_parameters_alone(name):
+def test_freeze_leaves_masked_parameters_alone(name):
     model = net()
     optimizer = optimizer_of(name, model)
     backward(model, 0)
@@ -229,7 +229,7 @@ def test_hold_leaves_masked_parameters_alone(name):
     for p in model[0].parameters():
         p.grad.mul_(1e-6)
     before = state_of(model, optimizer)
-    stats = fastclip.Clipper(model.parameters(), rules.Mask(1e-3, hold=True)).step(optimizer)
+    stats = fastclip.Clipper(model.parameters(), rules.Mask(1e-3, freeze=True)).step(optimizer)
     assert stats.coef.tolist() == [0, 0, 1, 1]
     after = state_of(model, optimizer)
     assert_same(after[0][:2], before[0][:2], rtol=0, atol=0)
@@ -242,14 +242,14 @@ def test_hold_leaves_masked_parameters_alone(name):
     assert not torch.equal(model[0].weight, before[0][0])
 
 
-def test_hold_from_the_first_step_on():
+def test_freeze_from_the_first_step_on():
     """torch's fused SGD by itself fails where some parameters have momentum and others have none."""
 
     def run(fused):
         a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
         optimizer = torch.optim.SGD([a, b], 0.1, 0.9, fused=fused)
         exact = ExactSteps(lambda ps: torch.optim.SGD(ps, 0.1, 0.9), [a, b])
-        clipper = fastclip.Clipper([a, b], rules.Mask(1e-2, hold=True))
+        clipper = fastclip.Clipper([a, b], rules.Mask(1e-2, freeze=True))
         for size in (1e-3, 1.0, 1.0):
             a.grad, b.grad = torch.full((3,), size), torch.ones(3)
             exact.give([a, b])
@@ -263,13 +263,13 @@ def test_hold_from_the_first_step_on():
     run(fused=False)
 
 
-def test_hold_gives_gradients_back_when_the_step_fails():
+def test_freeze_gives_gradients_back_when_the_step_fails():
     model = net()
     optimizer = optimizer_of("fused AdamW", model)
     backward(model, 0)
     optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        fastclip.Clipper(model.parameters(), rules.Mask(1e9, hold=True)).step(optimizer)
+        fastclip.Clipper(model.parameters(), rules.Mask(1e9, freeze=True)).step(optimizer)
     assert all(p.grad is not None for p in model.parameters()) and is_clean(optimizer)
 
 
@@ -488,7 +488,7 @@ def test_optimizers_that_cannot_be_stepped():
 
 def test_fused_optimizers_are_fed_not_clipped(monkeypatch):
     """With one coefficient for all, no gradient is written by the clip."""
-    from fastclip.table import GradTable
+    from fastclip.gradients.table import GradTable
 
     monkeypatch.setattr(GradTable, "apply_", lambda *_: pytest.fail("the gradients were written"))
     for kind in FUSED:

@@ -428,7 +428,7 @@ def test_optimizer_is_bitwise_the_same_wherever_arrays_lie(name):
 def test_optimizer_holds_masked_parameters(name):
     ours, _, options = PAIRS[name]
     ps = placed((70_001, 5000, 9), torch.float32)
-    optimizer = ours(ps, **options, max_norm=fastclip.rules.Mask(1e-3, hold=True))
+    optimizer = ours(ps, **options, max_norm=fastclip.rules.Mask(1e-3, freeze=True))
     optimizer.step()
     for p in ps:
         p.grad.normal_()
@@ -582,7 +582,7 @@ def test_repair(gpu_backend, dtype, p):
         parameters[0].grad[place] = (math.nan, math.inf, -math.inf)[i]
     parameters[4].grad.fill_(math.nan)
     wanted = [torch.where(g.isfinite(), g, 0) for g in gradients(parameters)]
-    (group,) = fastclip.table.pack(parameters, gradients=False, write=True).groups
+    (group,) = fastclip.gradients.pack.pack(parameters, gradients=False, write=True).groups
     measured = backend.measure(group, p)
     torch.cuda.set_sync_debug_mode("error")
     try:

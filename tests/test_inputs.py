@@ -239,7 +239,7 @@ def test_numpys_numbers_are_numbers(kind):
     fastclip.clip_with_norm_(ps, one, two)
     assert ps[0].grad[0].item() == pytest.approx(0.5, rel=1e-5)
     for rule in (one, rules.GlobalNorm(one, two), rules.TensorNorm(one), rules.Value(one), rules.Value(-one, one),
-                 rules.Mask(one, hold=np.bool_(False)), rules.BlockRMS(one), rules.AGC(one, one), rules.ZClip(two),
+                 rules.Mask(one, freeze=np.bool_(False)), rules.BlockRMS(one), rules.AGC(one, one), rules.ZClip(two),
                  rules.AdaGC(two, warmup=np.int64(0)), rules.AdaGC(two, warmup=np.int64(3)),
                  rules.AutoClip(one, window=np.int32(9))):  # fmt: skip
         ps = ones(4)

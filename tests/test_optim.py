@@ -11,8 +11,8 @@ from exact_steps import ExactSteps
 
 import fastclip
 from fastclip import rules
+from fastclip.gradients.table import GradTable
 from fastclip.optim import SGD, AdamW
-from fastclip.table import GradTable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -210,7 +210,7 @@ def test_a_masked_nan_does_not_reach_the_parameter(step_backend):
 def test_hold(step_backend, pair):
     ours, _, options = PAIRS[pair]
     ps = parameters()
-    optimizer = ours(ps, **{"weight_decay": 0.1, **options}, max_norm=rules.Mask(1e-3, hold=True))
+    optimizer = ours(ps, **{"weight_decay": 0.1, **options}, max_norm=rules.Mask(1e-3, freeze=True))
     for step in range(2):
         give_gradients(ps, step)
         optimizer.step()
@@ -568,7 +568,9 @@ def test_a_step_without_gradients_has_the_stats_of_nothing():
 def test_zero_grad_with_groups_that_have_none(step_backend):
     ps = parameters()
     give_gradients(ps[:3], 0)
-    optimizer = AdamW([{"params": ps[:3]}, {"params": ps[3:]}], max_norm=rules.Mask(1e-9, hold=True), nonfinite="skip")
+    optimizer = AdamW(
+        [{"params": ps[:3]}, {"params": ps[3:]}], max_norm=rules.Mask(1e-9, freeze=True), nonfinite="skip"
+    )
     optimizer.step(zero_grad=True)
     assert not any(p.grad.any() for p in ps[:3])
     give_gradients(ps[:3], 1)

@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 
 import fastclip
 from fastclip.rules import AGC, AdaGC, AutoClip, BlockRMS, Except, GlobalNorm, Mask, Only, TensorNorm, Value, ZClip
-from fastclip.rules.formula import clip_coefficient
+from fastclip.rules.coefficients import clip_coefficient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -807,7 +807,7 @@ def test_some_of_them_without_a_gradient():
 def test_what_is_held_stays_so_whatever_comes_after(make, between):
     ps = [parameter(torch.full((2,), scale), torch.ones(2)) for scale in (1e-6, 1.0)]
     optimizer = make(ps, lr=0.1, weight_decay=0.5)
-    fastclip.Clipper(ps, [Mask(1e-3, hold=True), between, GlobalNorm(9.0)]).step(optimizer)
+    fastclip.Clipper(ps, [Mask(1e-3, freeze=True), between, GlobalNorm(9.0)]).step(optimizer)
     assert ps[0].tolist() == [1, 1] and ps[1].max() < 0.9
 
 
@@ -819,7 +819,7 @@ def test_hold_for_some():
     with torch.no_grad():
         for p in ps.values():
             p.fill_(1)
-    fastclip.Clipper(ps.items(), Only(Mask(1e-3, hold=True), "head.*")).step(optimizer)
+    fastclip.Clipper(ps.items(), Only(Mask(1e-3, freeze=True), "head.*")).step(optimizer)
     assert torch.equal(ps["head.weight"], torch.ones(3, 4))
     assert ps["embed.weight"].max() < 0.6
 

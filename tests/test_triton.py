@@ -12,12 +12,14 @@ from ahead_of_time import assert_no_spills, compiled, pinned_triton
 from cases import CASES, DTYPES, gradients, parameter
 
 import fastclip
-from fastclip.table import pack
+from fastclip.gradients.pack import pack
 
 backend = importlib.import_module("fastclip.backends.triton")
-if backend.MISSING:
-    pytest.skip(backend.MISSING, allow_module_level=True)
-interpreted = pytest.mark.skipif(not backend.INTERPRET, reason="looks at the tables of CPU tensors")
+table = importlib.import_module("fastclip.backends.triton.table")
+tiles = importlib.import_module("fastclip.backends.triton.tiles")
+if tiles.MISSING:
+    pytest.skip(tiles.MISSING, allow_module_level=True)
+interpreted = pytest.mark.skipif(not tiles.INTERPRET, reason="looks at the tables of CPU tensors")
 
 
 @pytest.mark.slow
@@ -55,7 +57,7 @@ def test_spills_fail_for_the_pinned_triton_only(monkeypatch):
 @interpreted
 def test_table_is_reused_only_for_the_same_addresses():
     with fastclip.use_backend("triton"):
-        entries = backend._tables.entries
+        entries = table._tables.entries
         entries.clear()
         parameters = [parameter(torch.ones(n)) for n in (3, 5000)]
         for _ in range(3):
@@ -66,23 +68,23 @@ def test_table_is_reused_only_for_the_same_addresses():
         fastclip.clip_norm_(parameters, 1e9)
         assert len(entries) == 2 and entries[0] is not first
         keep = []
-        for _ in range(2 * backend._tables.SIZE):
+        for _ in range(2 * table._tables.SIZE):
             keep.append(parameters[0].grad)
             parameters[0].grad = torch.ones(3)
             fastclip.clip_norm_(parameters, 1e9)
-        assert len(entries) == backend._tables.SIZE
+        assert len(entries) == table._tables.SIZE
 
 
 @interpreted
 def test_workspace_is_left_clean():
     """The counters that find the last program are zero again after every launch, or the next one would go wrong."""
     with fastclip.use_backend("triton"):
-        backend._tables.entries.clear()
+        table._tables.entries.clear()
         parameters = CASES["many chunks"](dtype=torch.float32, device="cpu")
         norms = {fastclip.total_norm(gradients(parameters)).item() for _ in range(3)}
         assert len(norms) == 1
-        tables = [table for _, _, table in backend._tables.entries]
-        assert all((table.done == 0).all() for table in tables)
+        tables = [cached for _, _, cached in table._tables.entries]
+        assert all((cached.done == 0).all() for cached in tables)
         assert tables[0].chunks > tables[0].programs > 1
 
 
@@ -111,7 +113,7 @@ def test_repair(dtype, p):
         for mine, theirs in ((repaired.power, again.power), (repaired.absmax, again.absmax),
                              (repaired.norm, again.norm), (repaired.total, again.total)):  # fmt: skip
             assert torch.equal(mine, theirs)
-        assert (backend._tables.entries[0][2].done == 0).all()
+        assert (table._tables.entries[0][2].done == 0).all()
 
 
 @interpreted
@@ -139,7 +141,7 @@ def test_threads_share_the_tables_safely():
         expected = torch.tensor([p.grad.data_ptr() // 16 * 16 for p in parameters])
         for _ in range(600):
             (group,) = pack(parameters, gradients=False, write=True).groups
-            if not torch.equal(backend._table(group).device[:4], expected):
+            if not torch.equal(table.table_of(group).device[:4], expected):
                 wrong.append(group)
 
     with fastclip.use_backend("triton"):

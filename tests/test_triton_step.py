@@ -9,21 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from ahead_of_time import assert_no_spills, compiled
-from cases import assert_within
+from cases import adamw_options, assert_within, sgd_options
 from exact_steps import ExactSteps, step_errors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastclip
+from fastclip.backends.base import StepDecision
+from fastclip.gradients.pack import pack_step
 from fastclip.optim import SGD, AdamW
-from fastclip.table import pack_step
 
 backend = importlib.import_module("fastclip.backends.triton")
-step = importlib.import_module("fastclip.backends.triton_step")
+clip = importlib.import_module("fastclip.backends.triton.clip")
+step = importlib.import_module("fastclip.backends.triton.optim")
 cpu = importlib.import_module("fastclip.backends.cpu")
-if backend.MISSING:
-    pytest.skip(backend.MISSING, allow_module_level=True)
-interpreted = pytest.mark.skipif(not backend.INTERPRET, reason="steps tensors on the CPU")
+if clip.MISSING:
+    pytest.skip(clip.MISSING, allow_module_level=True)
+interpreted = pytest.mark.skipif(not clip.INTERPRET, reason="steps tensors on the CPU")
 
 ADAMW = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False, "maximize": False}
 SGDS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": False, "maximize": False}
@@ -51,36 +53,37 @@ class Model:
     def everything(self):
         return [*self.params, *self.grads, *(t for row in self.states for t in row), *self.steps]
 
-    def adamw(self, backend, coef=ONE, idle=None, zero_grad=False, seed=None, **options):
+    def adamw(self, backend, coef=ONE, frozen=None, zero_grad=False, seed=None, **options):
         table = pack_step(self.params, self.grads, self.states, self.steps)
-        backend.adamw_(table, coef, idle, {**ADAMW, "amsgrad": len(self.states) == 3, **options}, zero_grad, seed)
+        group = {**ADAMW, "amsgrad": len(self.states) == 3, **options}
+        backend.adamw_(table, StepDecision(coef, frozen, zero_grad, seed), adamw_options(group))
 
-    def sgd(self, backend, coef=ONE, idle=None, zero_grad=False, seed=None, rest=1.0, **options):
+    def sgd(self, backend, coef=ONE, frozen=None, zero_grad=False, seed=None, one_minus_dampening=1.0, **options):
         table = pack_step(self.params, self.grads, self.states, [])
         group = {**SGDS, "momentum": 0.9 if self.states else 0, **options}
-        backend.sgd_(table, coef, idle, group, zero_grad, seed, rest)
+        backend.sgd_(table, StepDecision(coef, frozen, zero_grad, seed), sgd_options(group, one_minus_dampening))
 
 
 @interpreted
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_step_is_the_one_in_float64(data):
-    """Whatever the shapes, dtypes, alignments, coefficients and idle tensors."""
+    """Whatever the shapes, dtypes, alignments, coefficients and frozen tensors."""
     sizes = data.draw(st.lists(st.sampled_from([0, 1, 7, 255, 257, 1024, 1100, 2048]), min_size=1, max_size=4))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
     kind, states = data.draw(st.sampled_from([("adamw", 2), ("adamw", 3), ("sgd", 0), ("sgd", 1)]))
     place = st.sampled_from([0, 0, 8, 1, 3])
     offsets = [[data.draw(place) for _ in sizes] for _ in range(2 + states)]
-    coefs, idles = st.sampled_from([1.0, 0.5, 0.0, -0.0, 3.0]), st.booleans()
+    coefs, frozens = st.sampled_from([1.0, 0.5, 0.0, -0.0, 3.0]), st.booleans()
     each = data.draw(st.booleans())
     coef = torch.tensor([data.draw(coefs) for _ in sizes] if each else data.draw(coefs), dtype=torch.float64)
     some = data.draw(st.sampled_from(["none", "one", "each"]))
-    idle = None
+    frozen = None
     if some != "none":
-        idle = torch.tensor([data.draw(idles) for _ in sizes] if some == "each" else data.draw(idles))
+        frozen = torch.tensor([data.draw(frozens) for _ in sizes] if some == "each" else data.draw(frozens))
     options = {"maximize": data.draw(st.booleans())}
     if kind == "sgd" and states:
-        options |= {"nesterov": data.draw(st.booleans()), "rest": data.draw(st.sampled_from([1.0, 0.5]))}
+        options |= {"nesterov": data.draw(st.booleans()), "one_minus_dampening": data.draw(st.sampled_from([1.0, 0.5]))}
     zero_grad = data.draw(st.booleans())
 
     model, exact = Model(sizes, dtype, states, offsets), Model(sizes, dtype, states, offsets)
@@ -88,14 +91,18 @@ def test_a_step_is_the_one_in_float64(data):
         [t.double() for t in row] for row in (exact.params, exact.grads, *exact.states)
     ]
     before = [t.clone() for t in model.everything()]
-    getattr(model, kind)(backend, coef, idle, zero_grad, **options)
+    getattr(model, kind)(backend, coef, frozen, zero_grad, **options)
     for i, g in enumerate(exact.grads):
-        stays = idle is not None and bool(idle.expand(len(sizes))[i])
+        stays = frozen is not None and bool(frozen.expand(len(sizes))[i])
         c = coef.expand(len(sizes))[i].item() * (-1 if options["maximize"] else 1)
         rows = [row[i] for row in exact.states]
         group = {**ADAMW, "amsgrad": states == 3}
         if kind == "sgd":
-            group = {**SGDS, "dampening": 1 - options.get("rest", 1.0), "nesterov": options.get("nesterov", False)}
+            group = {
+                **SGDS,
+                "dampening": 1 - options.get("one_minus_dampening", 1.0),
+                "nesterov": options.get("nesterov", False),
+            }
         values = [exact.params[i].clone(), g * c, *(row.clone() for row in rows)]
         errors = step_errors(group, dtype, 4, values, [torch.zeros_like(g)] * 4)
         if not stays and kind == "adamw":
@@ -127,7 +134,7 @@ def adamw_by_hand(p, g, states, count):
 def sgd_by_hand(p, g, states, options):
     g = g + SGDS["weight_decay"] * p
     if states:
-        states[0].mul_(0.9).add_(g, alpha=options["rest"])
+        states[0].mul_(0.9).add_(g, alpha=options["one_minus_dampening"])
         g = g + 0.9 * states[0] if options["nesterov"] else states[0]
     p.sub_(SGDS["lr"] * g)
 
@@ -189,12 +196,12 @@ def test_a_coefficient_of_zero_hides_nan_and_one_of_minus_zero_does_not(kind):
 @interpreted
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("each", [False, True])
-def test_idle_tensors_are_neither_read_nor_written(kind, each):
+def test_frozen_tensors_are_neither_read_nor_written(kind, each):
     model = Model([1100, 3], torch.float32, 2 if kind == "adamw" else 1)
     model.grads[0].fill_(math.nan)
     before = [t.clone() for t in model.everything()]
-    idle = torch.tensor([True, False]) if each else torch.tensor(True)
-    getattr(model, kind)(backend, idle=idle, zero_grad=True)
+    frozen = torch.tensor([True, False]) if each else torch.tensor(True)
+    getattr(model, kind)(backend, frozen=frozen, zero_grad=True)
     for i in range(2):
         stays = not each or i == 0
         assert not model.grads[i].any()
@@ -275,9 +282,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 import fastclip
-from fastclip.backends import triton as backend, triton_step as step, triton_table
+import fastclip.backends.triton as backend
+from fastclip.backends.triton import optim as step, tiles
 from fastclip.optim import SGD, AdamW
-triton_table._most_programs = lambda device: 8
+tiles._most_programs = lambda device: 8
 step.current_stream = lambda device: None
 step.upload = lambda values, dtype, device: values.to(dtype)
 backend.why_not = lambda device: None

@@ -308,7 +308,7 @@ def test_gradients_of_held_parameters_that_a_hook_takes_away_stay_away(name, wra
     ps[0].grad.fill_(1e-3)
     inner = SGDS[name](ps)
     inner.register_step_post_hook(lambda optimizer, args, kwargs: optimizer.zero_grad())
-    fastclip.Clipper(ps, rules.Mask(0.1, hold=True)).step(wrap(inner))
+    fastclip.Clipper(ps, rules.Mask(0.1, freeze=True)).step(wrap(inner))
     assert not ps[0].any() and ps[1].any() and all(p.grad is None for p in ps)
     assert len(inner._optimizer_step_post_hooks) == 1
 

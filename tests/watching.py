@@ -9,8 +9,8 @@ import warnings
 import torch
 
 import fastclip
+from fastclip.host_stats import flattened
 from fastclip.monitor import GradientWarning
-from fastclip.reading import flattened
 
 NAN, INF = math.nan, math.inf
 
@@ -78,7 +78,7 @@ def late(monkeypatch):
 
     def started(stats, loss):
         made.append(Event())
-        return None, *flattened(stats, loss), made[-1]
+        return None, *flattened(stats.tensors(), loss), made[-1]
 
     monkeypatch.setattr(fastclip.monitor, "_started", started)
     return made

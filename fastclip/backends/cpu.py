@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import Measurement, native, repaired_on_host
-
-if TYPE_CHECKING:
-    from ..table import Group, StepTable
+from . import native
+from .base import AdamWOptions, GradGroup, Measurement, SGDOptions, StepDecision, StepTable
+from .on_host import repaired_on_host
 
 name = "cpu"
 
@@ -28,49 +26,35 @@ def describe() -> str:
 
 
 def measure(
-    group: Group, norm_type: float, max_norm: float | None = None, before: torch.Tensor | None = None
+    group: GradGroup, norm_type: float, max_norm: float | None = None, before: torch.Tensor | None = None
 ) -> Measurement:
     return Measurement(*native.cpp.load().measure(group.native, norm_type, max_norm, before))
 
 
-def apply_(group: Group, coef: torch.Tensor) -> None:
+def apply_(group: GradGroup, coef: torch.Tensor) -> None:
     native.cpp.load().apply_(group.native, coef)
 
 
-def clamp_(group: Group, low: float, high: float) -> torch.Tensor:
+def clamp_(group: GradGroup, low: float, high: float) -> torch.Tensor:
     return torch.tensor(native.cpp.load().clamp_(group.native, low, high), device="cpu")
 
 
-def repair_(group: Group, measured: Measurement, norm_type: float) -> tuple[Measurement, torch.Tensor]:
+def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[Measurement, torch.Tensor]:
     return repaired_on_host(group, measured, lambda: measure(group, norm_type))
 
 
-def adamw_(
-    table: StepTable,
-    coef: torch.Tensor,
-    idle: torch.Tensor | None,
-    group: dict[str, Any],
-    zero_grad: bool,
-    seed: int | None,
-) -> None:
+def adamw_(table: StepTable, decision: StepDecision, options: AdamWOptions) -> None:
     native.cpp.load().adamw_(
-        *(table.native, coef, idle, float(group["lr"]), *map(float, group["betas"]), group["eps"]),
-        *(group["weight_decay"], group["maximize"], zero_grad, seed),
+        *(table.native, decision.coef, decision.frozen_mask, float(options.lr), options.beta1, options.beta2),
+        *(options.eps, options.weight_decay, options.maximize, decision.zero_grad, decision.seed),
     )
-    table.bump_version(zero_grad)
+    table.bump_version(decision.zero_grad)
 
 
-def sgd_(
-    table: StepTable,
-    coef: torch.Tensor,
-    idle: torch.Tensor | None,
-    group: dict[str, Any],
-    zero_grad: bool,
-    seed: int | None,
-    rest: float,
-) -> None:
+def sgd_(table: StepTable, decision: StepDecision, options: SGDOptions) -> None:
     native.cpp.load().sgd_(
-        *(table.native, coef, idle, float(group["lr"]), group["momentum"], rest, group["weight_decay"]),
-        *(group["nesterov"], group["maximize"], zero_grad, seed),
+        *(table.native, decision.coef, decision.frozen_mask, float(options.lr), options.momentum),
+        *(options.one_minus_dampening, options.weight_decay, options.nesterov, options.maximize),
+        *(decision.zero_grad, decision.seed),
     )
-    table.bump_version(zero_grad)
+    table.bump_version(decision.zero_grad)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from . import Measurement, Recent, capturing, native, upload
-
-if TYPE_CHECKING:
-    from ..table import Group, StepTable
+from . import native
+from .base import AdamWOptions, GradGroup, Measurement, SGDOptions, StepDecision, StepTable
+from .transfer import UploadCache, capturing, upload
 
 name = "cuda"
 
@@ -49,12 +49,14 @@ def describe() -> str:
     return f"nvcc for sm_{', sm_'.join(native.architectures())}"
 
 
-def measure(group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None) -> Measurement:
+def measure(
+    group: GradGroup, norm_type: float, max_norm: float | None = None, before: Tensor | None = None
+) -> Measurement:
     return _measure(group, norm_type, max_norm, before, None)
 
 
 def _measure(
-    group: Group, norm_type: float, max_norm: float | None, before: Tensor | None, repaired: Measurement | None
+    group: GradGroup, norm_type: float, max_norm: float | None, before: Tensor | None, repaired: Measurement | None
 ) -> Measurement:
     """measure(); of tensors that were finite in `repaired`, with the results that stand there."""
     count = len(group)
@@ -70,19 +72,19 @@ def _measure(
     return Measurement(result[:count], result[count : 2 * count], all_of_them[2], coef, all_of_them[:2])
 
 
-def apply_(group: Group, coef: Tensor) -> None:
+def apply_(group: GradGroup, coef: Tensor) -> None:
     _call("apply", group, _pointer(coef), coef.dim())
     group.bump_version()
 
 
-def clamp_(group: Group, low: float, high: float) -> Tensor:
+def clamp_(group: GradGroup, low: float, high: float) -> Tensor:
     clamped = torch.zeros((), dtype=torch.bool, device=group.device)
     _call("clamp", group, _f64(low), _f64(high), _pointer(clamped))
     group.bump_version()
     return clamped
 
 
-def repair_(group: Group, measured: Measurement, norm_type: float) -> tuple[Measurement, Tensor]:
+def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[Measurement, Tensor]:
     earlier = measured._replace(power=measured.power.contiguous(), absmax=measured.absmax.contiguous())
     counts = torch.zeros(len(group), dtype=torch.int64, device=group.device)
     _call("repair", group, _pointer(earlier.absmax), _pointer(counts))
@@ -90,56 +92,34 @@ def repair_(group: Group, measured: Measurement, norm_type: float) -> tuple[Meas
     return _measure(group, norm_type, None, None, earlier), counts
 
 
-def adamw_(
-    table: StepTable,
-    coef: Tensor,
-    idle: Tensor | None,
-    group: dict[str, Any],
-    zero_grad: bool,
-    seed: int | None,
-) -> None:
-    options = (*group["betas"], group["eps"], group["weight_decay"])
-    _step("adamw", table, coef, idle, group, zero_grad, seed, *map(_number, options))
+def adamw_(table: StepTable, decision: StepDecision, options: AdamWOptions) -> None:
+    numbers = (options.beta1, options.beta2, options.eps, options.weight_decay)
+    _step("adamw", table, decision, options, *map(_number, numbers))
 
 
-def sgd_(
-    table: StepTable,
-    coef: Tensor,
-    idle: Tensor | None,
-    group: dict[str, Any],
-    zero_grad: bool,
-    seed: int | None,
-    rest: float,
-) -> None:
-    options = (group["momentum"], rest, group["weight_decay"])
-    _step("sgd", table, coef, idle, group, zero_grad, seed, *map(_number, options), bool(group["nesterov"]))
+def sgd_(table: StepTable, decision: StepDecision, options: SGDOptions) -> None:
+    numbers = (options.momentum, options.one_minus_dampening, options.weight_decay)
+    _step("sgd", table, decision, options, *map(_number, numbers), bool(options.nesterov))
 
 
 def _step(
-    verb: str,
-    table: StepTable,
-    coef: Tensor,
-    idle: Tensor | None,
-    group: dict[str, Any],
-    zero_grad: bool,
-    seed: int | None,
-    *options: Any,
+    verb: str, table: StepTable, decision: StepDecision, options: AdamWOptions | SGDOptions, *numbers: Any
 ) -> None:
     device, count = table.device, len(table)
     packed, tiles = _step_table(table)
     workspace = torch.empty(_step_bytes(count), dtype=torch.uint8, device=device)
-    rate = _on_device(group["lr"], device)
-    rows = packed.data_ptr()
+    rate = _on_device(options.lr, device)
+    rows, frozen, seed = packed.data_ptr(), decision.frozen_mask, decision.seed
     _check(
         f"fastclip_cuda_{verb}",
         *(ctypes.c_void_p(rows), ctypes.c_void_p(rows + 7 * 8 * count), count, tiles),
         *(DTYPES[table.dtype], table.states),
-        *(_pointer(coef), coef.dim(), _pointer(idle), 0 if idle is None else idle.dim()),
-        *(_pointer(rate), 0 if rate is None else rate.itemsize, _number(group["lr"] if rate is None else 0)),
-        *(bool(group["maximize"]), bool(zero_grad), ctypes.c_int64(-1 if seed is None else seed), _pointer(workspace)),
-        *(*options, device.index or 0, ctypes.c_void_p(_stream(device))),
+        *(_pointer(decision.coef), decision.coef.dim(), _pointer(frozen), 0 if frozen is None else frozen.dim()),
+        *(_pointer(rate), 0 if rate is None else rate.itemsize, _number(options.lr if rate is None else 0)),
+        *(bool(options.maximize), decision.zero_grad, ctypes.c_int64(-1 if seed is None else seed)),
+        *(_pointer(workspace), *numbers, device.index or 0, ctypes.c_void_p(_stream(device))),
     )
-    table.bump_version(zero_grad)
+    table.bump_version(decision.zero_grad)
 
 
 def _on_device(value: Any, device: torch.device) -> Tensor | None:
@@ -160,7 +140,7 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _call(verb: str, group: Group, *arguments: Any) -> None:
+def _call(verb: str, group: GradGroup, *arguments: Any) -> None:
     """fastclip_cuda_<verb> on the group's table and the current stream of its device; RuntimeError if CUDA says no."""
     table = _table(group)
     _check(
@@ -187,11 +167,13 @@ class _Table:
         self.first = self.place + 8 * count
 
 
-_uploaded: Recent[Tensor] = Recent()
+_uploaded: UploadCache[Tensor] = UploadCache()
+_groups: WeakKeyDictionary[GradGroup, _Table] = WeakKeyDictionary()  # of the verbs of one call
 
 
-def _table(group: Group) -> _Table:
-    if group.uploaded is None:
+def _table(group: GradGroup) -> _Table:
+    table = _groups.get(group)
+    if table is None:
         library = native.cuda.load()
         addresses, sizes = group.addresses_and_sizes()
         count = len(group)
@@ -207,11 +189,11 @@ def _table(group: Group) -> _Table:
         if count > library.fastclip_cuda_most_parameters():
             key = (group.device, group.dtype, _stream(group.device))
             packed = _uploaded.get(group.device, key, packed, lambda: upload(packed, torch.int64, group.device))
-        group.uploaded = _Table(packed, tiles, count)
-    return group.uploaded
+        table = _groups[group] = _Table(packed, tiles, count)
+    return table
 
 
-_uploaded_steps: Recent[Tensor] = Recent()
+_uploaded_steps: UploadCache[Tensor] = UploadCache()
 
 
 def _step_table(table: StepTable) -> tuple[Tensor, int]:

@@ -4,15 +4,12 @@ better does: strided views with gaps, sparse values, complex numbers, any device
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import Measurement, repaired_on_host, slices, writing
-
-if TYPE_CHECKING:
-    from ..table import Group
+from .base import GradGroup, Measurement
+from .on_host import repaired_on_host, slices, writing
 
 name = "reference"
 
@@ -25,7 +22,9 @@ def describe() -> str:
     return "plain torch"
 
 
-def measure(group: Group, norm_type: float, max_norm: float | None = None, before: Tensor | None = None) -> Measurement:
+def measure(
+    group: GradGroup, norm_type: float, max_norm: float | None = None, before: Tensor | None = None
+) -> Measurement:
     powers, maxima = [], []
     for tensor in group.tensors:
         power = torch.zeros((), dtype=torch.float64, device=group.device)
@@ -42,7 +41,7 @@ def measure(group: Group, norm_type: float, max_norm: float | None = None, befor
     return Measurement(torch.stack(powers), torch.stack(maxima))
 
 
-def apply_(group: Group, coef: Tensor) -> None:
+def apply_(group: GradGroup, coef: Tensor) -> None:
     coefs = coef.to(_compute_dtype(group.dtype).to_real()).expand(len(group)).tolist()
     for tensor, c in zip(group.tensors, coefs):
         if c == 1:
@@ -55,11 +54,11 @@ def apply_(group: Group, coef: Tensor) -> None:
                 piece.copy_(piece.to(_compute_dtype(piece.dtype)) * c)
 
 
-def repair_(group: Group, measured: Measurement, norm_type: float) -> tuple[Measurement, Tensor]:
+def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[Measurement, Tensor]:
     return repaired_on_host(group, measured, lambda: measure(group, norm_type))
 
 
-def clamp_(group: Group, low: float, high: float) -> Tensor:
+def clamp_(group: GradGroup, low: float, high: float) -> Tensor:
     changed = False
     low, high = torch.tensor([low, high], dtype=_compute_dtype(group.dtype).to_real(), device="cpu").tolist()
     for tensor in group.tensors:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..backends import capturing
-from ..reading import Layout, Numbers, flattened, root
+from ..host_stats import HostStats, StatsLayout, flattened, root
 from ..stats import Stats
 from .alarms import Alarms, GradientWarning, Seen
 from .history import History, Notice, Span, heat
@@ -53,7 +53,7 @@ class Flying(NamedTuple):
     loss: float | None  # if that was on the host
     stats: Stats | None  # if they were on the host, where nothing changes them: read when they are taken up
     host: Tensor | None = None
-    layout: Layout | None = None
+    layout: StatsLayout | None = None
     event: Any = None  # its query() says whether `host` is complete; None: it is
 
 
@@ -332,10 +332,10 @@ class GradMonitor:
 
     def _take(self, flying: Flying) -> list[Notice]:
         if flying.stats is not None:
-            read = Numbers.of(flying.stats)
+            read = HostStats.of(flying.stats.tensors())
         else:
             assert flying.host is not None and flying.layout is not None
-            read = Numbers(flying.host, flying.layout)
+            read = HostStats(flying.host, flying.layout)
         loss = read.loss if flying.loss is None else flying.loss
         index = self._register.index(read.keys)
         record: dict[str, Any] = {"step": flying.step} | ({} if loss is None else {"loss": loss}) | read.log()
@@ -388,11 +388,11 @@ def _at_exit(monitor: weakref.ref[GradMonitor]) -> None:
         left._ended()
 
 
-def _started(stats: Stats, loss: Tensor | None) -> tuple[Stats | None, Tensor | None, Layout | None, Any]:
+def _started(stats: Stats, loss: Tensor | None) -> tuple[Stats | None, Tensor | None, StatsLayout | None, Any]:
     """What a Flying has of these: the statistics themselves where they are on the host; else a copy that has begun."""
     if stats.device.type == "cpu" and loss is None:
         return stats, None, None, None
-    flat, layout = flattened(stats, loss)
+    flat, layout = flattened(stats.tensors(), loss)
     if flat.device.type != "cuda":
         return None, flat.cpu(), layout, None
     host = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=True).copy_(flat, non_blocking=True)
@@ -401,7 +401,7 @@ def _started(stats: Stats, loss: Tensor | None) -> tuple[Stats | None, Tensor | 
     return None, host, layout, event
 
 
-def _loudest(read: Numbers) -> dict[str, float]:
+def _loudest(read: HostStats) -> dict[str, float]:
     """The largest norms; of gradients that are not finite before all."""
     p = read.layout.norm_type
     powers = [math.inf if math.isnan(power) else power for power in read.power] if read.nonfinite else read.power[:]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reading import Numbers
+from ..host_stats import HostStats
 
 
 class GradientWarning(UserWarning):
@@ -22,7 +22,7 @@ class Seen(NamedTuple):
     """One step, as the alarms see it."""
 
     record: dict[str, Any]  # what is written of it
-    numbers: Numbers
+    numbers: HostStats
     which: Tensor  # int64 [T]: of all gradients ever seen
     names: list[str]  # of all gradients ever seen
 
@@ -106,7 +106,7 @@ class Swallowed:
             self._heard = False
         return self._share.full and self._share.yes > 0.5 * len(self._share) and not self._heard
 
-    def _left(self, numbers: Numbers) -> float:
+    def _left(self, numbers: HostStats) -> float:
         """How large the elements of the clipped gradients are."""
         coef = numbers.coef
         if not self._typical(numbers):
@@ -119,7 +119,7 @@ class Swallowed:
             norm = numbers.total_norm * coef
         return norm / math.sqrt(self.elements or 1)
 
-    def _typical(self, numbers: Numbers) -> bool:
+    def _typical(self, numbers: HostStats) -> bool:
         return self.elements is not None and numbers.layout.norm_type == 2
 
     def says(self, seen: Seen) -> str:

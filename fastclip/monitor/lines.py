@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 from torch import Tensor
 
+from ..version import __version__
 from .history import History, Notice, heat
 
 try:
@@ -48,7 +49,7 @@ def _plain(value: Any) -> Any:
 
 
 def brief(values: Tensor, missing: Tensor) -> list[float | None]:
-    """Numbers for a picture: four digits, and None for what is missing."""
+    """HostStats for a picture: four digits, and None for what is missing."""
     return [None if gone else float(f"{value:.4g}") for value, gone in zip(values.tolist(), missing.tolist())]
 
 
@@ -125,7 +126,6 @@ class Lines:
 
     def rows(self, rows: list[str], norm_type: float) -> None:
         """What the heat map's rows are called, if that has not been written yet: first of all as the header."""
-        from .. import __version__
 
         if not self._rows:
             started = dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..reading import root
+from ..host_stats import root
 from .history import History, Range, Span
 from .rows import sharing
 

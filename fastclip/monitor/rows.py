@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..reading import Numbers, root
+from ..host_stats import HostStats, root
 
 
 class Register:
@@ -70,7 +70,7 @@ class Maxima:
         self._index = torch.empty(0, dtype=torch.int64, device="cpu")
         self._lately: tuple[Tensor, Tensor] | None = None  # of those of `_index`, while they are the same
 
-    def add(self, index: Tensor, read: Numbers) -> None:
+    def add(self, index: Tensor, read: HostStats) -> None:
         """Take in the gradients of one step, which have these indices."""
         if self._lately is None or index is not self._index:
             self._gather()

@@ -1,23 +1,15 @@
-"""Rules: from the statistics of the gradients to their coefficients.
+"""Rules: from the statistics of the gradients to their coefficients. What a rule is stands in :mod:`.base`.
 
-A rule is a function of :class:`~fastclip.stats.Stats` that returns a float64 tensor of shape [] or [T] on the
-statistics' device: what the gradients are multiplied by (1: left alone, neither read nor written; 0: set to zero). It
-must not read values back to the host, nor change later what it returned. Any callable will do; the classes here also
-say, as ``norm_type``, which norm they need. `Value` and `AGC` do what no coefficient of a tensor can, and go over the
-gradients themselves.
+A function of :class:`~fastclip.Stats` that returns coefficients is one too. `Value` and `AGC` do what no coefficient of
+a tensor can, and go over the gradients themselves.
 """
 
-from collections.abc import Callable
-
-from torch import Tensor
-
-from ..stats import Stats
 from .adaptive import AdaGC, AutoClip, ZClip
-from .chosen import Except, Only
-from .in_place import AGC, Value
-from .norms import BlockRMS, GlobalNorm, Mask, TensorNorm
-
-Rule = Callable[[Stats], Tensor]
+from .agc import AGC
+from .base import InPlaceRule, Needs, Rule, StepContext
+from .fixed import BlockRMS, GlobalNorm, Mask, TensorNorm
+from .subset import Except, Only
+from .value import Value
 
 __all__ = [
     "AGC",
@@ -26,8 +18,12 @@ __all__ = [
     "BlockRMS",
     "Except",
     "GlobalNorm",
+    "InPlaceRule",
     "Mask",
+    "Needs",
     "Only",
+    "Rule",
+    "StepContext",
     "TensorNorm",
     "Value",
     "ZClip",

@@ -16,23 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import at_least_one, fraction, is_bool, nonnegative, number, positive
 from ..backends import capturing, choose, get
 from ..stats import Stats
-from .formula import (
-    EPS,
-    STATES,
-    at_least_one,
-    clip_coefficient,
-    fraction,
-    is_bool,
-    nonnegative,
-    number,
-    positive,
-    whose,
-)
+from .base import STATES, Needs, Rule, StepContext, saved_by
+from .coefficients import EPS, clip_coefficient
 
 
-class Adaptive:
+class Adaptive(Rule):
     """A rule with running statistics, `state`: tensors by name, made in the first step on the gradients' device.
 
     From then on they are changed where they are, since a CUDA graph may know their memory; only a move to another
@@ -40,7 +31,8 @@ class Adaptive:
     """
 
     norm_type = 2.0
-    zero_if_finite = True  # its coefficient is +0 only where the norm, and so every gradient, is finite
+    needs = Needs.TOTAL_NORM
+    finite_zero = True
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
@@ -62,13 +54,12 @@ class Adaptive:
                 self.state = {name: t.to(device, copy=True) for name, t in made.items()}
         return self.state
 
-    def init_state(self, device: torch.device, total: int) -> None:
-        """Make the state of the first step, for so many parameters."""
+    def init_state(self, device: torch.device, count: int) -> None:
         self._on(device)
 
-    def _heard(self, norm: Tensor, stats: Stats) -> Tensor:
-        """`norm`, or NaN if the step is skipped: what is to be remembered."""
-        return norm if stats.skip is None else torch.where(stats.skip, math.nan, norm)
+    def _to_remember(self, norm: Tensor, context: StepContext) -> Tensor:
+        """`norm`, or NaN if the step is skipped."""
+        return norm if context.skip is None else torch.where(context.skip, math.nan, norm)
 
     def _remember(self, *new: Tensor) -> None:
         torch._foreach_copy_(list(self.state.values()), list(new))
@@ -80,7 +71,9 @@ class Adaptive:
         """ValueError unless `state` is one of this rule's."""
         if state and set(state) != set(self._names):
             names = ", ".join(self._names)
-            raise ValueError(f"state_dict holds {', '.join(state)} for {self!r}, which remembers {names}{whose(state)}")
+            raise ValueError(
+                f"state_dict holds {', '.join(state)} for {self!r}, which remembers {names}{saved_by(state)}"
+            )
         for name, mine in self._new(torch.device("cpu")).items() if state else ():
             shape = tuple(torch.as_tensor(state[name]).shape)
             if not self._fits(name, shape, tuple(mine.shape)):
@@ -146,10 +139,10 @@ class ZClip(Adaptive):
     def _new(self, device: torch.device) -> dict[str, Tensor]:
         return {name: torch.zeros((), dtype=torch.float64, device=device) for name in self._names}
 
-    def __call__(self, stats: Stats) -> Tensor:
+    def decide(self, stats: Stats, context: StepContext) -> Tensor:
         state = self._on(stats.device)
-        coef, stats.limit, *new = fused(
-            *(_zclip, stats.norm, self._heard(stats.norm, stats)),
+        coef, context.limit, *new = fused(
+            *(_zclip, stats.norm, self._to_remember(stats.norm, context)),
             *state.values(),
             self.z_max,
             self.alpha,
@@ -233,10 +226,10 @@ class AutoClip(Adaptive):
             "history": torch.full((self.window + 1,), math.inf, dtype=torch.float64, device=device),
         }
 
-    def __call__(self, stats: Stats) -> Tensor:
+    def decide(self, stats: Stats, context: StepContext) -> Tensor:
         state = self._on(stats.device)
-        coef, stats.limit, *new = fused(
-            _autoclip, stats.norm, self._heard(stats.norm, stats), *state.values(), self.percentile / 100
+        coef, context.limit, *new = fused(
+            _autoclip, stats.norm, self._to_remember(stats.norm, context), *state.values(), self.percentile / 100
         )
         self._remember(*new)
         return coef
@@ -287,6 +280,7 @@ class AdaGC(Adaptive):
         ValueError, TypeError: an argument out of range, named with its value.
     """
 
+    needs = Needs.TOTAL_NORM | Needs.TENSOR_NORMS
     _names = STATES["AdaGC"]
 
     def __init__(
@@ -307,33 +301,32 @@ class AdaGC(Adaptive):
     def _fits(self, name: str, shape: tuple[int, ...], mine: tuple[int, ...]) -> bool:
         return len(shape) == len(mine)  # as many as there were parameters
 
-    def init_state(self, device: torch.device, total: int) -> None:
+    def init_state(self, device: torch.device, count: int) -> None:
         gamma = self._on(device)["gamma"]
-        if len(gamma) < total:
+        if len(gamma) < count:
             if capturing(device):
                 raise RuntimeError(
                     f"{self!r} has met new parameters: call it once before it is captured in a CUDA graph"
                 )
             with torch.inference_mode(False):
-                self.state["gamma"] = torch.cat([gamma, gamma.new_zeros(total - len(gamma))])
+                self.state["gamma"] = torch.cat([gamma, gamma.new_zeros(count - len(gamma))])
 
     def reorder(self, came_from: list[int]) -> None:
-        """Let gamma_i follow its parameter: the i-th one now was the came_from[i]-th; -1: it is new."""
         if (gamma := self.state.get("gamma")) is not None:
             known = [i if i < len(gamma) else -1 for i in came_from]
             places = torch.tensor(known, dtype=torch.int64, device=gamma.device)
             with torch.inference_mode(False):
                 self.state["gamma"] = torch.cat([gamma, gamma.new_zeros(1)])[places]  # -1: the zero
 
-    def __call__(self, stats: Stats) -> Tensor:
-        members = stats.members()
-        self.init_state(stats.device, members.total)
+    def decide(self, stats: Stats, context: StepContext) -> Tensor:
+        params = context.params()
+        self.init_state(stats.device, params.total)
         state = self._on(stats.device)
         count, gamma = state["count"], state["gamma"]
-        index = members.index(stats.device)
-        mine = gamma[: members.total] if index is None else gamma[index]
+        index = params.index(stats.device)
+        mine = gamma[: params.total] if index is None else gamma[index]
         coef, new_count, new = fused(
-            *(_adagc, stats.norm, stats.norms, self._heard(stats.norms, stats), count, mine),
+            *(_adagc, stats.norm, stats.norms, self._to_remember(stats.norms, context), count, mine),
             self.lambda_rel,
             self.beta,
             self.warmup,
@@ -341,7 +334,7 @@ class AdaGC(Adaptive):
         )
         count.copy_(new_count)
         if index is None:
-            gamma[: members.total] = new
+            gamma[: params.total] = new
         else:
             gamma.index_copy_(0, index, new)
         return coef

@@ -58,7 +58,7 @@ else:
     INTERPRET = False
 
 
-class Cut(NamedTuple):
+class Chunking(NamedTuple):
     """Tensors cut into chunks of one size, numbered through, for a persistent grid to walk."""
 
     size: int  # elements of a chunk
@@ -67,7 +67,7 @@ class Cut(NamedTuple):
     programs: int
 
 
-def cut(ends: Tensor, block: int, device: torch.device) -> Cut:
+def split_chunks(ends: Tensor, block: int, device: torch.device) -> Chunking:
     """[0, end) of each tensor in chunks of whole tiles of `block` elements; ends: int64 [T] on the host."""
     most = _most_programs(device)
     tiles = int(((ends + block - 1) // block).sum())
@@ -75,7 +75,7 @@ def cut(ends: Tensor, block: int, device: torch.device) -> Cut:
     counts = (ends + size - 1) // size
     firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     owners = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
-    return Cut(size, firsts, owners, max(1, min(most, len(owners))))
+    return Chunking(size, firsts, owners, max(1, min(most, len(owners))))
 
 
 def _most_programs(device: torch.device) -> int:

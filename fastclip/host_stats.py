@@ -4,49 +4,54 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends import upload
 
-if TYPE_CHECKING:
-    from .stats import Stats
-
-
 VECTORS = ("absmax", "power", "zeroed")  # whatever T is; coefficients are one for all or [T]
 
 
-class Layout(NamedTuple):
-    """What lies where in a flattened Stats: numbers first, then vectors."""
+class StatsTensors(NamedTuple):
+    """What a :class:`~fastclip.Stats` is computed from, and how it is read."""
+
+    tensors: dict[str, Tensor]
+    known: dict[str, float]  # what the host knew all along
+    names: tuple[str, ...] | None
+    norm_type: float
+    dtype: torch.dtype  # of norms and coefficients
+    device: torch.device
+
+
+class StatsLayout(NamedTuple):
+    """What lies where in flattened statistics: numbers first, then vectors."""
 
     numbers: list[str]
     vectors: dict[str, int]  # and their sizes
-    known: dict[str, float]  # what the host knew all along
+    known: dict[str, float]
     names: tuple[str, ...] | None
     norm_type: float
     dtype: torch.dtype
 
 
-def flattened(stats: Stats, loss: Tensor | None = None) -> tuple[Tensor, Layout]:
+def flattened(stats: StatsTensors, loss: Tensor | None = None) -> tuple[Tensor, StatsLayout]:
     """All that `stats` tells, and the loss, in one new float64 tensor, without waiting for the device.
 
     It is on the statistics' device, or on the loss's if only that is no CPU. Being a copy, it keeps these values when
     the next replay of a CUDA graph writes others to where they were.
     """
-    pieces, layout = _laid_out(stats, loss)
+    tensors = stats.tensors if loss is None else {**stats.tensors, "loss": loss.detach()}
+    layout = _layout(stats, tensors)
     device = stats.device if loss is None or stats.device.type != "cpu" else loss.device
-    return torch.cat([_flat(pieces[name], device) for name in (*layout.numbers, *layout.vectors)]), layout
+    return torch.cat([_flat(tensors[name], device) for name in (*layout.numbers, *layout.vectors)]), layout
 
 
-def _laid_out(stats: Stats, loss: Tensor | None = None) -> tuple[dict[str, Tensor], Layout]:
-    pieces, known = stats.pieces()
-    if loss is not None:
-        pieces["loss"] = loss.detach()
-    vectors = {name: piece.numel() for name, piece in pieces.items() if piece.numel() != 1 or name in VECTORS}
-    numbers = [name for name in pieces if name not in vectors]
-    return pieces, Layout(numbers, vectors, known, stats.names, stats.norm_type, stats._dtype)
+def _layout(stats: StatsTensors, tensors: dict[str, Tensor]) -> StatsLayout:
+    vectors = {name: t.numel() for name, t in tensors.items() if t.numel() != 1 or name in VECTORS}
+    numbers = [name for name in tensors if name not in vectors]
+    return StatsLayout(numbers, vectors, stats.known, stats.names, stats.norm_type, stats.dtype)
 
 
 def _flat(piece: Tensor, device: torch.device) -> Tensor:
@@ -59,31 +64,31 @@ def _flat(piece: Tensor, device: torch.device) -> Tensor:
     return piece if piece.dim() == 1 else piece.reshape(-1)
 
 
-class Numbers:
-    """A flattened Stats on the host. Numbers are rounded as the tensors of Stats are.
+class HostStats:
+    """Statistics on the host. Numbers are rounded as the tensors of Stats are.
 
     Lists, where Python does what is wanted in one go: right after a training step, with cold caches, that costs a third
     of a call of torch's.
     """
 
-    def __init__(self, host: Tensor, layout: Layout) -> None:
+    def __init__(self, host: Tensor, layout: StatsLayout) -> None:
         count = len(layout.numbers)
         vectors = dict(zip(layout.vectors, torch.split_with_sizes(host[count:], list(layout.vectors.values()))))
         self._read(dict(zip(layout.numbers, host[:count].tolist())), vectors, layout)
 
     @classmethod
-    def of(cls, stats: Stats) -> Numbers:
+    def of(cls, stats: StatsTensors) -> HostStats:
         """What `stats` tells; read by one copy, or by none from where it is already."""
         if stats.device.type != "cpu":
             flat, layout = flattened(stats)
             return cls(flat.cpu(), layout)
-        pieces, layout = _laid_out(stats)
-        found = cls.__new__(cls)
-        vectors = {name: _flat(pieces[name], stats.device) for name in layout.vectors}
-        found._read({name: float(pieces[name].item()) for name in layout.numbers}, vectors, layout)
-        return found
+        layout = _layout(stats, stats.tensors)
+        read = cls.__new__(cls)
+        vectors = {name: _flat(stats.tensors[name], stats.device) for name in layout.vectors}
+        read._read({name: float(stats.tensors[name].item()) for name in layout.numbers}, vectors, layout)
+        return read
 
-    def _read(self, numbers: dict[str, float], vectors: dict[str, Tensor], layout: Layout) -> None:
+    def _read(self, numbers: dict[str, float], vectors: dict[str, Tensor], layout: StatsLayout) -> None:
         self.layout = layout
         self._numbers, self._vectors = {**numbers, **layout.known}, vectors
         self.absmax: list[float] = vectors["absmax"].tolist()  # T float64
@@ -127,16 +132,16 @@ class Numbers:
 
     def log(self, tensors: bool = False) -> dict[str, Any]:
         """As :meth:`fastclip.Stats.log` describes."""
-        found: dict[str, Any] = {"total_norm": self.total_norm}
+        numbers: dict[str, Any] = {"total_norm": self.total_norm}
         if "limit" in self._numbers:
-            found["limit"] = self._rounded("limit")
-        found |= {"coef": self.least, "clipped": self.clipped, "skipped": self.skipped, "nonfinite": self.nonfinite}
+            numbers["limit"] = self._rounded("limit")
+        numbers |= {"coef": self.least, "clipped": self.clipped, "skipped": self.skipped, "nonfinite": self.nonfinite}
         if "zeroed" in self._vectors:
-            found["zeroed"] = int(self.vector("zeroed").sum())
+            numbers["zeroed"] = int(self.vector("zeroed").sum())
         if tensors:
             for name, values in (("tensor_norms", self.norms), ("tensor_absmax", self.vector("absmax"))):
-                found[name] = dict(zip(self.keys, values.to(self.layout.dtype).tolist()))
-        return found
+                numbers[name] = dict(zip(self.keys, values.to(self.layout.dtype).tolist()))
+        return numbers
 
     def _rounded(self, name: str) -> float:
         value = self._numbers[name]

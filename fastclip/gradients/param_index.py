@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .backends import capturing, upload
-from .table import identity
+from ..backends import capturing, upload
+from .pack import identity
 
 Made = TypeVar("Made")
 
 
-class Members:
+class ParamIndex:
     """The parameters of the T distinct gradients of a decision, among all that a Clipper has.
 
     Attributes:
@@ -29,10 +29,10 @@ class Members:
     ) -> None:
         self.owners, self.names, self.indices, self.total = owners, names, indices, total
         self.shared = any(len(each) > 1 for each in owners)  # whether parameters share a gradient
-        self._kept: dict[Hashable, Any] = {}
+        self._cache: dict[Hashable, Any] = {}
 
     @classmethod
-    def of(cls, parameters: list[Tensor], names: tuple[str, ...] | None) -> Members:
+    def of(cls, parameters: list[Tensor], names: tuple[str, ...] | None) -> ParamIndex:
         """Those of `parameters` that have a gradient now."""
         distinct: dict[Any, int] = {}
         owners: list[list[Tensor]] = []
@@ -48,11 +48,11 @@ class Members:
         return cls(owners, names and tuple(names[i] for i in indices), indices, len(parameters))
 
     @classmethod
-    def all_of(cls, parameters: list[Tensor], names: tuple[str, ...] | None) -> Members:
+    def all_of(cls, parameters: list[Tensor], names: tuple[str, ...] | None) -> ParamIndex:
         """All `parameters`, each with a gradient of its own."""
         return cls([[p] for p in parameters], names, range(len(parameters)), len(parameters))
 
-    def same_as(self, other: Members | None) -> bool:
+    def same_as(self, other: ParamIndex | None) -> bool:
         """Whether the parameters are those of `other`, and share the same gradients."""
         return (
             other is not None
@@ -65,28 +65,30 @@ class Members:
         """[T] the first owner of each gradient."""
         return [owners[0] for owners in self.owners]
 
-    def only(self, key: Hashable, positions: list[int]) -> Members:
+    def only(self, key: Hashable, positions: list[int]) -> ParamIndex:
         """Those at `positions` of the T."""
 
-        def make() -> Members:
+        def make() -> ParamIndex:
             names = self.names and tuple(self.names[i] for i in positions)
-            return Members([self.owners[i] for i in positions], names, [self.indices[i] for i in positions], self.total)
+            return ParamIndex(
+                [self.owners[i] for i in positions], names, [self.indices[i] for i in positions], self.total
+            )
 
-        return self.kept((key, "only"), make)
+        return self.cached((key, "only"), make)
 
     def index(self, device: torch.device) -> Tensor | None:
         """[T] int64 on `device`, `indices`; None if they are all, in order."""
         if len(self.indices) == self.total:
             return None
-        return self.on(device, "index", lambda: upload(list(self.indices), torch.int64, device))
+        return self.cached_on(device, "index", lambda: upload(list(self.indices), torch.int64, device))
 
-    def kept(self, key: Hashable, make: Callable[[], Made]) -> Made:
+    def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """make(), or what it gave for this key before: the parameters of a decision seldom change."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
-    def on(self, device: torch.device, key: Hashable, make: Callable[[], Made]) -> Made:
-        """:meth:`kept`, of something on `device`: in a CUDA graph made anew, since every replay copies it."""
+    def cached_on(self, device: torch.device, key: Hashable, make: Callable[[], Made]) -> Made:
+        """:meth:`cached`, of something on `device`: in a CUDA graph made anew, since every replay copies it."""
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0  # which it is ready on
-        return make() if capturing(device) else self.kept((key, device, stream), make)
+        return make() if capturing(device) else self.cached((key, device, stream), make)

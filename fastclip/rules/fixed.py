@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..members import Members
+from ..arguments import checked_limit, is_bool, nonnegative
 from ..stats import Stats
-from .formula import checked_limit, clip_coefficient, is_bool, nonnegative, within
+from .base import FunctionRule, Needs, Rule, StepContext
+from .coefficients import clip_coefficient, within
 
 
-class GlobalNorm:
+class GlobalNorm(Rule):
     r"""Scale all gradients together so that their common norm is at most `max_norm`.
 
     .. math:: g \leftarrow g \cdot \min\left(1, \frac{max\_norm}{N + 10^{-6}}\right)
@@ -37,7 +38,8 @@ class GlobalNorm:
         RuntimeError: a function, or a tensor on the host, in a CUDA graph.
     """
 
-    zero_if_finite = True  # its coefficient is +0 only where the norm, and so every gradient, is finite
+    needs = Needs.TOTAL_NORM
+    finite_zero = True
 
     def __init__(self, max_norm: float | Tensor | Callable[[int], float], norm_type: float = 2.0) -> None:
         if isinstance(max_norm, Tensor):
@@ -45,13 +47,11 @@ class GlobalNorm:
         elif not callable(max_norm):
             max_norm = nonnegative(max_norm, "max_norm")
         self.max_norm = max_norm
-        self.norm_type = nonnegative(norm_type, "norm_type")
+        self.norm_type: float = nonnegative(norm_type, "norm_type")
         self._called: tuple[Any, int, float] | None = None  # function, step and what it returned: once a step
 
     def limit(self, step: int) -> float | Tensor:
         """The limit after `step` steps."""
-        if type(self.max_norm) is float:
-            return self.max_norm
         if isinstance(self.max_norm, Tensor):
             return checked_limit(self.max_norm, "max_norm")
         if not callable(self.max_norm):
@@ -63,9 +63,15 @@ class GlobalNorm:
             self._called = self.max_norm, step, nonnegative(value, f"max_norm({step})")
         return self._called[2]
 
-    def check_gradients(self, members: Members, step: int) -> None:
+    def static_limit(self, step: int) -> float | None:
+        if type(self.max_norm) is float:
+            return self.max_norm
+        limit = self.limit(step)
+        return None if isinstance(limit, Tensor) else limit
+
+    def check_gradients(self, context: StepContext) -> None:
         """What is wrong with a limit that Python computes, before anything is written."""
-        self.limit(step)
+        self.limit(context.step)
 
     def check_capture(self) -> None:
         """RuntimeError where the limit is one that Python computes."""
@@ -74,18 +80,18 @@ class GlobalNorm:
                 "max_norm must be a number or a tensor on the GPU in a CUDA graph, which would keep its value"
             )
 
-    def __call__(self, stats: Stats) -> Tensor:
-        limit = self.limit(stats.step)
+    def decide(self, stats: Stats, context: StepContext) -> Tensor:
+        limit = self.limit(context.step)
         if isinstance(limit, Tensor):  # a copy: the statistics keep it, and it changes
             limit = limit.to(stats.device, torch.float64, non_blocking=True, copy=True)
-        stats.limit = limit
+        context.limit = limit
         return clip_coefficient(stats.norm, limit)
 
     def __repr__(self) -> str:
         return f"GlobalNorm({self.max_norm}, norm_type={self.norm_type})"
 
 
-class TensorNorm:
+class TensorNorm(Rule):
     r"""Scale each gradient on its own so that its norm is at most `max_norm`.
 
     .. math:: g_t \leftarrow g_t \cdot \min\left(1, \frac{max\_norm}{n_t + 10^{-6}}\right)
@@ -100,18 +106,20 @@ class TensorNorm:
         ValueError, TypeError: a limit or a norm type that is no such number.
     """
 
+    needs = Needs.TENSOR_NORMS
+
     def __init__(self, max_norm: float, norm_type: float = 2.0) -> None:
         self.max_norm = nonnegative(max_norm, "max_norm")
-        self.norm_type = nonnegative(norm_type, "norm_type")
+        self.norm_type: float = nonnegative(norm_type, "norm_type")
 
-    def __call__(self, stats: Stats) -> Tensor:
+    def decide(self, stats: Stats, context: StepContext) -> Tensor:
         return clip_coefficient(stats.norms, self.max_norm)
 
     def __repr__(self) -> str:
         return f"TensorNorm({self.max_norm}, norm_type={self.norm_type})"
 
 
-class BlockRMS:
+class BlockRMS(Rule):
     r"""Scale each gradient on its own so that the root mean square of its elements is at most `threshold`.
 
     .. math:: g_t \leftarrow \frac{g_t}{\max(1, \mathrm{rms}(g_t) / threshold)},
@@ -127,20 +135,21 @@ class BlockRMS:
     """
 
     norm_type = 2.0
+    needs = Needs.TENSOR_NORMS
 
     def __init__(self, threshold: float) -> None:
         self.threshold = nonnegative(threshold, "threshold")
 
-    def __call__(self, stats: Stats) -> Tensor:
+    def decide(self, stats: Stats, context: StepContext) -> Tensor:
         if math.isinf(self.threshold):
             return torch.ones((), dtype=torch.float64, device=stats.device)
-        return within(stats.norms, self.threshold * stats.sizes().sqrt())
+        return within(stats.norms, self.threshold * context.sizes().sqrt())
 
     def __repr__(self) -> str:
         return f"BlockRMS({self.threshold})"
 
 
-class Mask:
+class Mask(Rule):
     r"""Zero the gradients that are small throughout.
 
     .. math:: g_t \leftarrow 0 \text{ where } \max|g_t| < threshold
@@ -149,32 +158,34 @@ class Mask:
 
     Args:
         threshold: in the gradients' unit, >= 0.
-        hold: in :meth:`Clipper.step`, also leave the masked parameters exactly as they are: no momentum, no weight
+        freeze: in :meth:`Clipper.step`, also leave the masked parameters exactly as they are: no momentum, no weight
             decay, their optimizer state untouched. A gradient of zeros alone does not do that.
 
     Raises:
         ValueError, TypeError: a threshold that is no such number.
     """
 
-    norm_type = None
+    needs = Needs.ABSMAX
 
-    def __init__(self, threshold: float, hold: bool = False) -> None:
+    def __init__(self, threshold: float, freeze: bool = False) -> None:
         self.threshold = nonnegative(threshold, "threshold")
-        if not is_bool(hold):
-            raise TypeError(f"hold must be a bool, got {type(hold).__name__} {hold!r}")
-        self.hold = bool(hold)
+        if not is_bool(freeze):
+            raise TypeError(f"freeze must be a bool, got {type(freeze).__name__} {freeze!r}")
+        self.freezes = bool(freeze)
 
-    def __call__(self, stats: Stats) -> Tensor:
+    def decide(self, stats: Stats, context: StepContext) -> Tensor:
         return (stats.absmax < self.threshold).logical_not().double()
 
     def __repr__(self) -> str:
-        return f"Mask({self.threshold}{', hold=True' if self.hold else ''})"
+        return f"Mask({self.threshold}{', freeze=True' if self.freezes else ''})"
 
 
-def as_rule(rule: Any) -> Any:
-    """A rule, or a number as the GlobalNorm it means."""
-    if getattr(rule, "in_place", False) or (callable(rule) and not isinstance(rule, type)):
+def as_rule(rule: Any) -> Rule:
+    """A rule; a function as the rule it is; a number as the GlobalNorm it means."""
+    if isinstance(rule, Rule):
         return rule
-    if isinstance(rule, (numbers.Real, Tensor)) and not isinstance(rule, bool):
+    if callable(rule) and not isinstance(rule, type):
+        return FunctionRule(rule)
+    if isinstance(rule, (numbers.Real, Tensor)) and not is_bool(rule):
         return GlobalNorm(rule if isinstance(rule, Tensor) else float(rule))
     raise TypeError(f"rule must be a rule or a number, got {type(rule).__name__} {rule!r}")

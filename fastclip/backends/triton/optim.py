@@ -11,22 +11,19 @@ float64; hyperparameters are float64 arguments, which compile nothing anew and u
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import Recent, upload
-from .triton_table import MISSING, current_stream, cut, on
+from ..base import AdamWOptions, SGDOptions, StepDecision, StepTable
+from ..transfer import UploadCache, upload
+from .tiles import MISSING, current_stream, on, split_chunks
 
 if MISSING is None:
     import triton
     import triton.language as tl
 
-    from .triton_table import DTYPES, inside, narrow, tile
-
-if TYPE_CHECKING:
-    from ..table import StepTable
+    from .tiles import DTYPES, inside, narrow, tile
 
 NUM_WARPS = 4
 TILE_BYTES = 32 * NUM_WARPS * 32  # two 16-byte loads of each array a thread in flight,
@@ -97,11 +94,11 @@ if MISSING is None:
         return tl.where(addresses % 16 == 0, end // BLOCK * BLOCK, begin)
 
     @triton.jit
-    def _is_idle(idle_ptr, idle_stride, tensor):
-        if idle_ptr is None:
+    def _is_frozen(frozen_ptr, frozen_stride, tensor):
+        if frozen_ptr is None:
             return False
         else:
-            return tl.load(idle_ptr + tensor * idle_stride) != 0
+            return tl.load(frozen_ptr + tensor * frozen_stride) != 0
 
     @triton.jit
     def _source(coef_ptr, coef_stride, tensor, grad, param, MAXIMIZE: tl.constexpr, COMPUTE: tl.constexpr):
@@ -126,13 +123,13 @@ if MISSING is None:
     # ---- AdamW ----
 
     @triton.jit(
-        do_not_specialize=["idle_stride", "tensors"], do_not_specialize_on_alignment=["idle_ptr", "lr_ptr"]
+        do_not_specialize=["frozen_stride", "tensors"], do_not_specialize_on_alignment=["frozen_ptr", "lr_ptr"]
     )  # fmt: skip
     def _count_kernel(
         table_ptr,  # int64: gradients, parameters, three states, step counts, sizes, each [T]; see _Table for the rest
         rates_ptr,  # float64 [2, T], written: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)
-        idle_ptr,  # bool [] (stride 0) or [T] (stride 1), or None
-        idle_stride,
+        frozen_ptr,  # bool [] (stride 0) or [T] (stride 1), or None
+        frozen_stride,
         tensors,
         lr_ptr,  # [] or None: then `lr` is the rate
         lr: tl.float64,
@@ -140,11 +137,11 @@ if MISSING is None:
         log_beta2: tl.float64,
         BLOCK: tl.constexpr,
     ):
-        """step += 1 where a tensor is not idle, and what follows from it."""
+        """step += 1 where a tensor is not frozen, and what follows from it."""
         tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         active = tensor < tensors
-        if idle_ptr is not None:
-            active = active & (tl.load(idle_ptr + tensor * idle_stride, mask=active, other=1) == 0)
+        if frozen_ptr is not None:
+            active = active & (tl.load(frozen_ptr + tensor * frozen_stride, mask=active, other=1) == 0)
         address = tl.load(table_ptr + 5 * tensors + tensor, mask=active, other=0)
         step_ptr = address.to(tl.pointer_type(tl.float32))
         step = tl.load(step_ptr, mask=active, other=0.0) + 1.0
@@ -208,16 +205,16 @@ if MISSING is None:
             tl.store(_pointers(grad, offset, DTYPE, WHOLE, BLOCK), tl.zeros([BLOCK], DTYPE), mask=mask)
 
     @triton.jit(
-        do_not_specialize=["coef_stride", "idle_stride", "seed", "tensors", "chunk_tiles"],
-        do_not_specialize_on_alignment=["coef_ptr", "idle_ptr", "lr_ptr"],
+        do_not_specialize=["coef_stride", "frozen_stride", "seed", "tensors", "chunk_tiles"],
+        do_not_specialize_on_alignment=["coef_ptr", "frozen_ptr", "lr_ptr"],
     )
     def _adamw_kernel(
         table_ptr,
         rates_ptr,  # what _count_kernel wrote
         coef_ptr,  # float64 [] (stride 0) or [T] (stride 1)
         coef_stride,
-        idle_ptr,  # bool [] or [T], or None
-        idle_stride,
+        frozen_ptr,  # bool [] or [T], or None
+        frozen_stride,
         seed,
         tensors,
         chunk_tiles,
@@ -241,7 +238,7 @@ if MISSING is None:
         beta2_compute, eps_compute = (one * beta2).to(COMPUTE), (one * eps).to(COMPUTE)
         tensor, begin, end = _part(table_ptr, tensors, chunk_tiles, BLOCK)
         grad = _address(table_ptr, 0, tensor, tensors)
-        if _is_idle(idle_ptr, idle_stride, tensor):
+        if _is_frozen(frozen_ptr, frozen_stride, tensor):
             if ZERO_GRAD:
                 _zeros(grad, begin, end, DTYPE)
         else:
@@ -270,33 +267,24 @@ if MISSING is None:
                 )  # fmt: skip
 
 
-def adamw_(
-    table: StepTable, coef: Tensor, idle: Tensor | None, group: dict[str, Any], zero_grad: bool, seed: int | None
-) -> None:
-    made, count = _table(table), len(table)
-    beta1, beta2 = map(float, group["betas"])
-    lr = _learning_rate(group["lr"], table.device)
-    idle_stride = 0 if idle is None else idle.dim()
+def adamw_(table: StepTable, decision: StepDecision, options: AdamWOptions) -> None:
+    device_table, count = _table(table), len(table)
+    coef, frozen = decision.coef, decision.frozen_mask
+    lr = _learning_rate(options.lr, table.device)
+    frozen_stride = 0 if frozen is None else frozen.dim()
     with on(table.device):
         _count_kernel[(triton.cdiv(count, COUNTED),)](
-            made.device,
-            made.rates,
-            idle,
-            idle_stride,
-            count,
-            *lr,
-            _log(beta1),
-            _log(beta2),
-            BLOCK=COUNTED,
-            num_warps=NUM_WARPS,
-        )
-        _adamw_kernel[(made.chunks,)](
-            made.device, made.rates, coef, coef.dim(), idle, idle_stride, _signed(seed), count, made.chunk_tiles,
-            *lr, beta1, beta2, float(group["eps"]), float(group["weight_decay"]),
-            AMSGRAD=bool(group["amsgrad"]), MAXIMIZE=bool(group["maximize"]), STOCHASTIC=seed is not None,
-            ZERO_GRAD=zero_grad, DTYPE=DTYPES[table.dtype], BLOCK=made.block, num_warps=NUM_WARPS,
+            device_table.device, device_table.rates, frozen, frozen_stride, count,
+            *lr, _log(options.beta1), _log(options.beta2), BLOCK=COUNTED, num_warps=NUM_WARPS,
         )  # fmt: skip
-    table.bump_version(zero_grad)
+        _adamw_kernel[(device_table.chunks,)](
+            device_table.device, device_table.rates, coef, coef.dim(), frozen, frozen_stride, _signed(decision.seed),
+            count, device_table.chunk_tiles, *lr, options.beta1, options.beta2, float(options.eps),
+            float(options.weight_decay), AMSGRAD=bool(options.amsgrad), MAXIMIZE=bool(options.maximize),
+            STOCHASTIC=decision.seed is not None, ZERO_GRAD=decision.zero_grad, DTYPE=DTYPES[table.dtype],
+            BLOCK=device_table.block, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    table.bump_version(decision.zero_grad)
 
 
 if MISSING is None:
@@ -319,7 +307,7 @@ if MISSING is None:
         BLOCK: tl.constexpr,
     ):
         grad, param, state0, source = addresses
-        coef, weight_decay, momentum, rest, lr = constants
+        coef, weight_decay, momentum, one_minus_dampening, lr = constants
         p_ptr = _pointers(param, offset, DTYPE, WHOLE, BLOCK)
         mask = None if WHOLE else inside(offset, 0, end, BLOCK)
         g = tl.load(_pointers(source, offset, DTYPE, WHOLE, BLOCK), mask=mask)
@@ -330,7 +318,7 @@ if MISSING is None:
         p = _wide(p)
         g = tl.where(zeros, 0.0, _wide(g) * coef) + p * weight_decay
         if MOMENTUM:
-            buffer = _wide(buffer) * momentum + g * rest
+            buffer = _wide(buffer) * momentum + g * one_minus_dampening
             _store(buffer_ptr, buffer, mask, offset, key + 2, STOCHASTIC, DTYPE, BLOCK)
             g = g + buffer * momentum if NESTEROV else buffer
         _store(p_ptr, p - g * lr, mask, offset, key, STOCHASTIC, DTYPE, BLOCK)
@@ -338,22 +326,22 @@ if MISSING is None:
             tl.store(_pointers(grad, offset, DTYPE, WHOLE, BLOCK), tl.zeros([BLOCK], DTYPE), mask=mask)
 
     @triton.jit(
-        do_not_specialize=["coef_stride", "idle_stride", "seed", "tensors", "chunk_tiles"],
-        do_not_specialize_on_alignment=["coef_ptr", "idle_ptr", "lr_ptr"],
+        do_not_specialize=["coef_stride", "frozen_stride", "seed", "tensors", "chunk_tiles"],
+        do_not_specialize_on_alignment=["coef_ptr", "frozen_ptr", "lr_ptr"],
     )
     def _sgd_kernel(
         table_ptr,
         coef_ptr,  # as _adamw_kernel's
         coef_stride,
-        idle_ptr,
-        idle_stride,
+        frozen_ptr,
+        frozen_stride,
         seed,
         tensors,
         chunk_tiles,
         lr_ptr,
         lr: tl.float64,
         momentum: tl.float64,
-        rest: tl.float64,
+        one_minus_dampening: tl.float64,
         weight_decay: tl.float64,
         MOMENTUM: tl.constexpr,
         NESTEROV: tl.constexpr,
@@ -366,10 +354,14 @@ if MISSING is None:
         COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
         one = tl.full((), 1.0, tl.float64)
         rate = _rate(lr_ptr, lr).to(COMPUTE)
-        decay, keep, take = (one * weight_decay).to(COMPUTE), (one * momentum).to(COMPUTE), (one * rest).to(COMPUTE)
+        decay, keep, take = (
+            (one * weight_decay).to(COMPUTE),
+            (one * momentum).to(COMPUTE),
+            (one * one_minus_dampening).to(COMPUTE),
+        )
         tensor, begin, end = _part(table_ptr, tensors, chunk_tiles, BLOCK)
         grad = _address(table_ptr, 0, tensor, tensors)
-        if _is_idle(idle_ptr, idle_stride, tensor):
+        if _is_frozen(frozen_ptr, frozen_stride, tensor):
             if ZERO_GRAD:
                 _zeros(grad, begin, end, DTYPE)
         else:
@@ -392,25 +384,19 @@ if MISSING is None:
                 )  # fmt: skip
 
 
-def sgd_(
-    table: StepTable,
-    coef: Tensor,
-    idle: Tensor | None,
-    group: dict[str, Any],
-    zero_grad: bool,
-    seed: int | None,
-    rest: float,
-) -> None:
-    made = _table(table)
+def sgd_(table: StepTable, decision: StepDecision, options: SGDOptions) -> None:
+    device_table = _table(table)
+    coef, frozen = decision.coef, decision.frozen_mask
     with on(table.device):
-        _sgd_kernel[(made.chunks,)](
-            made.device, coef, coef.dim(), idle, 0 if idle is None else idle.dim(), _signed(seed), len(table),
-            made.chunk_tiles, *_learning_rate(group["lr"], table.device), float(group["momentum"]),
-            float(rest), float(group["weight_decay"]), MOMENTUM=table.states > 0, NESTEROV=bool(group["nesterov"]),
-            MAXIMIZE=bool(group["maximize"]), STOCHASTIC=seed is not None, ZERO_GRAD=zero_grad,
-            DTYPE=DTYPES[table.dtype], BLOCK=made.block, num_warps=NUM_WARPS,
+        _sgd_kernel[(device_table.chunks,)](
+            device_table.device, coef, coef.dim(), frozen, 0 if frozen is None else frozen.dim(),
+            _signed(decision.seed), len(table), device_table.chunk_tiles, *_learning_rate(options.lr, table.device),
+            float(options.momentum), float(options.one_minus_dampening), float(options.weight_decay),
+            MOMENTUM=table.states > 0, NESTEROV=bool(options.nesterov), MAXIMIZE=bool(options.maximize),
+            STOCHASTIC=decision.seed is not None, ZERO_GRAD=decision.zero_grad, DTYPE=DTYPES[table.dtype],
+            BLOCK=device_table.block, num_warps=NUM_WARPS,
         )  # fmt: skip
-    table.bump_version(zero_grad)
+    table.bump_version(decision.zero_grad)
 
 
 # ---- host ----
@@ -421,13 +407,13 @@ class _Table:
 
     def __init__(self, table: StepTable, host: Tensor) -> None:
         self.block = min(MOST_TILE, TILE_BYTES // table.dtype.itemsize)
-        chunks = cut(host[6], self.block, table.device)
+        chunks = split_chunks(host[6], self.block, table.device)
         self.chunk_tiles, self.chunks = chunks.size // self.block, len(chunks.owners)
         self.device = upload(torch.cat([host.flatten(), chunks.firsts, chunks.owners]), torch.int64, table.device)
         self.rates = torch.empty(2, host.shape[1], dtype=torch.float64, device=table.device)
 
 
-_tables: Recent[_Table] = Recent()
+_tables: UploadCache[_Table] = UploadCache()
 
 
 def _table(table: StepTable) -> _Table:

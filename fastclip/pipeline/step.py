@@ -1,4 +1,4 @@
-"""Feed: the decision goes to the optimizer, which multiplies as it reads, so that the clip needs no pass of its own."""
+"""Step: the decision goes to the optimizer, which multiplies as it reads, so that the clip needs no pass of its own."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import contextlib
 import functools
 import inspect
 import itertools
-import numbers
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import optimizer as torch_optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .backends import upload
-from .table import GradTable, same_items
-
-if TYPE_CHECKING:
-    from .clipper import Pending
-    from .stats import Stats
+from ..gradients.pack import same_items
+from ..gradients.table import GradTable
+from .amp import given_by_scaler
+from .decide import ClipDecision
 
 # Their fused step divides the gradients by `grad_scale` and, where `found_inf` is 1, leaves everything as it was.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
@@ -30,7 +26,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagr
 class TakesDecision:
     """An optimizer that carries a decision out in its own pass over the gradients: those of :mod:`fastclip.optim`."""
 
-    decision: Fed | None = None  # of the Clipper whose step() calls this optimizer's
+    decision: ClipDecision | None = None  # of the Clipper whose step() calls this optimizer's
 
 
 def unwrapped(optimizer: Any) -> list[Any]:
@@ -94,156 +90,51 @@ def covers(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> bool:
     return same_items(theirs, parameters) or set(map(id, theirs)) == set(map(id, parameters))
 
 
-class Scaling:
-    """What a GradScaler and a divisor ask of a step, and the scaler's books: as after ``scaler.step(optimizer)``."""
-
-    def __init__(self, scaler: GradScaler | None, optimizers: list[Any], device: torch.device) -> None:
-        optimizer = optimizers[-1]
-        self.device = device
-        self.active = scaler is not None and scaler.is_enabled()
-        self.by_wrapper = False  # whether a GradScaler outside calls the optimizer's step, and keeps its own books
-        self.found_inf: Tensor | None = None
-        self._scale: Tensor | None = None
-        self._state: dict[str, Any] = {}
-        scale, found_inf = given_by_scaler(optimizer)
-        if self.active and scale is not None:
-            raise ValueError("scaler must be left out: the optimizer's wrapper steps with a GradScaler of its own")
-        if scale is not None or found_inf is not None:
-            self.by_wrapper = True
-            self._scale = None if scale is None else scale.to(device, torch.float64)
-            self.found_inf = None if found_inf is None else found_inf.to(device) > 0
-        if scaler is None or not self.active:
-            return
-        if scaler._scale is None:
-            raise RuntimeError("scaler has not scaled a loss yet: call scaler.scale(loss).backward() before the step")
-        books = scaler._per_optimizer_states
-        used = [one for one in optimizers if id(one) in books and books[id(one)]["stage"] is not OptState.READY]
-        self._state = books[id(used[0] if used else optimizer)]  # unscale_() may have been given the wrapper
-        if self._state["stage"] is OptState.STEPPED:
-            raise RuntimeError("this optimizer has already stepped with scaler since its last update()")
-        if self._state["stage"] is OptState.UNSCALED:
-            found = [f.to(device, non_blocking=True) for f in self._state["found_inf_per_device"].values()]
-            self.found_inf = torch.stack(found).sum() > 0 if found else None
-        else:
-            self._scale = scaler._scale.to(device, torch.float64)
-
-    @classmethod
-    def of(cls, scaler: Any, optimizers: list[Any], device: torch.device) -> Scaling:
-        """For a step of the first of `optimizers`, which wraps the others, see :func:`unwrapped`."""
-        if scaler is not None and not isinstance(scaler, GradScaler):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__} {scaler!r}")
-        return cls(scaler, optimizers, device)
-
-    def factor(self, divide_by: Any) -> Tensor | None:
-        """[] float64: what the gradients are to be multiplied by first; None if that is 1."""
-        divisor = self._scale
-        if isinstance(divide_by, Tensor):
-            if divide_by.numel() != 1 or divide_by.is_complex() or divide_by.dtype == torch.bool:
-                shape = tuple(divide_by.shape)
-                raise ValueError(f"divide_by must be one number, got a {divide_by.dtype} tensor of shape {shape}")
-            count = divide_by.detach().reshape(())
-            on_host = count.device.type == "cpu"
-            if on_host and not 0 < count.item() < float("inf"):
-                raise ValueError(f"divide_by must be > 0 and finite, got {count.item()}")
-            count = upload(count, torch.float64, self.device) if on_host else count.to(self.device, torch.float64)
-            divisor = count if divisor is None else divisor * count
-        else:
-            if isinstance(divide_by, bool) or not isinstance(divide_by, numbers.Real):
-                raise TypeError(f"divide_by must be a number, got {type(divide_by).__name__} {divide_by!r}")
-            if not 0 < float(divide_by) < float("inf"):
-                raise ValueError(f"divide_by must be > 0 and finite, got {divide_by!r}")
-            if divide_by != 1:
-                given = torch.full((), float(divide_by), dtype=torch.float64, device=self.device)
-                divisor = given if divisor is None else divisor * given
-        return None if divisor is None else divisor.reciprocal()
-
-    def record(self, stats: Stats) -> None:
-        """Tell the scaler whether there was a non-finite gradient."""
-        if self.active and self.found_inf is None:
-            self._state["found_inf_per_device"] = {self.device: stats.nonfinite.any().float()}
-
-    def done(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Note that the optimizer has stepped, unless it raised: for :meth:`contextlib.ExitStack.push`."""
-        if self.active and kind is None:
-            self._state["stage"] = OptState.STEPPED
-
-
-class Fed(NamedTuple):
-    """A decision on the gradients of a table, for an optimizer to carry out."""
-
-    pending: Pending
-    owners: Callable[[], list[list[Tensor]]]  # for each gradient of the table, the parameters that have it
-
-    def held(self) -> list[Tensor]:
-        """The parameters not to be touched at all. Read back from the device, if a rule holds any."""
-        if self.pending.held is None:
-            return []
-        positions = self.pending.held.nonzero().flatten().tolist()
-        owners = self.owners() if positions else []
-        return [p for i in positions for p in owners[i]]
-
-    def skipped(self) -> bool:
-        """Whether nothing is to be done. Read back from the device, if it was decided there."""
-        return self.pending.skip is not None and bool(self.pending.skip)
-
-    def idle(self) -> Tensor | None:
-        """Which parameters are to be left as they are, [] or [T] bool on the device; None if none."""
-        skip, held = self.pending.skip, self.pending.held
-        return skip if held is None else held if skip is None else held | skip
-
-    def each_its_own(self) -> bool:
-        """Whether the decision is another one from gradient to gradient."""
-        return self.pending.coef.dim() > 0 or self.pending.held is not None
-
-    def positions(self) -> dict[int, int]:
-        """id of a parameter -> the position of its gradient in the table."""
-        return {id(p): i for i, parameters in enumerate(self.owners()) for p in parameters}
-
-
 def prepare(
-    optimizer: torch.optim.Optimizer, table: GradTable, fed: Fed, complete: bool, undo: contextlib.ExitStack
+    optimizer: torch.optim.Optimizer,
+    table: GradTable,
+    decision: ClipDecision,
+    complete: bool,
+    undo: contextlib.ExitStack,
 ) -> bool:
-    """Make the next ``optimizer.step()`` step with the gradients of `table` as `fed` would leave them.
+    """Make the next ``optimizer.step()`` step with the gradients of `table` as `decision` would leave them.
 
     What cannot be handed to the optimizer is done to the gradients in place. `complete`: the optimizer's parameters are
     those of the table. `undo` takes what must be undone after the step. Returns False if there must be no step: it is
     skipped, and the host knows.
     """
-    pending = fed.pending
     inner = getattr(optimizer, "optimizer", None)  # which steps a part, see _wraps()
     hands_over = complete and not _has_step_hooks(optimizer) and not isinstance(inner, torch.optim.Optimizer)
     if hands_over and isinstance(optimizer, TakesDecision):
-        undo.enter_context(_attributes(optimizer, decision=fed))
+        undo.enter_context(_attributes(optimizer, decision=decision))
         return True
-    kept = [(p, p.grad) for p in fed.held()]
-    if hands_over and _divides_by_scale(optimizer, table) and has_divisor(pending.common):
+    frozen = [(p, p.grad) for p in decision.frozen_params()]
+    scale, found_inf = given_by_scaler(optimizer)
+    if hands_over and _divides_by_scale(optimizer, table) and has_divisor(decision.common):
         on_host = all(group.device.type == "cpu" for group in table.groups)
-        if on_host and fed.skipped():
+        if on_host and decision.is_skipped():
             return False
-        if pending.each is not None:
-            table.apply_(pending.unless_skipped(pending.each))
+        if decision.each is not None:
+            table.apply_(decision.unless_skipped(decision.each))
         if type(optimizer) is torch.optim.SGD:
             _start_momentum(optimizer)
-        divisor = divisor_of(pending.common)
-        scale, found_inf = given_by_scaler(optimizer)
-        given: dict[str, Any] = {} if scale is None else {"grad_scale": None}
-        given |= {} if found_inf is None else {"found_inf": None}
+        divisor = divisor_of(decision.common)
+        attributes: dict[str, Any] = {} if scale is None else {"grad_scale": None}
+        attributes |= {} if found_inf is None else {"found_inf": None}
         if not on_host:
-            skip = pending.skip
-            given = {"grad_scale": divisor, "found_inf": torch.zeros_like(divisor) if skip is None else skip.float()}
+            skip = torch.zeros_like(divisor) if decision.skip is None else decision.skip.float()
+            attributes = {"grad_scale": divisor, "found_inf": skip}
         elif divisor != 1:  # with a grad_scale torch writes the gradients back, whatever it is
-            given["grad_scale"] = divisor
-        undo.enter_context(_without_gradients(kept))
-        undo.enter_context(_attributes(optimizer, **given))
-        return True
-    pending.apply_(table)
-    if fed.skipped():
-        return False
-    undo.enter_context(_without_gradients(kept))
-    scale, found_inf = given_by_scaler(optimizer)  # both are in the gradients now
-    given = {} if scale is None else {"grad_scale": torch.ones_like(scale)}
-    given |= {} if found_inf is None else {"found_inf": torch.zeros_like(found_inf)}
-    undo.enter_context(_attributes(optimizer, **given))
+            attributes["grad_scale"] = divisor
+    else:
+        decision.apply_(table)
+        if decision.is_skipped():
+            return False
+        # What a GradScaler asked for is in the gradients now.
+        attributes = {} if scale is None else {"grad_scale": torch.ones_like(scale)}
+        attributes |= {} if found_inf is None else {"found_inf": torch.zeros_like(found_inf)}
+    undo.enter_context(_without_gradients(frozen))
+    undo.enter_context(_attributes(optimizer, **attributes))
     return True
 
 
@@ -335,11 +226,6 @@ def _divides_by_scale(optimizer: torch.optim.Optimizer, table: GradTable) -> boo
         and not _dampens(optimizer)
         and not _tied(optimizer, table)
     )
-
-
-def given_by_scaler(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, Tensor | None]:
-    """What a GradScaler whose ``step`` calls this optimizer's has set: its scale, and whether it found an inf (> 0)."""
-    return getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
 
 
 def divisor_of(common: Tensor) -> Tensor:

@@ -2,14 +2,10 @@
 
 Addresses are read anew on every call, so a table cannot be stale. Plain gradients (dense, real) are packed natively;
 this file is the general packer: it handles what is not plain, and says clearly what cannot be handled.
-
-A table owns the memory it was made of until the call is over. Where a rule or another thread sets a gradient to None or
-gives it other memory (``p.grad.data = x``) meanwhile, that first memory is what is clipped.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 import types
 import warnings
@@ -19,134 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    DispatchKey,
-    _dispatch_tls_is_dispatch_key_included,
-    _get_dispatch_mode,
-    _is_torch_function_mode_enabled,
-    _len_torch_dispatch_stack,
-    _TorchDispatchModeKey,
-)
 
-from . import backends
-from .backends import native
+from .. import backends
+from ..backends import GradGroup, native
+from ..backends.base import StepTable
+from .modes import check_not_traced
+from .table import GradTable
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Group:
-    """Gradients of one device and dtype, and the backend that works on them."""
-
-    __slots__ = ("_numels", "_tensors", "backend", "device", "dtype", "native", "positions", "uploaded")
-
-    def __init__(
-        self,
-        backend: Any,
-        positions: list[int],
-        tensors: list[Tensor] | None,
-        native: Any = None,
-        numels: list[int] | None = None,
-    ) -> None:
-        self.backend = backend
-        self.positions = positions  # of each gradient among all of the table; empty if there is no other group
-        self.native = native  # the C++ group, where there is one
-        self.uploaded: Any = None  # what the backend keeps of the group between the verbs of one call
-        self._tensors = tensors
-        self._numels = numels  # None: as the native group has them
-        first = native if tensors is None else tensors[0]
-        self.device: torch.device = first.device
-        self.dtype: torch.dtype = first.dtype
-
-    def __len__(self) -> int:
-        return len(self.native) if self._tensors is None else len(self._tensors)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        if self._tensors is None:
-            self._tensors = self.native.tensors
-        return self._tensors
-
-    def addresses_and_sizes(self) -> Tensor:
-        """int64 [2, T] on the host."""
-        if self.native is not None:
-            return self.native.addresses_and_sizes()
-        rows = [[t.data_ptr() for t in self.tensors], [t.numel() for t in self.tensors]]
-        return torch.tensor(rows, dtype=torch.int64, device="cpu")
-
-    def numels(self) -> Tensor:
-        """int64 [T] on the host, the element counts of the gradients; of a sparse one as if it were dense."""
-        if self._numels is None:
-            return self.native.addresses_and_sizes()[1]
-        return torch.tensor(self._numels, dtype=torch.int64, device="cpu")
-
-    def units(self) -> Group | None:
-        """The rows (slices along dimension 0) of all tensors of two or more dimensions, and the others whole, in order,
-        as one group; None where they are not contiguous pieces of memory, or no kernel works on this one."""
-        units = None if self.native is None or self.backend.name == "reference" else self.native.units()
-        return None if units is None else Group(self.backend, [], None, units)
-
-    def bump_version(self) -> None:
-        """Tell autograd that the tensors were written."""
-        if self.native is not None:
-            self.native.bump_version()
-        else:
-            torch.autograd.graph.increment_version([t for t in self.tensors if not t.is_inference()])
-
-
-_sizes: backends.Recent[Tensor] = backends.Recent()
-
-
-class GradTable:
-    """All gradients of a call, in the order of the parameters, each once."""
-
-    def __init__(self, groups: list[Group], device: torch.device) -> None:
-        self.groups = groups
-        self.device = device  # where statistics are gathered: the first gradient's, else the first parameter's
-        wide = any(group.dtype in (torch.float64, torch.complex128) for group in groups)
-        self.dtype = torch.float64 if wide else torch.float32  # of norms and coefficients
-
-    def __len__(self) -> int:
-        return sum(map(len, self.groups))
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The memory of all gradients, in order."""
-        found: dict[int, Tensor] = {}
-        for group in self.groups:
-            found.update(zip(group.positions or range(len(group)), group.tensors))
-        return [found[position] for position in range(len(found))]
-
-    def sizes(self) -> Tensor:
-        """float64 [T] on the table's device, the element counts of the gradients."""
-        if len(self.groups) == 1:
-            host = self.groups[0].numels()
-        else:
-            host = torch.empty(len(self), dtype=torch.int64, device="cpu")
-            for group in self.groups:
-                host[group.positions] = group.numels()
-        if self.device.type == "cpu":
-            return host.double()
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        upload = functools.partial(backends.upload, host, torch.float64, self.device)
-        return _sizes.get(self.device, (self.device, stream), host, upload)
-
-    def apply_(self, coef: Tensor) -> None:
-        """Multiply every gradient by its coefficient: float64, [] or [T], on the table's device."""
-        for group in self.groups:
-            mine = coef
-            if len(self.groups) > 1 and coef.dim() == 1:
-                mine = coef[backends.upload(group.positions, torch.int64, coef.device)]
-            group.backend.apply_(group, mine.to(group.device).contiguous())
-
-    def clamp_(self, low: float, high: float) -> Tensor:
-        """Limit every element to [low, high]; [] bool on the table's device, whether anything was changed."""
-        changed = torch.zeros((), dtype=torch.bool, device=self.device)
-        for group in self.groups:
-            changed = changed | group.backend.clamp_(group, low, high).to(self.device)
-        return changed
-
-
-def listed(parameters: Any, argument: str = "parameters", stacklevel: int = 3, ordered: bool = False) -> list[Any]:
+def flatten_params(
+    parameters: Any, argument: str = "parameters", stacklevel: int = 3, ordered: bool = False
+) -> list[Any]:
     """A tensor, an iterable of tensors, or of torch.optim's parameter-group dicts, as a flat list.
 
     `stacklevel`: of the user's call, seen from here. `ordered`: refuse sets.
@@ -167,7 +48,7 @@ def listed(parameters: Any, argument: str = "parameters", stacklevel: int = 3, o
         if isinstance(item, dict):
             if "params" not in item:
                 raise ValueError(f"{argument}[{i}] is a dict without the key 'params'; its keys are {list(item)}")
-            flat += listed(item["params"], f"{argument}[{i}]['params']", stacklevel + 1, ordered)
+            flat += flatten_params(item["params"], f"{argument}[{i}]['params']", stacklevel + 1, ordered)
         else:
             flat.append(item)
     return flat
@@ -194,7 +75,7 @@ def pack(items: list[Any], *, gradients: bool, write: bool, argument: str = "par
 
 def from_native(packed: list[Any]) -> GradTable:
     """The table of groups that the native packer made, in the order of their first gradients."""
-    groups = [Group(backends.choose(g.device), g.positions, None, g) for g in packed]
+    groups = [GradGroup(backends.choose(g.device), g.positions, None, g) for g in packed]
     return GradTable(groups, groups[0].device)
 
 
@@ -250,43 +131,43 @@ def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, lib
         backend = backends.choose(device) if is_plain else backends.get("reference")
         if backend.name == "cpu" and not packed:  # views that overlap, to be read only
             backend = backends.get("reference")
-        groups.append(Group(backend, positions, tensors, packed[0] if packed else None, [numels[p] for p in positions]))
+        groups.append(
+            GradGroup(backend, positions, tensors, packed[0] if packed else None, [numels[p] for p in positions])
+        )
     return GradTable(groups, found[0].device)
 
 
-class StepTable:
-    """What one multi-tensor optimizer step works on: tensors of one device and dtype, row by row in the same order.
-
-    Every tensor is dense and has its elements where its gradient has them.
-    """
-
-    __slots__ = ("_tensors", "device", "dtype", "native", "states")
-
-    def __init__(self, params: list[Tensor], grads: list[Tensor], states: int, native: Any) -> None:
-        self.device, self.dtype = params[0].device, params[0].dtype
-        self.states = states  # how many of the three rows of states there are
-        self.native = native  # the C++ group, where there is one
-        self._tensors = (params, grads)
-
-    def __len__(self) -> int:
-        return len(self._tensors[0])
-
-    def addresses(self) -> Tensor:
-        """int64 [7, T] on the host: addresses of gradient, parameter, three states and step count (0: there is none),
-        and the element counts."""
-        return self.native.addresses()
-
-    def bump_version(self, gradients: bool) -> None:
-        """Tell autograd that the parameters, and perhaps the gradients, were written."""
-        self.native.bump_version(gradients)
-
-
-def pack_step(params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], steps: list[Tensor]) -> Any:
+def pack_step(
+    params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], steps: list[Tensor]
+) -> StepTable | None:
     """The StepTable of these, `steps` being float32 counters or empty; None if it is for another path."""
     check_not_traced()
     library = native.cpp.load()
     packed = library.pack_step(params, grads, states, steps) if library is not None else None
-    return None if packed is None else StepTable(params, grads, len(states), packed)
+    return None if packed is None else StepTable(params, len(states), packed)
+
+
+def unit_tables(table: GradTable, parameters: list[Tensor]) -> list[tuple[GradTable, GradTable]]:
+    """The units (rows, see :meth:`GradGroup.units`) of a table's gradients, each with those of the same parameters.
+
+    All units of a group in one pair where the memory of gradients and parameters can be cut that way; else tensor by
+    tensor, as views.
+    """
+    pairs: list[tuple[GradTable, GradTable]] = []
+    for group in table.groups:
+        params = [parameters[p] for p in group.positions or range(len(group))]
+        weights = pack(params, gradients=True, write=False)
+        if len(weights.groups) == 1 and len(weights) == len(group):
+            rows, weight_rows = group.units(), weights.groups[0].units()
+            if rows is not None and weight_rows is not None:
+                pairs.append((GradTable([rows], group.device), GradTable([weight_rows], group.device)))
+                continue
+        for tensors in zip(group.tensors, params):
+            views = [list(t.detach().unbind()) if t.dim() > 1 else [t.detach()] for t in tensors]
+            if views[0]:
+                grad_rows, weight_rows_ = (pack(v, gradients=True, write=False, argument="rows") for v in views)
+                pairs.append((grad_rows, weight_rows_))
+    return pairs
 
 
 def are_apart(tensors: list[Tensor]) -> bool:
@@ -305,28 +186,6 @@ def same_items(a: list[Any], b: list[Any]) -> bool:
     """Whether two lists hold the same objects in the same order."""
     library = native.cpp.load()
     return library.same_items(a, b) if library is not None else len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-def is_watched() -> bool:
-    """Whether a TorchDispatchMode wants to see every operation: FakeTensorMode, make_fx, FlopCounterMode."""
-    return _len_torch_dispatch_stack() > 0 or _before_autograd()
-
-
-def _before_autograd() -> bool:
-    """In make_fx(pre_dispatch=True), which keeps its mode elsewhere, together with one for __torch_function__."""
-    return _is_torch_function_mode_enabled() and _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
-
-
-def check_not_traced() -> None:
-    """NotImplementedError under FakeTensorMode and in make_fx, which do not see what a kernel does to bare addresses:
-    real memory would be written, and a graph would hold what was measured now as constants."""
-    if not (_len_torch_dispatch_stack() or _is_torch_function_mode_enabled()):
-        return
-    if _before_autograd() or any(map(_get_dispatch_mode, (_TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY))):
-        raise NotImplementedError(
-            "a Clipper and the optimizers of fastclip.optim cannot be traced by make_fx or run under FakeTensorMode; "
-            "the functions (fastclip.clip_norm_ and the like) can"
-        )
 
 
 def identity(gradient: Tensor) -> Any:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends
-from .table import StepTable, are_apart, clusters, may_overlap
+from ..backends import upload
+from ..backends.base import StepBackend, StepTable
+from ..gradients.pack import are_apart, clusters, may_overlap
 
 
-class Arrays(NamedTuple):
+class StepInputs(NamedTuple):
     """What a step works on: tensors of one device and dtype, in the same order."""
 
     params: list[Tensor]
@@ -21,13 +22,11 @@ class Arrays(NamedTuple):
     steps: list[Tensor]  # float32 [] counters; empty for SGD
     first: bool  # the first step of SGD with dampening, which starts from no momentum
 
-    def without(self, params: set[int]) -> Arrays:
+    def without(self, params: set[int]) -> StepInputs:
         """Those whose parameter's id is not among `params`."""
-        kept = [i for i, p in enumerate(self.params) if id(p) not in params]
+        return self._at([i for i, p in enumerate(self.params) if id(p) not in params])
 
-        return self._at(kept)
-
-    def one_by_one(self) -> list[Arrays]:
+    def one_by_one(self) -> list[StepInputs]:
         """Each tensor's by itself, in order."""
         return [self._at([i]) for i in range(len(self.params))]
 
@@ -36,60 +35,60 @@ class Arrays(NamedTuple):
         states = [state for column in (*self.states, self.steps) for state in column]
         return len(self.params) > 1 and may_overlap([*self.params, *states])
 
-    def _at(self, positions: list[int]) -> Arrays:
+    def _at(self, positions: list[int]) -> StepInputs:
         def only(column: list[Tensor]) -> list[Tensor]:
             return [column[i] for i in positions] if column else []
 
         states = [only(column) for column in self.states]
-        return Arrays(only(self.params), only(self.grads), states, only(self.steps), self.first)
+        return StepInputs(only(self.params), only(self.grads), states, only(self.steps), self.first)
 
 
-class Planned(NamedTuple):
-    """The step of some arrays: by the kernel of a backend on a table, or by torch's where there is none."""
+class StepPlan(NamedTuple):
+    """The step of some inputs: by the kernel of a backend on a table, or by torch's where there is none."""
 
     group: dict[str, Any]
-    arrays: Arrays
-    kernel: Callable[..., None] | None
+    inputs: StepInputs
+    backend: StepBackend | None
     table: StepTable | None
-    seed: int | None  # to round by chance with
+    seed: int | None  # to round stochastically with
 
 
-def rows_of(each: Tensor, arrays: Arrays, positions: dict[int, int]) -> Tensor:
-    """What [] or [T of a decision] is for the parameters of `arrays`, on their device."""
+def rows_of(each: Tensor, inputs: StepInputs, positions: dict[int, int]) -> Tensor:
+    """What [] or [T of a decision] is for the parameters of `inputs`, on their device."""
     if each.dim():
-        order = [positions[id(p)] for p in arrays.params]
+        order = [positions[id(p)] for p in inputs.params]
         if order != list(range(len(each))):
-            each = each[backends.upload(order, torch.int64, each.device)]
-    return each.to(arrays.params[0].device).contiguous()
+            each = each[upload(order, torch.int64, each.device)]
+    return each.to(inputs.params[0].device).contiguous()
 
 
 def zero_(gradients: Iterable[Tensor | None]) -> None:
     """Set those that are there to zero."""
-    there = [torch._neg_view(g) if g.is_neg() else g for g in gradients if g is not None]  # foreach takes no negative
-    if there:
-        torch._foreach_zero_(there)
+    plain = [torch._neg_view(g) if g.is_neg() else g for g in gradients if g is not None]  # foreach takes no negative
+    if plain:
+        torch._foreach_zero_(plain)
 
 
-def shared_addresses(plan: list[Planned]) -> set[int]:
+def shared_addresses(plan: list[StepPlan]) -> set[int]:
     """The addresses of gradients that reach into another: what is written to one would be read of the other."""
     if len(plan) == 1 and plan[0].table is not None:  # in a table each is there once
         return set()
-    gradients = [gradient for one in plan for gradient in one.arrays.grads]
+    gradients = [gradient for one in plan for gradient in one.inputs.grads]
     if are_apart(gradients):
         return set()
     return {gradient.data_ptr() for cluster in clusters(gradients) if len(cluster) > 1 for gradient in cluster}
 
 
-def for_torch(arrays: Arrays, shared: set[int]) -> tuple[Arrays, list[tuple[Tensor, Tensor]]]:
-    """The arrays as torch's fused kernels take them, and which of them are copies to be copied back (original, copy).
+def for_torch(inputs: StepInputs, shared: set[int]) -> tuple[StepInputs, list[tuple[Tensor, Tensor]]]:
+    """The inputs as torch's fused kernels take them, and which of them are copies to be copied back (original, copy).
 
-    The kernels go through memory, whatever the strides, and take all arrays for the same dtype; they write gradients
+    The kernels go through memory, whatever the strides, and take all inputs for the same dtype; they write gradients
     back, of which several parameters may share one; and torch's SGD steps wrongly on CPUs in 16 bits, from 16 elements
     on.
     """
     copies: list[tuple[Tensor, Tensor]] = []
-    plain = Arrays([], [], [[] for _ in arrays.states], arrays.steps, arrays.first)
-    for p, gradient, *states in zip(arrays.params, arrays.grads, *arrays.states):
+    plain = StepInputs([], [], [[] for _ in inputs.states], inputs.steps, inputs.first)
+    for p, gradient, *states in zip(inputs.params, inputs.grads, *inputs.states):
         narrow = p.device.type == "cpu" and p.itemsize < 4
         dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)
         mine = [p.detach(), gradient.detach().resolve_neg(), *states]

@@ -13,10 +13,11 @@ import math
 import torch
 from torch import Tensor
 
-from .clipper import clip, clip_by_norm, refuse_nonfinite
+from .arguments import checked_limit, checked_norm, nonnegative
+from .gradients.pack import pack
+from .gradients.table import GradTable
+from .pipeline.decide import clip, clip_by_norm, refuse_nonfinite
 from .rules import GlobalNorm, Mask, TensorNorm, Value
-from .rules.formula import checked_limit, checked_norm, nonnegative
-from .table import GradTable, pack
 
 TAGS = (torch.Tag.cudagraph_unsafe,)  # the address table is uploaded from the host
 

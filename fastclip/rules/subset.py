@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from ..backends import upload
-from ..members import Members
+from ..gradients.pack import pack
+from ..gradients.param_index import ParamIndex
+from ..gradients.table import GradTable
 from ..stats import Stats
-from ..table import GradTable, pack
-from .formula import check_state, checked, state_of
-from .norms import as_rule
+from .base import Needs, Rule, StepContext
+from .coefficients import checked
+from .fixed import as_rule
 
 
-class Only:
+class Only(Rule):
     """Another rule, for some of the parameters only; the others are left alone.
 
     The norm that `rule` sees is that of the chosen gradients alone. So a list of these gives each group of parameters a
@@ -42,26 +44,30 @@ class Only:
 
     def __init__(self, rule: Any, which: Any) -> None:
         self.rule = as_rule(rule)
-        self.which = chosen(which, self._argument)
+        self.which = names_or_params(which, self._argument)
         if not self.which:
             raise ValueError(f"{self._argument} must not be empty, got {which!r}")
 
     @property
-    def in_place(self) -> bool:
-        return getattr(self.rule, "in_place", False)
+    def norm_type(self) -> float | None:  # type: ignore[override]
+        return self.rule.norm_type
 
     @property
-    def norm_type(self) -> float | None:
-        return getattr(self.rule, "norm_type", None)
+    def needs(self) -> Needs:  # type: ignore[override]
+        # The norm of some of the gradients is put together from theirs.
+        return self.rule.needs | Needs.TENSOR_NORMS if self.rule.needs & Needs.TOTAL_NORM else self.rule.needs
 
     @property
-    def hold(self) -> bool:
-        return getattr(self.rule, "hold", False)
+    def freezes(self) -> bool:  # type: ignore[override]
+        return self.rule.freezes
+
+    @property
+    def in_place(self) -> bool:  # type: ignore[override]
+        return self.rule.in_place
 
     def check(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
         """ValueError unless everything in `which` is among the parameters of a Clipper."""
-        if hasattr(self.rule, "check"):
-            self.rule.check(parameters, names)
+        self.rule.check(parameters, names)
         known, called = set(map(id, parameters)), set(names or ())
         for item in self.which:
             if isinstance(item, Tensor):
@@ -76,56 +82,59 @@ class Only:
                     f"{self._argument}: no parameter is called {item!r}; the first ones are {', '.join(names[:5])}"
                 )
 
-    def _positions(self, members: Members) -> list[int]:
+    def _positions(self, params: ParamIndex) -> list[int]:
         """Of the chosen gradients among the T of a decision."""
 
         def make() -> list[int]:
             ids = {id(item) for item in self.which if isinstance(item, Tensor)}
             strings = [item for item in self.which if isinstance(item, str)]
-            called = {item for item in strings if not _is_pattern(item)}
+            exact = {item for item in strings if not _is_pattern(item)}
             matches = _matcher(filter(_is_pattern, strings))
 
-            def meant(i: int) -> bool:
-                name = members.names[i] if members.names else ""
-                return name in called or bool(matches(name)) or any(id(p) in ids for p in members.owners[i])
+            def is_meant(i: int) -> bool:
+                name = params.names[i] if params.names else ""
+                return name in exact or bool(matches(name)) or any(id(p) in ids for p in params.owners[i])
 
-            return [i for i in range(len(members.owners)) if meant(i) != self._others]
+            return [i for i in range(len(params.owners)) if is_meant(i) != self._others]
 
-        return members.kept(self, make)
+        return params.cached(self, make)
 
-    def __call__(self, stats: Stats) -> Tensor:
-        members = stats.members()
-        positions = self._positions(members)
+    def decide(self, stats: Stats, context: StepContext) -> Tensor:
+        params = context.params()
+        positions = self._positions(params)
         if not positions:
             return torch.ones((), dtype=torch.float64, device=stats.device)
-        index = members.on(stats.device, self, lambda: upload(positions, torch.int64, stats.device))
-        factor = self.rule(stats.only(index, members.only(self, positions)))
-        factor = checked(factor, self.rule, len(positions)).expand(len(positions))
-        return torch.ones_like(stats.power).index_copy_(0, index, factor)
+        index = params.cached_on(stats.device, self, lambda: upload(positions, torch.int64, stats.device))
+        inner = context.only(index, params.only(self, positions))
+        coef = checked(self.rule.decide(stats.only(index), inner), self.rule, len(positions)).expand(len(positions))
+        return torch.ones_like(stats.power).index_copy_(0, index, coef)
 
-    def write_(self, table: GradTable, members: Members, skip: Tensor | None) -> Tensor:
-        """What the rule does to the gradients themselves; [] bool, whether any was changed."""
-        mine = members.only(self, self._positions(members))
-        return self.rule.write_(pack(mine.parameters, gradients=False, write=True), mine, skip).to(table.device)
+    def apply_(self, table: GradTable, context: StepContext) -> Tensor:
+        chosen = self._chosen(context.params())
+        inner = StepContext(context.step, context.skip, context.inv_scale, lambda: chosen)
+        return self.rule.apply_(pack(chosen.parameters, gradients=False, write=True), inner).to(table.device)
 
-    def check_gradients(self, members: Members, step: int) -> None:
-        """What the rule would complain about in its turn, before anything is written."""
-        if hasattr(self.rule, "check_gradients"):
-            self.rule.check_gradients(members.only(self, self._positions(members)), step)
+    def check_gradients(self, context: StepContext) -> None:
+        chosen = self._chosen(context.params())
+        self.rule.check_gradients(StepContext(context.step, context.skip, context.inv_scale, lambda: chosen))
 
-    def init_state(self, device: torch.device, total: int) -> None:
-        if hasattr(self.rule, "init_state"):
-            self.rule.init_state(device, total)
+    def _chosen(self, params: ParamIndex) -> ParamIndex:
+        return params.only(self, self._positions(params))
+
+    def check_capture(self) -> None:
+        self.rule.check_capture()
+
+    def init_state(self, device: torch.device, count: int) -> None:
+        self.rule.init_state(device, count)
 
     def state_dict(self) -> dict[str, Any]:
-        return state_of(self.rule)
+        return self.rule.state_dict()
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
-        check_state(self.rule, state)
+        self.rule.check_state_dict(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if hasattr(self.rule, "load_state_dict"):
-            self.rule.load_state_dict(state)
+        self.rule.load_state_dict(state)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rule}, {self.shown()})"
@@ -143,7 +152,7 @@ class Except(Only):
     _others = True
 
 
-def bare_rule(rule: Any) -> Any:
+def bare_rule(rule: Rule) -> Rule:
     """The rule itself, of one that is for some of the parameters."""
     while isinstance(rule, Only):
         rule = rule.rule
@@ -161,7 +170,7 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str], Any]:
     return re.compile(either).match if either else lambda name: False
 
 
-def chosen(which: Any, argument: str) -> list[Any]:
+def names_or_params(which: Any, argument: str) -> list[Any]:
     """Names and parameters as a list; TypeError if it is anything else."""
     items = [which] if isinstance(which, (str, Tensor)) else which
     if not isinstance(items, Iterable):

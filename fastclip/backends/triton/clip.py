@@ -1,0 +1,216 @@
+"""Apply, clamp and repair: one launch each, whatever the number of tensors; and where Triton can run.
+
+With TRITON_INTERPRET=1 all of this runs on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..base import GradGroup, Measurement
+from ..transfer import upload
+from .reduction import measure_into
+from .table import table_of
+from .tiles import INTERPRET, MISSING, NUM_WARPS, on
+
+if MISSING is None:
+    import triton
+    import triton.language as tl
+
+    from .table import chunk_of, is_finite, split_chunk
+    from .tiles import DTYPES, MOST_EDGE, inside, narrow, tile
+
+    # ---- apply, clamp and repair ----
+
+    @triton.jit
+    def _rewrite_tile(pointers, mask, a, b, clamped_ptr, CLAMP: tl.constexpr, MASKED: tl.constexpr):
+        """x * a; or x limited to [a, b], storing only what lies outside, and 1 to clamped_ptr if anything does."""
+        x = tl.load(pointers, mask=mask) if MASKED else tl.load(pointers)
+        wide = x.to(a.dtype)
+        if CLAMP:
+            outside = (wide < a) | (wide > b)
+            limited = tl.where(wide < a, a, tl.where(wide > b, b, wide))
+            outside = outside & mask if MASKED else outside
+            tl.store(pointers, narrow(limited, x.dtype), mask=outside)
+            tl.store(clamped_ptr + tl.zeros_like(outside).to(tl.int32), 1, mask=outside)
+        elif MASKED:
+            tl.store(pointers, narrow(wide * a, x.dtype), mask=mask)
+        else:
+            tl.store(pointers, narrow(wide * a, x.dtype))
+
+    @triton.jit
+    def _rewrite(base, begin, end, a, b, clamped_ptr, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+        """Rewrite the elements [begin, end)."""
+        EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
+        full_begin, full_end, head, heads, tails = split_chunk(begin, end, BLOCK)
+        for offset in range(full_begin, full_end, BLOCK):
+            _rewrite_tile(tile(base, offset, BLOCK), None, a, b, clamped_ptr, CLAMP, False)
+        for i in range(0, heads + tails):
+            offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
+            mask = inside(offset, begin, end, EDGE)
+            _rewrite_tile(tile(base, offset, EDGE), mask, a, b, clamped_ptr, CLAMP, True)
+
+    @triton.jit
+    def _repair(base, begin, end, BLOCK: tl.constexpr):
+        """Zeros for those of the elements [begin, end) that are inf or NaN, and how many there were."""
+        EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
+        full_begin, full_end, head, heads, tails = split_chunk(begin, end, BLOCK)
+        count = tl.zeros((), tl.int32)
+        for offset in range(full_begin, full_end, BLOCK):
+            pointers = tile(base, offset, BLOCK)
+            x = tl.load(pointers)
+            broken = ~is_finite(x if x.dtype == tl.float64 else x.to(tl.float32))
+            tl.store(pointers, tl.zeros_like(x), mask=broken)
+            count += tl.sum(broken.to(tl.int32))
+        for i in range(0, heads + tails):
+            offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
+            pointers = tile(base, offset, EDGE)
+            mask = inside(offset, begin, end, EDGE)
+            x = tl.load(pointers, mask=mask, other=0.0)
+            broken = mask & ~is_finite(x if x.dtype == tl.float64 else x.to(tl.float32))
+            tl.store(pointers, tl.zeros_like(x), mask=broken)
+            count += tl.sum(broken.to(tl.int32))
+        return count
+
+    @triton.jit
+    def _zero(base, begin, end, BLOCK: tl.constexpr):
+        """Zeros into the elements [begin, end), without reading them."""
+        EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
+        full_begin, full_end, head, heads, tails = split_chunk(begin, end, BLOCK)
+        for offset in range(full_begin, full_end, BLOCK):
+            tl.store(tile(base, offset, BLOCK), tl.zeros([BLOCK], base.dtype.element_ty))
+        for i in range(0, heads + tails):
+            offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
+            zeros = tl.zeros([EDGE], base.dtype.element_ty)
+            tl.store(tile(base, offset, EDGE), zeros, mask=inside(offset, begin, end, EDGE))
+
+    @triton.jit
+    def _rounded(coef, DTYPE: tl.constexpr):
+        """The coefficient as it will be used: float32 for all but float64 gradients."""
+        return coef if DTYPE == tl.float64 else coef.to(tl.float32).to(tl.float64)
+
+    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size", "coef_stride"])
+    def _apply_kernel(
+        table_ptr,
+        coef_ptr,  # float64 [] (stride 0) or [T] (stride 1)
+        coef_stride,
+        tensors,
+        chunks,
+        chunk_size,
+        DTYPE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        if coef_stride == 0:
+            if _rounded(tl.load(coef_ptr), DTYPE) == 1.0:
+                chunks = 0  # nothing is clipped: the launch ends here, without a read
+        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+            tensor, _, _, base, begin, end = chunk_of(table_ptr, chunk, tensors, chunk_size, DTYPE)
+            coef = _rounded(tl.load(coef_ptr + tensor * coef_stride), DTYPE)
+            if coef != 1.0:
+                if coef.to(tl.int64, bitcast=True) == 0:  # +0, not -0: zeros without reading
+                    _zero(base, begin, end, BLOCK)
+                else:
+                    factor = coef if DTYPE == tl.float64 else coef.to(tl.float32)
+                    _rewrite(base, begin, end, factor, factor, coef_ptr, False, BLOCK)
+
+    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size"])
+    def _clamp_kernel(
+        table_ptr,
+        limits_ptr,  # float64 [2]
+        clamped_ptr,  # int32 []: set to 1 if anything is changed
+        tensors,
+        chunks,
+        chunk_size,
+        DTYPE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        low, high = tl.load(limits_ptr), tl.load(limits_ptr + 1)
+        if DTYPE != tl.float64:
+            low, high = low.to(tl.float32), high.to(tl.float32)
+        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+            _, _, _, base, begin, end = chunk_of(table_ptr, chunk, tensors, chunk_size, DTYPE)
+            _rewrite(base, begin, end, low, high, clamped_ptr, True, BLOCK)
+
+    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size"])
+    def _repair_kernel(
+        table_ptr,
+        absmax_ptr,  # float64 [T]: tensors whose max |g| is finite are not read
+        counts_ptr,  # int64 [T], added to
+        tensors,
+        chunks,
+        chunk_size,
+        DTYPE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+            tensor, _, _, base, begin, end = chunk_of(table_ptr, chunk, tensors, chunk_size, DTYPE)
+            if not is_finite(tl.load(absmax_ptr + tensor)):
+                count = _repair(base, begin, end, BLOCK)
+                tl.atomic_add(counts_ptr + tensor, count.to(tl.int64), mask=count > 0, sem="relaxed")
+
+
+# ---- host ----
+
+
+def why_not(device: torch.device) -> str | None:
+    if MISSING:
+        return MISSING
+    if INTERPRET and device.type == "cpu":
+        return None
+    if device.type in ("cuda", "xpu"):
+        return _no_driver()
+    return f"its kernels run on GPUs, not on {device.type} (TRITON_INTERPRET=1 interprets them there, slowly)"
+
+
+@functools.cache
+def _no_driver() -> str | None:
+    """Why Triton cannot launch anything here: it compiles a part of its driver on first use, with a C compiler."""
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # noqa: BLE001 - a missing compiler, header or library: another backend runs instead
+        return f"triton cannot run ({str(error).strip() or type(error).__name__})"
+    return None
+
+
+def describe() -> str:
+    return f"triton {triton.__version__}" + (", interpreted" if INTERPRET else "")
+
+
+def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[Measurement, Tensor]:
+    table, count = table_of(group), len(group)
+    repaired = torch.zeros(count, dtype=torch.int64, device=group.device)
+    with on(group.device):
+        _repair_kernel[(table.programs,)](
+            table.device, measured.absmax, repaired, count, table.chunks, table.chunk_size,
+            DTYPE=DTYPES[group.dtype], BLOCK=table.block, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    group.bump_version()
+    # Programs go by the old maxima while the last of a tensor writes its new one: these are copies.
+    result = torch.cat([measured.power, measured.absmax, measured.power.new_empty(4)])
+    return measure_into(group, norm_type, None, None, result, measured.absmax), repaired
+
+
+def apply_(group: GradGroup, coef: Tensor) -> None:
+    table = table_of(group)
+    with on(group.device):
+        _apply_kernel[(table.programs,)](
+            table.device, coef, coef.dim(), len(group), table.chunks, table.chunk_size,
+            DTYPE=DTYPES[group.dtype], BLOCK=table.block, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    group.bump_version()
+
+
+def clamp_(group: GradGroup, low: float, high: float) -> Tensor:
+    table = table_of(group)
+    limits = upload([low, high], torch.float64, group.device)
+    clamped = torch.zeros((), dtype=torch.int32, device=group.device)
+    with on(group.device):
+        _clamp_kernel[(table.programs,)](
+            table.device, limits, clamped, len(group), table.chunks, table.chunk_size,
+            DTYPE=DTYPES[group.dtype], BLOCK=table.block, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    group.bump_version()
+    return clamped.bool()

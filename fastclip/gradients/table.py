@@ -1,0 +1,66 @@
+"""The gradients of a call as a table: groups of one device and dtype, each with the backend that works on it.
+
+A table owns the memory it was made of until the call is over. Where a rule or another thread sets a gradient to None or
+gives it other memory (``p.grad.data = x``) meanwhile, that first memory is what is clipped.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..backends import GradGroup, UploadCache, upload
+
+_sizes: UploadCache[Tensor] = UploadCache()
+
+
+class GradTable:
+    """All gradients of a call, in the order of the parameters, each once."""
+
+    def __init__(self, groups: list[GradGroup], device: torch.device) -> None:
+        self.groups = groups
+        self.device = device  # where statistics are gathered: the first gradient's, else the first parameter's
+        wide = any(group.dtype in (torch.float64, torch.complex128) for group in groups)
+        self.dtype = torch.float64 if wide else torch.float32  # of norms and coefficients
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The memory of all gradients, in order."""
+        by_position: dict[int, Tensor] = {}
+        for group in self.groups:
+            by_position.update(zip(group.positions or range(len(group)), group.tensors))
+        return [by_position[position] for position in range(len(by_position))]
+
+    def sizes(self) -> Tensor:
+        """float64 [T] on the table's device, the element counts of the gradients."""
+        if len(self.groups) == 1:
+            host = self.groups[0].numels()
+        else:
+            host = torch.empty(len(self), dtype=torch.int64, device="cpu")
+            for group in self.groups:
+                host[group.positions] = group.numels()
+        if self.device.type == "cpu":
+            return host.double()
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        make = functools.partial(upload, host, torch.float64, self.device)
+        return _sizes.get(self.device, (self.device, stream), host, make)
+
+    def apply_(self, coef: Tensor) -> None:
+        """Multiply every gradient by its coefficient: float64, [] or [T], on the table's device."""
+        for group in self.groups:
+            group_coef = coef
+            if len(self.groups) > 1 and coef.dim() == 1:
+                group_coef = coef[upload(group.positions, torch.int64, coef.device)]
+            group.backend.apply_(group, group_coef.to(group.device).contiguous())
+
+    def clamp_(self, low: float, high: float) -> Tensor:
+        """Limit every element to [low, high]; [] bool on the table's device, whether anything was changed."""
+        changed = torch.zeros((), dtype=torch.bool, device=self.device)
+        for group in self.groups:
+            changed = changed | group.backend.clamp_(group, low, high).to(self.device)
+        return changed

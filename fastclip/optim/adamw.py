@@ -1,0 +1,119 @@
+"""AdamW with the clip inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.base import AdamWOptions, StepBackend, StepDecision, StepTable
+from .base import ClippingOptimizer
+from .step_inputs import StepInputs
+
+
+class AdamW(ClippingOptimizer):
+    r"""``torch.optim.AdamW``, with the clip inside.
+
+    .. math::
+        g &\leftarrow c\,g,\quad
+        m \leftarrow \beta_1 m + (1-\beta_1) g,\quad
+        v \leftarrow \beta_2 v + (1-\beta_2) g^2 \\
+        p &\leftarrow (1 - lr\,\lambda)\,p
+            - lr\,\frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \epsilon}
+
+    with c the coefficient of the rule. Loshchilov and Hutter, "Decoupled Weight Decay Regularization".
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as torch's. A tensor is read once, but for
+            `lr`, which may change on its device.
+        foreach, fused, differentiable: accepted for torch's sake; the step is always fused, never differentiable.
+        max_norm: what :class:`~fastclip.Clipper` takes as its rule: a number (the limit of the global norm), a rule, or
+            a list of rules. None: the gradients are taken as they are.
+        nonfinite: as :class:`~fastclip.Clipper`'s.
+        stochastic_rounding: a seed. bfloat16 parameters and states are then rounded stochastically, right on
+            average, so that updates too small for bfloat16 are not lost and no float32 copy is needed. The same seed
+            gives the same numbers, also after a checkpoint. Other dtypes round as ever.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, named with its value.
+    """
+
+    _names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_norm: Any = None,
+        nonfinite: str = "propagate",
+        stochastic_rounding: int | None = None,
+    ) -> None:
+        if not eps >= 0:
+            raise ValueError(f"eps must be >= 0, got {eps!r}")
+        if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+        defaults = {
+            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
+            "fused": fused, "decoupled_weight_decay": True,
+        }  # fmt: skip
+        super().__init__(params, defaults, max_norm, nonfinite, stochastic_rounding)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if mine := self.state.get(p):
+                    mine["step"] = torch.as_tensor(mine["step"], dtype=torch.float32).to(p.device)
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, bool]:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        states = [state["exp_avg"], state["exp_avg_sq"]]
+        if group["amsgrad"]:
+            if "max_exp_avg_sq" not in state:
+                state["max_exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            states.append(state["max_exp_avg_sq"])
+        return states, state["step"], False
+
+    def _step_table(
+        self,
+        backend: StepBackend,
+        table: StepTable,
+        decision: StepDecision,
+        group: dict[str, Any],
+        inputs: StepInputs,
+    ) -> None:
+        options = AdamWOptions(
+            *(group["lr"], group["betas"][0], group["betas"][1], group["eps"], group["weight_decay"]),
+            *(group["amsgrad"], group["maximize"]),
+        )
+        backend.adamw_(table, decision, options)
+
+    def _fused_torch(
+        self, inputs: StepInputs, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        steps = torch._foreach_add(inputs.steps, 1)
+        torch._fused_adamw_(  # type: ignore[call-overload]
+            inputs.params, inputs.grads, *inputs.states[:2], inputs.states[2] if group["amsgrad"] else [], steps,
+            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+            weight_decay=group["weight_decay"], amsgrad=group["amsgrad"], maximize=group["maximize"],
+            grad_scale=grad_scale, found_inf=found_inf,
+        )  # fmt: skip
+        if found_inf is not None:
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
+        torch._foreach_copy_(inputs.steps, steps)

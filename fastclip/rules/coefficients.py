@@ -1,0 +1,48 @@
+"""What rules decide with: the coefficient of a norm and a limit, and what two coefficients in a row do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..stats import is_zero
+
+EPS = 1e-6  # torch's, in the denominator of the clip coefficient
+
+
+def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    """min(1, max_norm / (norm + 1e-6)) in float64; 1 for an infinite `max_norm`, -0.0 for an infinite norm.
+
+    -0.0 multiplies where +0.0 writes zeros: torch scales by 0 there, which leaves NaN where inf was. Never negative: a
+    negative number in a tensor, which nobody has looked at, counts as 0.
+    """
+    if not isinstance(max_norm, Tensor) and math.isinf(max_norm):
+        return torch.ones_like(norm)
+    coef = torch.where(norm == math.inf, -0.0, (max_norm / (norm + EPS)).clamp(0.0, 1.0))
+    return torch.where(max_norm == math.inf, 1.0, coef) if isinstance(max_norm, Tensor) else coef
+
+
+def within(norm: Tensor, limit: Tensor) -> Tensor:
+    """1 / max(1, norm / limit): as :func:`clip_coefficient`, without its 1e-6."""
+    return torch.where(norm <= limit, 1.0, torch.where(norm == math.inf, -0.0, limit / norm))
+
+
+def combined(coef: Tensor | None, factor: Tensor) -> Tensor:
+    """The coefficient that does what `coef` (None: 1) and then `factor` do: +0 writes zeros, all else multiplies."""
+    if coef is None:
+        return factor
+    product = coef * factor
+    vanished = product == 0
+    zeroes = is_zero(factor) | (is_zero(coef) & vanished)  # where zeros were written, inf and NaN are NaN again
+    return torch.where(zeroes, 0.0, torch.where(vanished, -0.0, product))
+
+
+def checked(coef: Any, rule: Any, count: int) -> Tensor:
+    """What `rule` returned, as float64; TypeError unless it is a tensor of shape [] or [count]."""
+    if not isinstance(coef, Tensor) or coef.shape not in ((), (count,)):
+        got = f"a tensor of shape {tuple(coef.shape)}" if isinstance(coef, Tensor) else repr(coef)
+        raise TypeError(f"rule {rule!r} must return a tensor of shape [] or [{count}], got {got}")
+    return coef.detach().double()
