@@ -15,6 +15,9 @@
 
 namespace fastclip {
 
+// The numbers by which a dtype crosses the C interfaces; fastclip/backends/cuda.py has the same.
+enum class Dtype : int { F32, F64, BF16, F16 };
+
 // Which power sum a read of the gradients accumulates. Max needs none: every read can give max|g|.
 enum class Norm : int { L2, L1, Max, Power };
 
@@ -23,6 +26,10 @@ FASTCLIP_FN Norm norm_kind(double p) {
 }
 
 // ---- measure ----
+
+// A power sum in float32 below this may have lost more than rounding, since small squares vanish: it is taken again in
+// float64.
+constexpr double VANISHING = 1e-24;
 
 // sum + |x|^p for p = 2 and p = 1. NaN and inf go through.
 template <Norm N, class V>
@@ -45,11 +52,11 @@ FASTCLIP_FN I larger(I a, I b) { return a > b ? a : b; }
 // max of two magnitudes, NaN winning.
 FASTCLIP_FN double larger_magnitude(double a, double b) { return a != a ? a : b > a || b != b ? b : a; }
 
-// What one read knows about a chunk, a tensor or everything.
-struct Moments {
+// The partial result of a norm: of a chunk, a tensor or all tensors.
+struct NormPartial {
   double power = 0;   // sum |x|^p
   double absmax = 0;  // max |x|
-  FASTCLIP_FN void combine(const Moments& other) {
+  FASTCLIP_FN void combine(const NormPartial& other) {
     power += other.power;
     absmax = larger_magnitude(absmax, other.absmax);
   }
@@ -98,8 +105,8 @@ FASTCLIP_FN V clamped(V x, V low, V high) { return x < low ? low : (x > high ? h
 
 // ---- optimizers ----
 
-// a * b, and a * b + c. Said apart, because CUDA's compiler would fuse some products with the sums behind them in one
-// place and not in another, and an element must come out the same wherever it lies in memory.
+// a * b, and a * b + c. Explicit on CUDA, whose compiler would contract some products and sums to fused ones in one place
+// and not in another, while an element must come out the same wherever it lies in memory.
 template <class V, class S>
 FASTCLIP_FN V product(V a, S b) {
 #ifdef __CUDA_ARCH__
@@ -133,7 +140,7 @@ struct AdamW {
   S coef;             // the gradient is multiplied by it first; negative to maximize
   S decay;            // 1 - lr * weight_decay
   S lerp;             // lerp_factor(beta1)
-  S beta2, beta2_rest;
+  S beta2, one_minus_beta2;
   S step_size;        // lr / (1 - beta1^t)
   S inv_root_bias2;   // 1 / sqrt(1 - beta2^t)
   S eps;
@@ -142,7 +149,7 @@ struct AdamW {
   FASTCLIP_FN void operator()(V& p, V g, V& m, V& v, V& largest, Root root) const {
     g = product(g, coef);
     m = product_plus(g - m, lerp, lerp > 0 ? m : g);
-    v = product_plus(v, beta2, product(product(g, beta2_rest), g));  // g * g could overflow where v does not
+    v = product_plus(v, beta2, product(product(g, one_minus_beta2), g));  // g * g could overflow where v does not
     V square = v;
     if constexpr (AMSGRAD) square = largest = largest > v ? largest : v;
     p = product_plus(p, decay, -product(m, step_size) / product_plus(root(square), inv_root_bias2, eps));
@@ -153,20 +160,21 @@ struct AdamW {
 template <class S>
 struct Sgd {
   S coef, weight_decay, momentum;
-  S rest;  // 1 - dampening; 1 in the first step, which starts from no momentum
+  S one_minus_dampening;  // 1 in the first step, which starts without momentum
   S lr;
   template <bool MOMENTUM, bool NESTEROV, class V>
   FASTCLIP_FN void operator()(V& p, V g, V& buffer) const {
     g = product_plus(g, coef, product(p, weight_decay));
     if constexpr (MOMENTUM) {
-      buffer = product_plus(buffer, momentum, product(g, rest));
+      buffer = product_plus(buffer, momentum, product(g, one_minus_dampening));
       g = NESTEROV ? product_plus(buffer, momentum, g) : buffer;
     }
     p = product_plus(g, -lr, p);
   }
 };
 
-// 32 random bits for each index, by a key (C. Wellons' lowbias32), but for the last step, which leaves the upper 16 alone.
+// 32 random bits for each index and key (C. Wellons' lowbias32). `upper_random_bits` omits the last step, which does not
+// change the upper 16 bits.
 template <class U>
 FASTCLIP_FN U upper_random_bits(U index, uint32_t key) {
   U h = index * 0x9E3779B9u ^ key;
@@ -189,8 +197,8 @@ FASTCLIP_FN U round_to_bf16(U bits) {
   return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
 }
 
-// The same rounded up or down by chance, so that the mean is right: `noise` has 16 random bits. A NaN must be a quiet one,
-// as those of arithmetic are.
+// The same stochastically rounded: up with the probability that keeps the mean. `noise` has 16 random bits. A NaN must be
+// a quiet one, as the results of arithmetic are.
 template <class U>
 FASTCLIP_FN U round_to_bf16_stochastically(U bits, U noise) {
   U up = bits + noise;

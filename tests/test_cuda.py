@@ -1,4 +1,4 @@
-"""csrc/*.cu without a GPU: what nvcc makes of it, and its kernels run on the CPU (see emulation/)."""
+"""csrc/cuda/ without a GPU: what nvcc makes of it, and its kernels run on the CPU (see emulation/)."""
 
 import ctypes
 import fractions
@@ -72,7 +72,7 @@ def compiled(request, tmp_path_factory):
 def test_registers(compiled):
     """No kernel spills or has a stack frame, and all leave room for 4 blocks of 256 threads on a multiprocessor.
 
-    But for the steps that have more to keep: float64's, for 2, and AMSGrad's rounded by chance, for 3.
+    But for the steps that have more to keep: float64's, for 2, and AMSGrad's stochastically rounded, for 3.
     """
     _, log = compiled
     rows = re.findall(
@@ -236,7 +236,7 @@ def test_squares_that_float32_cannot_hold(machine, extreme, dtype):
 @emulated
 def test_more_tensors_than_parameters_hold(machine):
     """Beyond that the table is read from device memory, uploaded once and again when an address changes."""
-    most = emulation.library.load().fastclip_cuda_most_parameters()
+    most = emulation.library.load().fastclip_cuda_max_table()
     assert most == emulation.MOST_PARAMETERS
     entries = cuda._uploaded.entries
     entries.clear()
@@ -277,7 +277,7 @@ SANITIZERS = {
     "address": (["-fsanitize=address,undefined", "-fno-sanitize-recover"], None, "clean"),
     "thread, a barrier missing": (
         ["-fsanitize=thread", "-Wno-tsan"],
-        ("__syncthreads();  // the sums of the call before have been read", ""),
+        ("__syncthreads();  // the previous call's sums have been read", ""),
         "data race",
     ),
     "address, a bound of the steps missing": (
@@ -298,16 +298,17 @@ SANITIZERS = {
 def test_sanitizers(case, tmp_path):
     """No race between the threads of a block and no access outside a tensor; and either would be found."""
     flags, change, expected = SANITIZERS[case]
-    source = {p.name: p.read_text() for p in native.source_folder().iterdir() if p.suffix in (".cu", ".h")}
+    source = {p.relative_to(native.source_folder()): p.read_text() for p in native.sources(".cu", ".h")}
     if change:
         (name,) = (name for name, text in source.items() if text.count(change[0]) == 1)
         source[name] = source[name].replace(*change)
     for name, text in source.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     program = tmp_path / "program"
     command = [
         *("g++", *emulation.FLAGS, f"-I{emulation.FOLDER}", "-g", "-O0", *flags),
-        *("-x", "c++", *sorted(tmp_path.glob("*.cu")), emulation.FOLDER / "race.cpp", "-o", program),
+        *("-x", "c++", *sorted(tmp_path.rglob("*.cu")), emulation.FOLDER / "race.cpp", "-o", program),
     ]
     subprocess.run(command, check=True, capture_output=True)
     run = [program, "2" if "-fsanitize=thread" in flags else "1"]

@@ -1,4 +1,4 @@
-"""The optimizer steps and the repair of csrc/*.cu, run on the CPU (see emulation/)."""
+"""The optimizer steps and the repair of csrc/cuda/, run on the CPU (see emulation/)."""
 
 import importlib
 import itertools

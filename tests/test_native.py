@@ -97,7 +97,7 @@ def test_build_command_for_a_gpu_that_is_elsewhere(tmp_path):
     *_, path, kernels = result.stdout.splitlines()
     assert kernels == "CUDA kernels: sm_90"
     library = ctypes.CDLL(path)  # opens without a GPU, and without torch
-    assert library.fastclip_cuda_most_parameters() == 2700
+    assert library.fastclip_cuda_max_table() == 2700
 
 
 def test_build_command_with_a_wrong_architecture(tmp_path):

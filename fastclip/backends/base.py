@@ -24,7 +24,7 @@ class Measurement(NamedTuple):
 
 
 class NativeGroup(Protocol):
-    """A group as the native packer made it (csrc/bindings.cpp)."""
+    """A group as the native packer made it (csrc/torch/bindings.cpp)."""
 
     @property
     def device(self) -> torch.device: ...

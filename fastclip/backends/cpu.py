@@ -1,4 +1,4 @@
-"""The `cpu` backend: csrc/cpu.cpp on all threads."""
+"""The `cpu` backend: csrc/cpu/ on all threads."""
 
 from __future__ import annotations
 

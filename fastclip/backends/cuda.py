@@ -1,4 +1,4 @@
-"""The `cuda` backend: csrc/*.cu, for GPUs where Triton is not to be had.
+"""The `cuda` backend: csrc/cuda/, for GPUs where Triton is not to be had.
 
 The addresses of up to some 2,700 gradients, or of all that belongs to some 500 parameters, travel in the kernels'
 parameters, so a call uploads nothing; those of more are kept on the device and uploaded when they change.
@@ -15,14 +15,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from . import native
+from . import cuda_interface, native
 from .base import AdamWOptions, GradGroup, Measurement, SGDOptions, StepDecision, StepTable
 from .transfer import UploadCache, capturing, upload
 
 name = "cuda"
 
 DEVICE = "cuda"  # the emulation that the tests use runs on "cpu"
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Dtype of csrc/elementwise.h
 
 
 def why_not(device: torch.device) -> str | None:
@@ -66,7 +66,7 @@ def _measure(
     limit = math.inf if max_norm is None else max_norm
     earlier = (None, None) if repaired is None else (repaired.power, repaired.absmax)
     pointers = map(_pointer, (before, *earlier, workspace, result))
-    _call("measure", group, _f64(norm_type), _f64(limit), *pointers)
+    _call("measure", group, cuda_interface.MeasureOptions(norm_type, limit, *pointers))
     all_of_them = result[2 * count :]  # total [2], norm, coefficient
     coef = None if max_norm is None else all_of_them[3]
     return Measurement(result[:count], result[count : 2 * count], all_of_them[2], coef, all_of_them[:2])
@@ -79,7 +79,7 @@ def apply_(group: GradGroup, coef: Tensor) -> None:
 
 def clamp_(group: GradGroup, low: float, high: float) -> Tensor:
     clamped = torch.zeros((), dtype=torch.bool, device=group.device)
-    _call("clamp", group, _f64(low), _f64(high), _pointer(clamped))
+    _call("clamp", group, low, high, _pointer(clamped))
     group.bump_version()
     return clamped
 
@@ -93,32 +93,51 @@ def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[
 
 
 def adamw_(table: StepTable, decision: StepDecision, options: AdamWOptions) -> None:
-    numbers = (options.beta1, options.beta2, options.eps, options.weight_decay)
-    _step("adamw", table, decision, options, *map(_number, numbers))
+    numbers = map(float, (options.beta1, options.beta2, options.eps, options.weight_decay))
+    _step("adamw", table, decision, options, cuda_interface.AdamWOptions(*numbers))
 
 
 def sgd_(table: StepTable, decision: StepDecision, options: SGDOptions) -> None:
-    numbers = (options.momentum, options.one_minus_dampening, options.weight_decay)
-    _step("sgd", table, decision, options, *map(_number, numbers), bool(options.nesterov))
+    numbers = map(float, (options.momentum, options.one_minus_dampening, options.weight_decay))
+    _step("sgd", table, decision, options, cuda_interface.SgdOptions(*numbers, bool(options.nesterov)))
 
 
 def _step(
-    verb: str, table: StepTable, decision: StepDecision, options: AdamWOptions | SGDOptions, *numbers: Any
+    verb: str,
+    table: StepTable,
+    decision: StepDecision,
+    options: AdamWOptions | SGDOptions,
+    numbers: cuda_interface.AdamWOptions | cuda_interface.SgdOptions,
 ) -> None:
     device, count = table.device, len(table)
     packed, tiles = _step_table(table)
     workspace = torch.empty(_step_bytes(count), dtype=torch.uint8, device=device)
     rate = _on_device(options.lr, device)
-    rows, frozen, seed = packed.data_ptr(), decision.frozen_mask, decision.seed
-    _check(
-        f"fastclip_cuda_{verb}",
-        *(ctypes.c_void_p(rows), ctypes.c_void_p(rows + 7 * 8 * count), count, tiles),
-        *(DTYPES[table.dtype], table.states),
-        *(_pointer(decision.coef), decision.coef.dim(), _pointer(frozen), 0 if frozen is None else frozen.dim()),
-        *(_pointer(rate), 0 if rate is None else rate.itemsize, _number(options.lr if rate is None else 0)),
-        *(bool(options.maximize), decision.zero_grad, ctypes.c_int64(-1 if seed is None else seed)),
-        *(_pointer(workspace), *numbers, device.index or 0, ctypes.c_void_p(_stream(device))),
+    rows, frozen = packed.data_ptr(), decision.frozen_mask
+    arrays = cuda_interface.StepTable(
+        rows=rows,
+        tile_offsets=rows + 7 * 8 * count,
+        workspace=_pointer(workspace),
+        stream=_stream(device),
+        tensors=count,
+        tiles=tiles,
+        dtype=DTYPES[table.dtype],
+        states=table.states,
+        device=device.index or 0,
     )
+    decided = cuda_interface.StepDecision(
+        coef=_pointer(decision.coef),
+        frozen=_pointer(frozen),
+        lr_pointer=_pointer(rate),
+        lr=float(options.lr) if rate is None else 0.0,
+        seed=-1 if decision.seed is None else decision.seed,
+        coef_stride=decision.coef.dim(),
+        frozen_stride=0 if frozen is None else frozen.dim(),
+        lr_itemsize=0 if rate is None else rate.itemsize,
+        maximize=bool(options.maximize),
+        zero_grad=bool(decision.zero_grad),
+    )
+    _check(f"fastclip_cuda_{verb}", arrays, decided, numbers)
     table.bump_version(decision.zero_grad)
 
 
@@ -129,42 +148,35 @@ def _on_device(value: Any, device: torch.device) -> Tensor | None:
     return value.to(device, value.dtype if value.dtype == torch.float32 else torch.float64)
 
 
-_f64 = ctypes.c_double
-
-
-def _number(value: Any) -> ctypes.c_double:
-    return _f64(float(value))
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _call(verb: str, group: GradGroup, *arguments: Any) -> None:
     """fastclip_cuda_<verb> on the group's table and the current stream of its device; RuntimeError if CUDA says no."""
-    table = _table(group)
-    _check(
-        f"fastclip_cuda_{verb}",
-        *(ctypes.c_void_p(table.place), ctypes.c_void_p(table.first), len(group), table.tiles, DTYPES[group.dtype]),
-        *(*arguments, group.device.index or 0, ctypes.c_void_p(_stream(group.device))),
-    )
+    gradients = _table(group).gradients
+    gradients.stream = _stream(group.device)
+    _check(f"fastclip_cuda_{verb}", gradients, *arguments)
 
 
 def _check(function: str, *arguments: Any) -> None:
-    call = getattr(native.cuda.load(), function)
-    call.restype = ctypes.c_char_p
-    if error := call(*arguments):
+    if error := getattr(native.cuda.load(), function)(*arguments):
         raise RuntimeError(f"{function}: {error.decode()}")
 
 
 class _Table:
     """The packed table of a group, where the kernels will find it."""
 
-    def __init__(self, packed: Tensor, tiles: int, count: int) -> None:
-        self.packed = packed  # int64: places [T], then first tiles int32 [T + 1]
-        self.tiles = tiles
-        self.place = packed.data_ptr()
-        self.first = self.place + 8 * count
+    def __init__(self, group: GradGroup, packed: Tensor, tiles: int) -> None:
+        self.packed = packed  # int64: packed addresses [T], then tile offsets int32 [T + 1]
+        self.gradients = cuda_interface.GradTable(
+            packed_address=packed.data_ptr(),
+            tile_offsets=packed.data_ptr() + 8 * len(group),
+            tensors=len(group),
+            tiles=tiles,
+            dtype=DTYPES[group.dtype],
+            device=group.device.index or 0,
+        )
 
 
 _uploaded: UploadCache[Tensor] = UploadCache()
@@ -178,18 +190,17 @@ def _table(group: GradGroup) -> _Table:
         addresses, sizes = group.addresses_and_sizes()
         count = len(group)
         packed = torch.zeros(count + count // 2 + 1, dtype=torch.int64, device="cpu")
-        place = packed.data_ptr()
-        library.fastclip_cuda_pack.restype = ctypes.c_int64
+        packed_address = packed.data_ptr()
         tiles = library.fastclip_cuda_pack(
-            *(_pointer(addresses), _pointer(sizes), ctypes.c_int64(count), group.dtype.itemsize),
-            *(ctypes.c_void_p(place), ctypes.c_void_p(place + 8 * count)),
+            *(addresses.data_ptr(), sizes.data_ptr(), count, group.dtype.itemsize),
+            *(packed_address, packed_address + 8 * count),
         )
         if tiles < 0:
             raise RuntimeError(f"the gradients on {group.device} are too large, or lie too high, for the cuda backend")
-        if count > library.fastclip_cuda_most_parameters():
+        if count > library.fastclip_cuda_max_table():
             key = (group.device, group.dtype, _stream(group.device))
             packed = _uploaded.get(group.device, key, packed, lambda: upload(packed, torch.int64, group.device))
-        table = _groups[group] = _Table(packed, tiles, count)
+        table = _groups[group] = _Table(group, packed, tiles)
     return table
 
 
@@ -197,29 +208,24 @@ _uploaded_steps: UploadCache[Tensor] = UploadCache()
 
 
 def _step_table(table: StepTable) -> tuple[Tensor, int]:
-    """Addresses and sizes int64 [7, T], then first tiles int32 [T + 1], where the kernels will look; and the tiles."""
+    """Addresses and sizes int64 [7, T], then tile offsets int32 [T + 1], where the kernels will look; and the tiles."""
     library = native.cuda.load()
     addresses = table.addresses()
     rows, count = addresses.shape
     packed = torch.zeros(rows * count + count // 2 + 1, dtype=torch.int64, device="cpu")
     packed[: rows * count] = addresses.view(-1)
-    library.fastclip_cuda_pack_step.restype = ctypes.c_int64
-    tiles = library.fastclip_cuda_pack_step(
-        *(_pointer(packed), ctypes.c_int64(count), table.dtype.itemsize, table.states),
-        ctypes.c_void_p(packed.data_ptr() + 8 * rows * count),
-    )
+    tile_offsets = packed.data_ptr() + 8 * rows * count
+    tiles = library.fastclip_cuda_pack_step(packed.data_ptr(), count, table.dtype.itemsize, table.states, tile_offsets)
     if tiles < 0:
         raise RuntimeError(f"the parameters on {table.device} are too large for the cuda backend")
-    if count > library.fastclip_cuda_most_step_parameters():
+    if count > library.fastclip_cuda_max_step_table():
         key = (table.device, table.dtype, _stream(table.device))
         packed = _uploaded_steps.get(table.device, key, packed, lambda: upload(packed, torch.int64, table.device))
     return packed, tiles
 
 
 def _step_bytes(count: int) -> int:
-    library = native.cuda.load()
-    library.fastclip_cuda_step_bytes.restype = ctypes.c_int64
-    return int(library.fastclip_cuda_step_bytes(ctypes.c_int64(count)))
+    return int(native.cuda.load().fastclip_cuda_step_bytes(count))
 
 
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}

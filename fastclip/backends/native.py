@@ -7,7 +7,6 @@ called through ctypes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -27,12 +26,12 @@ from typing import Any
 
 import torch
 
-from . import build_cache
+from . import build_cache, cuda_interface
 
 NAME = "fastclip_native"
 PROCESS = os.getpid()  # that imported this; another one later is a fork of it
 CFLAGS = ["-O3", "-ffp-contract=fast", "-Wno-psabi"]
-ISAS = ("portable", "avx2", "avx512")  # of csrc/cpu.cpp, the least first
+ISAS = ("portable", "avx2", "avx512")  # of csrc/cpu/, the least first
 NVCC_FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static"]
 
 
@@ -121,9 +120,14 @@ class Library:
 def source_folder() -> pathlib.Path:
     package = pathlib.Path(__file__).resolve().parent.parent
     for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / "bindings.cpp").is_file():
+        if (folder / "elementwise.h").is_file():
             return folder
     raise FileNotFoundError(f"csrc/ is neither in {package} nor beside it.")
+
+
+def sources(*suffixes: str) -> list[pathlib.Path]:
+    """The files of csrc/ and its folders that have one of these suffixes."""
+    return sorted(path for path in source_folder().rglob("*") if path.suffix in suffixes)
 
 
 def _keyed(name: str, suffixes: tuple[str, ...], *parts: Any) -> pathlib.Path:
@@ -131,9 +135,8 @@ def _keyed(name: str, suffixes: tuple[str, ...], *parts: Any) -> pathlib.Path:
     key = hashlib.sha256()
     for part in (platform.machine(), *parts):
         key.update(f"{part}\n".encode())
-    for source in sorted(source_folder().iterdir()):
-        if source.suffix in suffixes:
-            key.update(source.name.encode() + source.read_bytes())
+    for source in sources(*suffixes):
+        key.update(source.relative_to(source_folder()).as_posix().encode() + source.read_bytes())
     return build_cache.path_of(name, key.hexdigest()[:16])
 
 
@@ -185,7 +188,7 @@ def _compile_cpp(library: pathlib.Path, verbose: bool) -> None:
         # A Python module would be imported from here, so ask for a plain library; _open_cpp imports it from its place.
         cpp_extension.load(
             NAME,
-            [str(source) for source in sorted(source_folder().glob("*.cpp"))],
+            [str(source) for source in sources(".cpp")],
             build_directory=str(folder),
             extra_cflags=_cpp_flags(),
             extra_ldflags=["-fopenmp"] if sys.platform == "linux" else [],
@@ -254,8 +257,7 @@ def architectures() -> list[str]:
 
 def nvcc_command(library: pathlib.Path, archs: list[str]) -> list[str]:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    sources = [str(source) for source in sorted(source_folder().glob("*.cu"))]
-    return [nvcc(), *NVCC_FLAGS, *targets, *sources, "-o", str(library)]
+    return [nvcc(), *NVCC_FLAGS, *targets, *map(str, sources(".cu")), "-o", str(library)]
 
 
 def _cuda_path() -> pathlib.Path:
@@ -272,7 +274,7 @@ def _compile_cuda(library: pathlib.Path, verbose: bool) -> None:
 
 
 cuda = Library(
-    *("CUDA", "the next best one", _cuda_path, _compile_cuda, lambda path: ctypes.CDLL(str(path))),
+    *("CUDA", "the next best one", _cuda_path, _compile_cuda, cuda_interface.open_library),
     circumstances=lambda: _circumstances([nvcc()]),
 )
 

@@ -1,11 +1,10 @@
-"""csrc/*.cu compiled for the CPU: the same library, whose kernels run on host memory, thread by thread."""
+"""csrc/cuda/ compiled for the CPU: the same library, whose kernels run on host memory, thread by thread."""
 
-import ctypes
 import os
 import subprocess
 from pathlib import Path
 
-from fastclip.backends import native
+from fastclip.backends import cuda_interface, native
 
 FOLDER = Path(__file__).parent
 THREADS = 64  # of a block: two warps, so that tests see several, and small enough to run as real threads
@@ -13,8 +12,8 @@ MOST_PARAMETERS = 400  # tensors whose table is in the parameters; emulating 2,7
 MOST_STEP_PARAMETERS = 80  # the same of an optimizer's step
 FLAGS = [
     *("-std=c++20", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
-    *(f"-DFASTCLIP_THREADS={THREADS}", f"-DFASTCLIP_MOST_PARAMETERS={MOST_PARAMETERS}"),
-    f"-DFASTCLIP_MOST_STEP_PARAMETERS={MOST_STEP_PARAMETERS}",
+    *(f"-DFASTCLIP_THREADS={THREADS}", f"-DFASTCLIP_MAX_TABLE={MOST_PARAMETERS}"),
+    f"-DFASTCLIP_MAX_STEP_TABLE={MOST_STEP_PARAMETERS}",
 ]
 
 
@@ -26,9 +25,9 @@ def _path():
 def _compile(path, verbose):
     unfinished = path.with_suffix(".part")  # the other workers look for the whole file
     command = ["g++", *FLAGS, f"-I{FOLDER}", "-O2", "-shared", "-fPIC", "-o", str(unfinished)]
-    sources = map(str, sorted(native.source_folder().glob("*.cu")))
-    subprocess.run([*command, "-x", "c++", *sources], check=True, capture_output=not verbose, text=True)
+    command += ["-x", "c++", *map(str, native.sources(".cu"))]
+    subprocess.run(command, check=True, capture_output=not verbose, text=True)
     os.replace(unfinished, path)
 
 
-library = native.Library("emulated CUDA", "nothing", _path, _compile, lambda path: ctypes.CDLL(str(path)))
+library = native.Library("emulated CUDA", "nothing", _path, _compile, cuda_interface.open_library)

@@ -1,4 +1,4 @@
-// CUDA's runtime as far as csrc/*.cu use it, on the CPU: `g++ -x c++ -I tests/emulation csrc/*.cu` gives the same
+// CUDA's runtime as far as csrc/cuda/ uses it, on the CPU: `g++ -x c++ -I tests/emulation csrc/cuda/*.cu` gives the same
 // library, whose kernels then run on host memory. Blocks run in turn, in a shuffled order; the threads of a block are real
 // threads that meet at real barriers, so a missing one shows, here or under -fsanitize=thread.
 #pragma once

@@ -1,4 +1,4 @@
-// Runs every kernel of csrc/*.cu on buffers of exactly the tensors' size, for the sanitizers to watch: no thread may touch
+// Runs every kernel of csrc/cuda/ on buffers of exactly the tensors' size, for the sanitizers to watch: no thread may touch
 // what another one writes without a barrier between (-fsanitize=thread), nor anything outside (-fsanitize=address).
 #include <cmath>
 #include <cstdint>
@@ -7,26 +7,11 @@
 #include <memory>
 #include <vector>
 
-extern "C" {
-void fastclip_emulate(int units, unsigned order);
-int64_t fastclip_cuda_pack(const int64_t*, const int64_t*, int64_t, int, uint64_t*, uint32_t*);
-const char* fastclip_cuda_workspace_bytes(int, int64_t*);
-const char* fastclip_cuda_measure(const uint64_t*, const uint32_t*, uint32_t, uint32_t, int, double, double, const double*,
-                                  const double*, const double*, void*, double*, int, void*);
-const char* fastclip_cuda_apply(const uint64_t*, const uint32_t*, uint32_t, uint32_t, int, const double*, int, int, void*);
-const char* fastclip_cuda_clamp(const uint64_t*, const uint32_t*, uint32_t, uint32_t, int, double, double, bool*, int,
-                                void*);
-const char* fastclip_cuda_repair(const uint64_t*, const uint32_t*, uint32_t, uint32_t, int, const double*, int64_t*, int,
-                                 void*);
-int64_t fastclip_cuda_step_bytes(int64_t);
-int64_t fastclip_cuda_pack_step(const int64_t*, int64_t, int, int, uint32_t*);
-const char* fastclip_cuda_adamw(const int64_t*, const uint32_t*, uint32_t, uint32_t, int, int, const double*, int, const bool*,
-                                int, const void*, int, double, bool, bool, int64_t, void*, double, double, double, double,
-                                int, void*);
-const char* fastclip_cuda_sgd(const int64_t*, const uint32_t*, uint32_t, uint32_t, int, int, const double*, int, const bool*,
-                              int, const void*, int, double, bool, bool, int64_t, void*, double, double, double, bool, int,
-                              void*);
-}
+#include "../../csrc/cuda/interface.h"
+
+extern "C" void fastclip_emulate(int units, unsigned order);
+
+using namespace fastclip::cuda;
 
 namespace {
 
@@ -58,25 +43,27 @@ void run(int dtype, double p, int64_t misaligned) {
     addresses.push_back(reinterpret_cast<int64_t>(buffer) + misaligned * itemsize);
   }
   const uint32_t count = SIZES.size();
-  std::vector<uint64_t> place(count);
-  std::vector<uint32_t> first(count + 1);
-  const int64_t tiles = fastclip_cuda_pack(addresses.data(), SIZES.data(), count, itemsize, place.data(), first.data());
+  std::vector<uint64_t> packed_address(count);
+  std::vector<uint32_t> tile_offsets(count + 1);
+  const int64_t tiles = fastclip_cuda_pack(addresses.data(), SIZES.data(), count, itemsize, packed_address.data(),
+                                           tile_offsets.data());
   int64_t bytes = 0;
   check(fastclip_cuda_workspace_bytes(0, &bytes));
   check(tiles > 0);
   std::vector<char> workspace(bytes);
   std::vector<double> result(2 * count + 4), coef(count, 0.5);
+  const GradTable gradients{packed_address.data(), tile_offsets.data(), count, uint32_t(tiles), dtype, 0, nullptr};
+  const MeasureOptions options{p, 0.5, nullptr, nullptr, nullptr, workspace.data(), result.data()};
+  MeasureOptions absmax_options = options;
+  absmax_options.p = INFINITY;
   bool changed = false;
-  for (int repeat = 0; repeat < 2; repeat++)
-    check(fastclip_cuda_measure(place.data(), first.data(), count, tiles, dtype, p, 0.5, nullptr, nullptr, nullptr,
-                                workspace.data(), result.data(), 0, nullptr));
+  for (int repeat = 0; repeat < 2; repeat++) check(fastclip_cuda_measure(&gradients, &options));
   const double norm = std::isinf(p) ? 1 : std::pow(8, 1 / p);  // 8 tensors are not empty
   check(std::abs(result[2 * count + 2] - norm) < 1e-9);
-  check(fastclip_cuda_apply(place.data(), first.data(), count, tiles, dtype, coef.data(), 1, 0, nullptr));
-  check(fastclip_cuda_clamp(place.data(), first.data(), count, tiles, dtype, -0.25, 0.25, &changed, 0, nullptr));
+  check(fastclip_cuda_apply(&gradients, coef.data(), 1));
+  check(fastclip_cuda_clamp(&gradients, -0.25, 0.25, &changed));
   check(changed);
-  check(fastclip_cuda_measure(place.data(), first.data(), count, tiles, dtype, INFINITY, 0.5, nullptr, nullptr, nullptr,
-                              workspace.data(), result.data(), 0, nullptr));
+  check(fastclip_cuda_measure(&gradients, &absmax_options));
   check(result[2 * count + 2] == 0.25);
   // Infinity as the last element of the large one, which several blocks share.
   const int infinity[] = {0, 0, 0x7f80, 0x7c00};
@@ -84,18 +71,19 @@ void run(int dtype, double p, int64_t misaligned) {
   if (dtype == 0) *reinterpret_cast<float*>(last) = INFINITY;
   else if (dtype == 1) *reinterpret_cast<double*>(last) = INFINITY;
   else *reinterpret_cast<uint16_t*>(last) = infinity[dtype];
-  check(fastclip_cuda_measure(place.data(), first.data(), count, tiles, dtype, p, 0.5, nullptr, nullptr, nullptr,
-                              workspace.data(), result.data(), 0, nullptr));
+  check(fastclip_cuda_measure(&gradients, &options));
   std::vector<int64_t> counts(count);
   std::vector<double> again(2 * count + 4);
-  check(fastclip_cuda_repair(place.data(), first.data(), count, tiles, dtype, result.data() + count, counts.data(), 0,
-                             nullptr));
+  check(fastclip_cuda_repair(&gradients, result.data() + count, counts.data()));
   for (uint32_t i = 0; i < count; i++) check(counts[i] == (i == 3));
-  check(fastclip_cuda_measure(place.data(), first.data(), count, tiles, dtype, INFINITY, 0.5, nullptr, result.data(),
-                              result.data() + count, workspace.data(), again.data(), 0, nullptr));
+  MeasureOptions again_options = absmax_options;
+  again_options.earlier_power = result.data();
+  again_options.earlier_absmax = result.data() + count;
+  again_options.result = again.data();
+  check(fastclip_cuda_measure(&gradients, &again_options));
   check(again[2 * count + 2] == 0.25 && again[count + 3] == 0);
   coef[0] = 0.0;
-  check(fastclip_cuda_apply(place.data(), first.data(), count, tiles, dtype, coef.data(), 0, 0, nullptr));
+  check(fastclip_cuda_apply(&gradients, coef.data(), 0));
   for (char* buffer : buffers) std::free(buffer);
 }
 
@@ -115,25 +103,42 @@ void run_step(int dtype, bool adam, int states, int64_t misaligned, bool stochas
     rows[5 * count + i] = reinterpret_cast<int64_t>(&steps[i]);
     rows[6 * count + i] = SIZES[i];
   }
-  std::vector<uint32_t> first(count + 1);
-  const int64_t tiles = fastclip_cuda_pack_step(rows.data(), count, itemsize, states, first.data());
+  std::vector<uint32_t> tile_offsets(count + 1);
+  const int64_t tiles = fastclip_cuda_pack_step(rows.data(), count, itemsize, states, tile_offsets.data());
   check(tiles > 0);
   const std::unique_ptr<char[]> workspace(new char[fastclip_cuda_step_bytes(count)]);
   const std::vector<double> coef = {1, 1, 0, 0.5, 1, 1, 0, 1, 1, 1};
-  const std::unique_ptr<bool[]> idle(new bool[count]());
-  idle[4] = idle[8] = true;
+  const std::unique_ptr<bool[]> frozen(new bool[count]());
+  frozen[4] = frozen[8] = true;
   const float lr = 0.5;
-  for (int repeat = 0; repeat < 2; repeat++) {
-    const int64_t seed = stochastic ? 7 : -1;
-    const bool zero_grad = repeat == 1;
-    if (adam)
-      check(fastclip_cuda_adamw(rows.data(), first.data(), count, tiles, dtype, states, coef.data(), 1, idle.get(), 1, &lr,
-                                sizeof(lr), 0, false, zero_grad, seed, workspace.get(), 0.9, 0.99, 1e-8, 0.1, 0, nullptr));
-    else
-      check(fastclip_cuda_sgd(rows.data(), first.data(), count, tiles, dtype, states, coef.data(), 1, nullptr, 0, nullptr, 0,
-                              0.5, true, zero_grad, seed, workspace.get(), 0.9, 1, 0.1, repeat == 1, 0, nullptr));
+  StepTable table{};
+  table.rows = rows.data();
+  table.tile_offsets = tile_offsets.data();
+  table.workspace = workspace.get();
+  table.tensors = uint32_t(count);
+  table.tiles = uint32_t(tiles);
+  table.dtype = dtype;
+  table.states = states;
+  StepDecision decision{};
+  decision.coef = coef.data();
+  decision.coef_stride = 1;
+  decision.seed = stochastic ? 7 : -1;
+  if (adam) {
+    decision.frozen = frozen.get();
+    decision.frozen_stride = 1;
+    decision.lr_pointer = &lr;
+    decision.lr_itemsize = sizeof(lr);
+  } else {
+    decision.lr = lr;
+    decision.maximize = true;
   }
-  for (size_t i = 0; i < count; i++) check(steps[i] == (adam && !idle[i] ? 2 : 0));
+  for (int repeat = 0; repeat < 2; repeat++) {
+    decision.zero_grad = repeat == 1;
+    const AdamWOptions adamw{0.9, 0.99, 1e-8, 0.1};
+    const SgdOptions sgd{0.9, 1, 0.1, repeat == 1};
+    check(adam ? fastclip_cuda_adamw(&table, &decision, &adamw) : fastclip_cuda_sgd(&table, &decision, &sgd));
+  }
+  for (size_t i = 0; i < count; i++) check(steps[i] == (adam && !frozen[i] ? 2 : 0));
 }
 
 }  // namespace

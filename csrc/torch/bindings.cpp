@@ -1,5 +1,7 @@
-// The only file that knows Python: lists of parameters in, groups and tensors out.
+// The only file that knows Python: lists of parameters in, groups and tensors out; and the CPU kernels called with torch's
+// threads.
 #include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -11,12 +13,48 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu.h"
+#include "../cpu/launch.h"
+#include "pack.h"
+#include "pack_step.h"
 
 namespace fastclip {
 namespace {
 
-constexpr int64_t LONG_WORK = 1 << 22;  // elements; long enough for other threads to want the interpreter meanwhile
+constexpr int64_t LONG_WORK = 1 << 22;  // elements; takes long enough for other threads to want the interpreter meanwhile
+
+bool alone = false;  // whether to do without other threads
+
+// OpenMP's threads do not survive fork(): a child process that gives them work waits for ever.
+void work_alone() { alone = true; }
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end),
+                  void* context) {
+  at::parallel_for(begin, end, grain, [=](int64_t from, int64_t to) { body(context, from, to); });
+}
+
+cpu::Threads threads_for(const cpu::Table& table) {
+  return {table.work < cpu::SERIAL_WORK || alone ? 1 : at::get_num_threads(), parallel_for};
+}
+
+NormPartial measure(const Group& group, double p, bool absmax, NormPartial* per_segment) {
+  const auto table = group.table();
+  const auto threads = threads_for(table);
+  NormPartial total;
+  cpu::fastclip_cpu_measure(&table, &threads, p, absmax, per_segment, &total);
+  return total;
+}
+
+void apply_(const Group& group, const double* coef, int64_t stride) {
+  const auto table = group.table();
+  const auto threads = threads_for(table);
+  cpu::fastclip_cpu_apply(&table, &threads, coef, stride);
+}
+
+bool clamp_(const Group& group, double low, double high) {
+  const auto table = group.table();
+  const auto threads = threads_for(table);
+  return cpu::fastclip_cpu_clamp(&table, &threads, low, high);
+}
 
 // The tensors of a Python list, or null if any item is no tensor. Good until the next call on this thread.
 // `subclass`: whether any is of another type than Tensor and Parameter.
@@ -35,7 +73,7 @@ const std::vector<c10::TensorImpl*>* tensors_of(PyObject* list, bool* subclass =
   return &tensors;
 }
 
-// Whether a mode may want to see every operation (fake tensors, make_fx, FlopCounterMode), which nothing here would show it.
+// Whether a mode is active that intercepts operations (fake tensors, make_fx, FlopCounterMode): it would not see these.
 bool watched() { return c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled(); }
 
 // Whether a parameter is one of FSDP1's flat ones, or a view of one: each rank has another part of them. Looks at none
@@ -52,7 +90,7 @@ bool any_flattened(PyObject* list, bool all) {
   return false;
 }
 
-// The groups of a list of parameters' gradients, or of tensors. Packed::Odd if the list wants the general packer.
+// The groups of a list of parameters' gradients, or of tensors. Packed::Odd if the list needs the general packer.
 Packed pack_items(PyObject* list, bool gradients_of, std::vector<Group>& groups) {
   bool subclass = false, views = false;
   const auto* tensors = tensors_of(list, &subclass);
@@ -91,8 +129,8 @@ py::list wrap(std::vector<Group>&& groups) {
 //
 // The norm of the gradients of parameters, clipped to max_norm; or, unless `clip`, just the norm of tensors.
 // pack -> measure -> decide -> apply in one call for the commonest case: plain gradients on the CPU.
-// Returns the norm; or the packed groups, untouched, when they are for another path; or None when the list or an
-// argument wants the general path (fastclip/functional.py), which handles it or says what is wrong with it.
+// Returns the norm; or the packed groups, untouched, when another path must handle them; or None when the list or
+// an argument needs the general path (fastclip/functional.py), which handles it or explains what is wrong with it.
 PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 5) {
@@ -119,13 +157,13 @@ PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     for (auto& group : groups) group.own();
     released.emplace();
   }
-  Moments moments;
-  for (const auto& group : groups) moments.combine(cpu::measure(group, p, /*absmax=*/false, nullptr));
-  const double norm = finish_norm(norm_kind(p), p, moments.power, moments.absmax);
+  NormPartial total;
+  for (const auto& group : groups) total.combine(measure(group, p, /*absmax=*/false, nullptr));
+  const double norm = finish_norm(norm_kind(p), p, total.power, total.absmax);
   const bool refuse = refuses && !std::isfinite(norm);
   if (clip && !refuse) {
     const double coef = clip_coefficient(norm, max_norm);
-    for (const auto& group : groups) cpu::apply_(group, &coef, 0);
+    for (const auto& group : groups) apply_(group, &coef, 0);
   }
   released.reset();
   if (refuse) return wrap(std::move(groups)).release().ptr();
@@ -134,7 +172,7 @@ PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// The groups of a list of tensors, or None if it wants the general packer.
+// The groups of a list of tensors, or None if it needs the general packer.
 py::object pack_list(const py::list& list, bool gradients_of) {
   std::vector<Group> groups;
   if (pack_items(list.ptr(), gradients_of, groups) == Packed::Odd) return py::none();
@@ -150,7 +188,7 @@ bool same_items(const py::list& a, const py::list& b) {
   return true;
 }
 
-// The memory of the gradients: with their shapes, or flat where they were given other memory since.
+// The memory of the gradients: with their shapes, or flat where they have been given other memory since.
 py::list tensors(const Group& group) {
   py::list list;
   for (size_t i = 0; i < group.owners.size(); i++) {
@@ -194,26 +232,27 @@ std::unique_ptr<Group> units(const Group& group) {
     TORCH_CHECK(group.has_its_memory(i), "gradient ", i, " of ", group.segments.size(),
                 " was given other memory (its .data) while it was being clipped");
     const auto& s = group.segments[i];
-    const auto& t = *s.gradient;
+    const auto& t = *group.gradient(i);
     const int64_t rows = t.dim() > 1 && s.numel > 0 ? t.size(0) : 1, size = s.numel / rows;
     if (rows > 1 && t.stride(0) != size) return nullptr;
-    for (int64_t r = 0; r < rows; r++) made->add(static_cast<char*>(s.data) + r * size * itemsize, size, s.gradient);
+    for (int64_t r = 0; r < rows; r++) made->add(static_cast<char*>(s.data) + r * size * itemsize, size, group.gradient(i));
   }
   return made;
 }
 
 // (power [T], absmax [T], norm [], its clip coefficient [] or None, total [2]), all float64; the last three of this group
 // and of `before`, the total of groups measured before it.
-py::tuple measure(const Group& group, double p, std::optional<double> max_norm, const std::optional<at::Tensor>& before) {
+py::tuple measure_group(const Group& group, double p, std::optional<double> max_norm,
+                        const std::optional<at::Tensor>& before) {
   const int64_t n = group.segments.size();
   const auto options = at::TensorOptions().dtype(at::kDouble);
   at::Tensor power = at::detail::empty_cpu({n}, options), absmax = at::detail::empty_cpu({n}, options);
   at::Tensor total = at::detail::empty_cpu({2}, options);
-  Moments all;
+  NormPartial all;
   {
     py::gil_scoped_release released;
-    std::vector<Moments> per_segment(n);
-    all = cpu::measure(group, p, /*absmax=*/true, per_segment.data());
+    std::vector<NormPartial> per_segment(n);
+    all = measure(group, p, /*absmax=*/true, per_segment.data());
     auto *powers = power.mutable_data_ptr<double>(), *maxima = absmax.mutable_data_ptr<double>();
     int64_t nonzero = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -232,7 +271,7 @@ py::tuple measure(const Group& group, double p, std::optional<double> max_norm, 
   return py::make_tuple(power, absmax, scalar(norm, at::kDouble), coef, total);
 }
 
-// pack, measure, decide and apply for a Clipper whose one rule is the global norm: what `measure` gives, and whether the
+// pack, measure, decide and apply for a Clipper whose only rule is the global norm: what `measure` returns, and whether the
 // gradients are float64; or the packed groups, untouched, or None, as global_norm does. No gradient is owned meanwhile:
 // nothing here runs Python.
 py::object clip_all(const py::list& list, double p, double max_norm) {
@@ -241,11 +280,11 @@ py::object clip_all(const py::list& list, double p, double max_norm) {
   if (groups.size() > 1 || !groups[0].device.is_cpu() || groups[0].work > LONG_WORK) return wrap(std::move(groups));
   Group& group = groups[0];
   const int64_t n = group.segments.size();
-  static thread_local std::vector<Moments> per_segment;
+  static thread_local std::vector<NormPartial> per_segment;
   per_segment.resize(n);  // all are written below
-  const auto all = cpu::measure(group, p, /*absmax=*/true, per_segment.data());
+  const auto all = measure(group, p, /*absmax=*/true, per_segment.data());
   const double norm = finish_norm(norm_kind(p), p, all.power, all.absmax), coef = clip_coefficient(norm, max_norm);
-  cpu::apply_(group, &coef, 0);
+  apply_(group, &coef, 0);
   const auto options = at::TensorOptions().dtype(at::kDouble);
   at::Tensor power = at::detail::empty_cpu({n}, options), absmax = at::detail::empty_cpu({n}, options);
   auto *powers = power.mutable_data_ptr<double>(), *maxima = absmax.mutable_data_ptr<double>();
@@ -259,65 +298,26 @@ py::object clip_all(const py::list& list, double p, double max_norm) {
 }
 
 // coef: float64 on the host, [] or [T]
-void apply_(const Group& group, const at::Tensor& coef) {
+void apply_tensor(const Group& group, const at::Tensor& coef) {
   TORCH_CHECK(coef.is_cpu() && coef.scalar_type() == at::kDouble && coef.is_contiguous() &&
                   (coef.dim() == 0 || coef.numel() == int64_t(group.segments.size())),
               "coef must be float64, on the CPU, of shape [] or [", group.segments.size(), "], got ",
               coef.scalar_type(), " ", coef.sizes());
-  cpu::apply_(group, coef.const_data_ptr<double>(), coef.dim() == 0 ? 0 : 1);
+  apply_(group, coef.const_data_ptr<double>(), coef.dim() == 0 ? 0 : 1);
 }
 
 // ---- optimizer steps ----
 
-// Whether a plain tensor's storage was not freed or shrunk.
-bool has_memory(const c10::TensorImpl& tensor) {
-  const size_t itemsize = c10::elementSize(c10::typeMetaToScalarType(tensor.dtype()));
-  const size_t end = (tensor.storage_offset() + tensor.numel()) * itemsize;
-  return tensor.numel() == 0 || tensor.unsafe_storage().nbytes() >= end;
-}
-
-// Whether an array of a parameter has its elements where the gradient has them.
-bool matches(const c10::TensorImpl& tensor, const c10::TensorImpl& gradient) {
-  if (!plain(tensor) || !has_memory(tensor)) return false;
-  if (tensor.dtype() != gradient.dtype() || tensor.device() != gradient.device()) return false;
-  if (tensor.sizes() != gradient.sizes()) return false;
-  return tensor.strides() == gradient.strides() || (tensor.is_contiguous() && gradient.is_contiguous());
-}
-
-void* memory(const c10::TensorImpl& tensor) {
-  return static_cast<char*>(tensor.unsafe_storage().mutable_data()) +
-      tensor.storage_offset() * c10::elementSize(c10::typeMetaToScalarType(tensor.dtype()));
-}
-
-// What an optimizer step works on: a group of gradients, and in the same order what the optimizer keeps beside them.
-struct StepGroup {
-  Group group;
-  cpu::States states;
-  std::vector<c10::TensorImpl*> params;
-  std::vector<py::tuple> tensors;     // keep everything but the gradients alive,
-  std::vector<c10::Storage> storages; // and its memory, which a tensor may be parted from (`p.data = x`)
-
-  void bump_version(bool gradients) const {
-    for (size_t i = 0; i < group.segments.size(); i++) {
-      if (!params[i]->is_inference()) params[i]->bump_version();
-      if (gradients) group.bump_version(i);
-    }
-  }
+// A StepGroup, and the Python objects of everything but its gradients, which keep the tensors alive.
+struct KeptStepGroup : StepGroup {
+  explicit KeptStepGroup(StepGroup&& step) : StepGroup(std::move(step)) {}
+  std::vector<py::tuple> tensors;
 };
 
-// Whether a tensor before the i-th of column c, the gradients' column left out, begins at this address.
-bool holds(const std::vector<std::vector<c10::TensorImpl*>>& columns, size_t c, size_t i, const void* address) {
-  for (size_t k = 1; k <= c; k++)
-    for (size_t j = 0; j < (k < c ? columns[k].size() : i); j++)
-      if (columns[k][j]->numel() > 0 && memory(*columns[k][j]) == address) return true;
-  return false;
-}
-
-// The StepGroup of parameters, gradients and each of `lists` (a list of state tensors), in the same order; `steps` are
-// float32 counters, or there are none. None if any of them is not as the kernels need it, or two share memory: threads
-// step the tensors of a group at the same time.
-std::unique_ptr<StepGroup> pack_step(const py::list& params, const py::list& grads, const std::vector<py::list>& lists,
-                                     const py::list& steps) {
+// The group of parameters, gradients and each of `lists` (a list of state tensors), in the same order; `steps` are float32
+// counters, or there are none. None if pack() gives none.
+std::unique_ptr<KeptStepGroup> pack_step_lists(const py::list& params, const py::list& grads,
+                                               const std::vector<py::list>& lists, const py::list& steps) {
   std::vector<std::vector<c10::TensorImpl*>> columns;
   for (const auto* list : {&grads, &params, &steps}) {
     const auto* tensors = tensors_of(list->ptr());
@@ -329,91 +329,45 @@ std::unique_ptr<StepGroup> pack_step(const py::list& params, const py::list& gra
     if (!tensors) return nullptr;
     columns.push_back(*tensors);
   }
-  auto made = std::make_unique<StepGroup>();
-  std::vector<Group> groups;
-  if (pack(columns[0], /*gradients_of=*/false, groups) == Packed::Odd || groups.size() != 1) return nullptr;
-  made->group = std::move(groups[0]);
-  const size_t count = made->group.segments.size();
-  for (size_t c = 0; c < columns.size(); c++)
-    if (columns[c].size() != count && !(c == 2 && columns[c].empty())) return nullptr;
-  made->states.segments.resize(count);
-  made->params = columns[1];
+  auto packed = pack_step(columns);
+  if (!packed) return nullptr;
+  auto made = std::make_unique<KeptStepGroup>(std::move(*packed));
   for (const auto* list : {&params, &steps}) made->tensors.emplace_back(*list);
   for (const auto& list : lists) made->tensors.emplace_back(list);
-  made->storages.reserve((columns.size() - 1) * count);
-  // A parameter that is there twice has its gradient there twice, which pack() has noticed; a state or a counter might
-  // be there twice by itself.
-  static thread_local Overlaps overlaps;
-  overlaps.expect(3 * count);
-  for (size_t c = 1; c < columns.size(); c++) {
-    for (size_t i = 0; i < columns[c].size(); i++) {
-      auto& tensor = *columns[c][i];
-      auto& segment = made->states.segments[i];
-      const size_t bytes = tensor.numel() * c10::elementSize(c10::typeMetaToScalarType(tensor.dtype()));
-      if (c == 2) {
-        if (!plain(tensor) || !has_memory(tensor) || tensor.device() != made->group.device || tensor.numel() != 1 ||
-            c10::typeMetaToScalarType(tensor.dtype()) != at::kFloat)
-          return nullptr;
-        segment.step = static_cast<float*>(memory(tensor));
-      } else {
-        if (!matches(tensor, *columns[0][i])) return nullptr;
-        (c == 1 ? segment.param : segment.state[c - 3]) = memory(tensor);
-      }
-      const auto& storage = tensor.unsafe_storage();
-      if (bytes > 0) {
-        const auto address = reinterpret_cast<uintptr_t>(memory(tensor));
-        const bool alone = overlaps.add(storage, address, bytes);
-        if ((!alone || c == 2 || c == 3) && !overlaps.insert(address) && holds(columns, c, i, memory(tensor))) return nullptr;
-      }
-      made->storages.push_back(storage);
-    }
-  }
-  if (overlaps.any_partial()) return nullptr;
-  made->group.own();
   return made;
 }
 
-// int64 [7, T] on the host: addresses of gradient, parameter, three states and step count (0: there is none), and the
-// element counts.
-at::Tensor step_addresses(const StepGroup& step) {
-  const int64_t n = step.group.segments.size();
-  at::Tensor table = at::detail::empty_cpu({7, n}, at::TensorOptions().dtype(at::kLong));
-  auto* out = table.mutable_data_ptr<int64_t>();
-  for (int64_t i = 0; i < n; i++) {
-    const auto& segment = step.group.segments[i];
-    const auto& s = step.states.segments[i];
-    const void* all[] = {segment.data, s.param, s.state[0], s.state[1], s.state[2], s.step};
-    for (int64_t row = 0; row < 6; row++) out[row * n + i] = reinterpret_cast<int64_t>(all[row]);
-    out[6 * n + i] = segment.numel;
-  }
-  return table;
-}
-
-// coef: float64 [] or [T]; idle: bool [] or [T]; both on the host
+// coef: float64 [] or [T]; frozen: bool [] or [T]; both on the host
 template <class Options, class Step>
-void take_step(Step step, StepGroup& group, const at::Tensor& coef, const std::optional<at::Tensor>& idle,
+void take_step(Step step, const StepGroup& group, const at::Tensor& coef, const std::optional<at::Tensor>& frozen,
                const Options& options, bool maximize, bool zero_grad, std::optional<uint32_t> seed) {
-  auto& states = group.states;
-  states.idle = idle ? idle->const_data_ptr<bool>() : nullptr;
-  states.idle_stride = idle && idle->dim() ? 1 : 0;
-  states.maximize = maximize;
-  states.zero_grad = zero_grad;
-  states.stochastic = seed.has_value();
-  states.seed = seed.value_or(0);
+  cpu::StepDecision decision{};
+  decision.coef = coef.const_data_ptr<double>();
+  decision.coef_stride = coef.dim() == 0 ? 0 : 1;
+  decision.frozen = frozen ? frozen->const_data_ptr<bool>() : nullptr;
+  decision.frozen_stride = frozen && frozen->dim() ? 1 : 0;
+  decision.seed = seed.value_or(0);
+  decision.stochastic = seed.has_value();
+  decision.maximize = maximize;
+  decision.zero_grad = zero_grad;
   py::gil_scoped_release released;
-  step(group.group, states, options, coef.const_data_ptr<double>(), coef.dim() == 0 ? 0 : 1);
+  const auto table = group.group.table();
+  const auto threads = threads_for(table);
+  step(&table, &threads, group.segments.data(), &decision, &options);
 }
 
-void adamw_(StepGroup& group, const at::Tensor& coef, const std::optional<at::Tensor>& idle, double lr, double beta1,
-            double beta2, double eps, double weight_decay, bool maximize, bool zero_grad, std::optional<uint32_t> seed) {
-  take_step(cpu::adamw_, group, coef, idle, cpu::AdamWOptions{lr, beta1, beta2, eps, weight_decay}, maximize, zero_grad,
-            seed);
+void adamw_(const KeptStepGroup& group, const at::Tensor& coef, const std::optional<at::Tensor>& frozen, double lr,
+            double beta1, double beta2, double eps, double weight_decay, bool maximize, bool zero_grad,
+            std::optional<uint32_t> seed) {
+  const cpu::AdamWOptions options{lr, beta1, beta2, eps, weight_decay};
+  take_step(cpu::fastclip_cpu_adamw, group, coef, frozen, options, maximize, zero_grad, seed);
 }
 
-void sgd_(StepGroup& group, const at::Tensor& coef, const std::optional<at::Tensor>& idle, double lr, double momentum,
-          double rest, double weight_decay, bool nesterov, bool maximize, bool zero_grad, std::optional<uint32_t> seed) {
-  take_step(cpu::sgd_, group, coef, idle, cpu::SgdOptions{lr, momentum, rest, weight_decay, nesterov}, maximize,
-            zero_grad, seed);
+void sgd_(const KeptStepGroup& group, const at::Tensor& coef, const std::optional<at::Tensor>& frozen, double lr,
+          double momentum, double one_minus_dampening, double weight_decay, bool nesterov, bool maximize, bool zero_grad,
+          std::optional<uint32_t> seed) {
+  const cpu::SgdOptions options{lr, momentum, one_minus_dampening, weight_decay, nesterov};
+  take_step(cpu::fastclip_cpu_sgd, group, coef, frozen, options, maximize, zero_grad, seed);
 }
 
 PyMethodDef fastcall[] = {
@@ -433,21 +387,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("addresses_and_sizes", &addresses_and_sizes)
       .def("units", &units, py::keep_alive<0, 1>())
       .def("bump_version", [](const Group& g) { for (size_t i = 0; i < g.segments.size(); i++) g.bump_version(i); });
-  py::class_<StepGroup>(m, "StepGroup")
-      .def("addresses", &step_addresses)
-      .def("bump_version", &StepGroup::bump_version);
+  py::class_<KeptStepGroup>(m, "StepGroup")
+      .def("addresses", [](const KeptStepGroup& g) { return step_addresses(g); })
+      .def("bump_version", [](const KeptStepGroup& g, bool gradients) { g.bump_version(gradients); });
   using Released = py::call_guard<py::gil_scoped_release>;
   m.def("pack", &pack_list);
   m.def("same_items", &same_items);
-  m.def("measure", &measure);
+  m.def("measure", &measure_group);
   m.def("clip_all", &clip_all);
-  m.def("apply_", &apply_, Released());
-  m.def("clamp_", &cpu::clamp_, Released());
-  m.def("pack_step", &pack_step);
+  m.def("apply_", &apply_tensor, Released());
+  m.def("clamp_", &clamp_, Released());
+  m.def("pack_step", &pack_step_lists);
   m.def("adamw_", &adamw_);
   m.def("sgd_", &sgd_);
-  m.def("isa", &cpu::isa);
-  m.def("work_alone", &cpu::work_alone);
+  m.def("isa", &cpu::fastclip_cpu_isa);
+  m.def("work_alone", &work_alone);
   PyModule_AddFunctions(m.ptr(), fastcall);
 }
 

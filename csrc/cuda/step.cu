@@ -1,38 +1,40 @@
 // The CUDA backend's optimizer steps: two launches whatever the number of tensors.
 //
-// A small one goes first, a thread a tensor: it advances the step counts and works out each tensor's constants, from
-// values on the device that the host never reads. The addresses come in its parameters, as far as they fit there, and it
-// leaves them in device memory, so that nothing is uploaded. Then one pass goes over everything, as in cuda.cu, but a tile
-// is of several arrays, and where an array is aligned otherwise than its fellows their elements are taken one by one.
-#include "cuda_tiles.h"
-#include "elementwise.h"
+// A small one goes first, a thread a tensor: it advances the step counts and computes each tensor's constants, from values
+// on the device that the host never reads. The addresses come in its parameters, as far as they fit there, and it writes
+// them to device memory, so that nothing is uploaded. Then one pass goes over everything, as in clip.cu, but a tile is of
+// several arrays, and where the arrays of a tensor are not aligned alike, their elements are processed one by one.
+#include "../elementwise.h"
+#include "interface.h"
+#include "tiles.h"
 
-#ifndef FASTCLIP_MOST_STEP_PARAMETERS  // tensors of 60 bytes each: see cuda.cu
-#define FASTCLIP_MOST_STEP_PARAMETERS (CUDART_VERSION >= 12010 ? 512 : 60)
+#ifndef FASTCLIP_MAX_STEP_TABLE  // tensors of 60 bytes each: see table.h
+#define FASTCLIP_MAX_STEP_TABLE (CUDART_VERSION >= 12010 ? 512 : 60)
 #endif
 
 namespace fastclip::cuda {
 namespace {
 
-// ---- what is stepped ----
+// ---- tables and optimizers ----
 
 // For tensor t: rows[r * tensors + t] with r of a Row, and the number of tiles of all tensors before it. On the device.
-struct StepTable {
+struct DeviceStepTable {
   const int64_t* rows;
-  const uint32_t* first;
+  const uint32_t* tile_offsets;
 };
 enum Row : uint32_t { GRADIENT, PARAMETER, STATES, STEP = 5, NUMEL, ROWS };
 
 // The same in a kernel's parameters.
 template <int N>
-struct StepParameters {
+struct ParameterStepTable {
   int64_t rows[ROWS * N];
-  uint32_t first[N + 1];
+  uint32_t tile_offsets[N + 1];
 };
-constexpr int MANY = FASTCLIP_MOST_STEP_PARAMETERS, FEW = MANY < 60 ? MANY : 60;
-static_assert(sizeof(StepParameters<MANY>) <= (CUDART_VERSION >= 12010 ? 32764 : 4096) - 256);
+constexpr int MAX_STEP_TABLE = FASTCLIP_MAX_STEP_TABLE;
+constexpr int SMALL_STEP_TABLE = MAX_STEP_TABLE < 60 ? MAX_STEP_TABLE : 60;
+static_assert(sizeof(ParameterStepTable<MAX_STEP_TABLE>) <= (CUDART_VERSION >= 12010 ? 32764 : 4096) - 256);
 
-// bfloat16 rounded by chance.
+// bfloat16, stochastically rounded.
 struct StochasticBF16 : BF16 {};
 
 template <class S>
@@ -70,24 +72,9 @@ __host__ __device__ constexpr int step_tile(int count, int itemsize) {
 
 // ---- prepare ----
 
-// What the host knows of a step, and where the device finds the rest.
-struct Decision {
-  const double* coef;  // [] (stride 0) or [tensors] (stride 1)
-  uint32_t coef_stride;
-  const bool* idle;  // the same, or null
-  uint32_t idle_stride;
-  const void* lr_pointer;  // null, or a float32 (lr_itemsize 4) or float64 on the device, which then stands for `lr`
-  int lr_itemsize;
-  double lr;
-  bool maximize;
-};
+enum class Work : int { Frozen, FromZeros, FromGradient };
 
-struct AdamWOptions { double beta1, beta2, eps, weight_decay; };
-struct SgdOptions { double momentum, rest, weight_decay; };
-
-enum class Work : int { Idle, FromZeros, FromGradient };
-
-// What the step of one tensor needs to know.
+// The parameters of the step of one tensor.
 template <class Constants>
 struct alignas(16) Prepared {
   Constants constants;
@@ -103,29 +90,29 @@ __device__ AdamW<S> constants_of(const AdamWOptions& o, double coef, double lr, 
 }
 template <class S>
 __device__ Sgd<S> constants_of(const SgdOptions& o, double coef, double lr, float*) {
-  return {S(coef), S(o.weight_decay), S(o.momentum), S(o.rest), S(lr)};
+  return {S(coef), S(o.weight_decay), S(o.momentum), S(o.one_minus_dampening), S(lr)};
 }
 
 template <class Constants, class S, class Options, class Table>
 __global__ void __launch_bounds__(THREADS)
-    prepare_kernel(const __grid_constant__ Table table, uint32_t tensors, uint32_t, Decision d, Options options,
+    prepare_kernel(const __grid_constant__ Table table, uint32_t tensors, uint32_t, StepDecision d, Options options,
                    Prepared<Constants>* prepared, int64_t* rows,
-                   uint32_t* first)  // to leave the table at, if it is not on the device already
+                   uint32_t* tile_offsets)  // where to write the table, if it is not on the device already
 {
   double lr = d.lr;
   if (d.lr_pointer)
     lr = d.lr_itemsize == 4 ? double(*static_cast<const float*>(d.lr_pointer)) : *static_cast<const double*>(d.lr_pointer);
   for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < tensors; i += gridDim.x * THREADS) {
-    if constexpr (!std::is_same_v<Table, StepTable>) {
+    if constexpr (!std::is_same_v<Table, DeviceStepTable>) {
       for (uint32_t row = 0; row < ROWS; row++) rows[row * tensors + i] = table.rows[row * tensors + i];
-      first[i + 1] = table.first[i + 1];
-      if (i == 0) first[0] = 0;
+      tile_offsets[i + 1] = table.tile_offsets[i + 1];
+      if (i == 0) tile_offsets[0] = 0;
     }
-    if (d.idle && d.idle[i * d.idle_stride]) {
-      prepared[i].work = Work::Idle;
+    if (d.frozen && d.frozen[i * d.frozen_stride]) {
+      prepared[i].work = Work::Frozen;
       continue;
     }
-    const S coef = S(d.coef[i * d.coef_stride]);  // rounded first: what rounds to 0 stands for zeros
+    const S coef = S(d.coef[i * d.coef_stride]);  // rounded first: one that rounds to 0 means a gradient of zeros
     auto* step = reinterpret_cast<float*>(table.rows[STEP * tensors + i]);
     prepared[i] = {constants_of<S>(options, d.maximize ? -coef : coef, lr, step),
                    touch(coef) == Touch::Zero ? Work::FromZeros : Work::FromGradient};
@@ -134,7 +121,7 @@ __global__ void __launch_bounds__(THREADS)
 
 // ---- step ----
 
-// Random numbers that each tensor and each of its arrays has for itself: the CPU's.
+// Random numbers of a tensor, different for each of its arrays; the same as on the CPU.
 struct Noise {
   uint32_t key;
   __device__ uint32_t operator()(int array, int64_t element) const {
@@ -162,7 +149,7 @@ struct Stepper {
   Noise noise;
   int64_t begin;
 
-  // EACH 16-byte vectors of each array, THREADS apart; all are loaded before one is worked on.
+  // EACH 16-byte vectors of each array, THREADS apart; all are loaded before the first is processed.
   template <int EACH>
   __device__ void vectors(int64_t offset) const {
     uint4 raw[EACH][COUNT];
@@ -224,8 +211,8 @@ struct Stepper {
   }
 };
 
-// Blocks at once on a multiprocessor. Fewer where the work takes more registers than it has for as many as elsewhere:
-// float64's root and quotient, and rounding four results by chance.
+// Blocks that share a multiprocessor: fewer for the kernels that need more registers, which are those of float64 (root and
+// quotient) and the one that rounds four results stochastically.
 template <class D, class Op>
 constexpr int STEP_BLOCKS_PER_SM = std::is_same_v<D, F64>                                 ? 2
                                    : std::is_same_v<D, StochasticBF16> && Op::COUNT == 5 ? 3
@@ -233,28 +220,28 @@ constexpr int STEP_BLOCKS_PER_SM = std::is_same_v<D, F64>                       
 
 template <class D, class Op>
 __global__ void __launch_bounds__(THREADS, STEP_BLOCKS_PER_SM<D, Op>)
-    step_kernel(const __grid_constant__ StepTable table, uint32_t tensors, uint32_t tiles,
+    step_kernel(const __grid_constant__ DeviceStepTable table, uint32_t tensors, uint32_t tiles,
                 const Prepared<typename Op::template Constants<typename D::Wide>>* prepared, bool zero_grad,
                 uint32_t seed) {
   using Storage = typename D::Storage;
   constexpr int COUNT = Op::COUNT, EACH = loads_of_each(COUNT), TILE = step_tile(COUNT, sizeof(Storage));
   for_each_piece(table, tensors, tiles, [&](uint32_t tensor, uint32_t tile, uint32_t tile_end) {
     const Work work = prepared[tensor].work;
-    if (work == Work::Idle && !zero_grad) return;
+    if (work == Work::Frozen && !zero_grad) return;
     // In elements, counted from the gradient's last 16-byte boundary before it.
     const int64_t begin = (table.rows[GRADIENT * tensors + tensor] & 15) / int64_t(sizeof(Storage));
     const int64_t end = begin + table.rows[NUMEL * tensors + tensor];
-    const uint32_t first = table.first[tensor];
-    const int64_t from = max(begin, int64_t(tile - first) * TILE), to = min(end, int64_t(tile_end - first) * TILE);
+    const uint32_t first_tile = table.tile_offsets[tensor];
+    const int64_t from = max(begin, int64_t(tile - first_tile) * TILE), to = min(end, int64_t(tile_end - first_tile) * TILE);
     auto base = [&](uint32_t row, bool& aligned) {
       const uint64_t address = table.rows[row * tensors + tensor] - begin * sizeof(Storage);
       aligned &= address % 16 == 0;
-      // Said to be of global memory: through a pointer made of a mere number the loads would be generic ones.
+      // __cvta_global_to_generic marks this as global memory; otherwise the compiler emits generic loads.
       return static_cast<Storage*>(__cvta_global_to_generic(address));
     };
     bool aligned = true;
     Storage* gradient = base(GRADIENT, aligned);
-    if (work == Work::Idle) return zero<D>(gradient, from, to);
+    if (work == Work::Frozen) return zero<D>(gradient, from, to);
     Stepper<D, Op> stepper{{base(PARAMETER, aligned), gradient},
                            prepared[tensor].constants,
                            work == Work::FromZeros,
@@ -279,121 +266,88 @@ __global__ void __launch_bounds__(THREADS, STEP_BLOCKS_PER_SM<D, Op>)
 
 // ---- host ----
 
-// use(dtype) as the type that stands for it.
+// use(D()) with D the type of the dtype.
 template <class Use>
 cudaError_t with_step_dtype(int dtype, bool stochastic, Use use) {
-  if (dtype == 2 && stochastic) return use(StochasticBF16());
+  if (Dtype(dtype) == Dtype::BF16 && stochastic) return use(StochasticBF16());
   return with_dtype(dtype, use);
 }
 
-// What a step is called with, besides the optimizer's own options.
-struct Call {
-  Launch to;
-  StepTable table;
-  int dtype;
-  Decision decision;
-  bool zero_grad;
-  int64_t seed;  // negative: round to nearest
-  void* workspace;
-};
-
-// use(table) with the table, which is on the host if `tensors` <= MANY, in the smallest form that holds it.
+// use(table) with the table, which is on the host if it has at most MAX_STEP_TABLE tensors, in the smallest form that holds
+// it.
 template <class Use>
-cudaError_t with_step_table(const StepTable& table, uint32_t tensors, Use use) {
-  auto as_parameters = [&](auto& parameters) {
-    std::memcpy(parameters.rows, table.rows, ROWS * tensors * sizeof(int64_t));
-    std::memcpy(parameters.first, table.first, (tensors + 1) * sizeof(uint32_t));
-    return use(parameters);
+cudaError_t with_step_table(const StepTable& arrays, Use use) {
+  auto as_parameters = [&](auto& table) {
+    std::memcpy(table.rows, arrays.rows, ROWS * arrays.tensors * sizeof(int64_t));
+    std::memcpy(table.tile_offsets, arrays.tile_offsets, (arrays.tensors + 1) * sizeof(uint32_t));
+    return use(table);
   };
-  static thread_local StepParameters<FEW> few;
-  static thread_local StepParameters<MANY> many;
-  if (tensors <= FEW) return as_parameters(few);
-  if (tensors <= MANY) return as_parameters(many);
-  return use(table);
+  if (arrays.tensors <= SMALL_STEP_TABLE) return as_parameters(scratch<ParameterStepTable<SMALL_STEP_TABLE>>());
+  if (arrays.tensors <= MAX_STEP_TABLE) return as_parameters(scratch<ParameterStepTable<MAX_STEP_TABLE>>());
+  return use(DeviceStepTable{arrays.rows, arrays.tile_offsets});
 }
 
 template <class Op, class Options>
-cudaError_t step(const Call& call, const Options& options) {
-  return with_step_dtype(call.dtype, call.seed >= 0, [&](auto d) {
+const char* step(const StepTable& arrays, const StepDecision& decision, const Options& options) {
+  return message(with_step_dtype(arrays.dtype, decision.seed >= 0, [&](auto d) {
     using D = decltype(d);
     using Wide = typename D::Wide;
     using Constants = typename Op::template Constants<Wide>;
-    const uint32_t tensors = call.to.tensors;
-    auto* prepared = static_cast<Prepared<Constants>*>(call.workspace);
+    const uint32_t tensors = arrays.tensors;
+    auto* prepared = static_cast<Prepared<Constants>*>(arrays.workspace);
     auto* rows = reinterpret_cast<int64_t*>(prepared + tensors);
-    auto* first = reinterpret_cast<uint32_t*>(rows + ROWS * tensors);
-    Launch small = call.to;
+    auto* tile_offsets = reinterpret_cast<uint32_t*>(rows + ROWS * tensors);
+    Launch small = launch_of(arrays);
     small.tiles = (tensors + THREADS - 1) / THREADS;
-    const cudaError_t error = with_step_table(call.table, tensors, [&](const auto& table) {
+    const cudaError_t error = with_step_table(arrays, [&](const auto& table) {
       using Table = std::decay_t<decltype(table)>;
-      return launch(prepare_kernel<Constants, Wide, Options, Table>, small, table, call.decision, options, prepared, rows,
-                    first);
+      return launch(prepare_kernel<Constants, Wide, Options, Table>, small, table, decision, options, prepared, rows,
+                    tile_offsets);
     });
     if (error != cudaSuccess) return error;
-    Launch all = call.to;
+    Launch all = launch_of(arrays);
     all.blocks_per_sm = STEP_BLOCKS_PER_SM<D, Op>;
-    const StepTable table = tensors <= MANY ? StepTable{rows, first} : call.table;
-    return launch(step_kernel<D, Op>, all, table, prepared, call.zero_grad, uint32_t(call.seed));
-  });
+    const auto table = tensors <= MAX_STEP_TABLE ? DeviceStepTable{rows, tile_offsets}
+                                                 : DeviceStepTable{arrays.rows, arrays.tile_offsets};
+    return launch(step_kernel<D, Op>, all, table, prepared, decision.zero_grad, uint32_t(decision.seed));
+  }));
 }
 
 }  // namespace
-}  // namespace fastclip::cuda
-
-// ---- what fastclip/backends/cuda.py calls: null, or what went wrong ----
-
-using namespace fastclip::cuda;
 
 extern "C" {
 
-// The most tensors whose table travels in a kernel's parameters; the tables of more are read from device memory.
-int fastclip_cuda_most_step_parameters() { return MANY; }
+int32_t fastclip_cuda_max_step_table() { return MAX_STEP_TABLE; }
 
-// Bytes of the workspace that a step needs; in any state before and after.
 int64_t fastclip_cuda_step_bytes(int64_t tensors) {
-  return tensors * (sizeof(Prepared<fastclip::AdamW<double>>) + ROWS * sizeof(int64_t)) + (tensors + 1) * sizeof(uint32_t);
+  return tensors * (sizeof(Prepared<AdamW<double>>) + ROWS * sizeof(int64_t)) + (tensors + 1) * sizeof(uint32_t);
 }
 
-// rows: int64 [7, tensors], see Row; to first [tensors + 1]. Returns the number of tiles, or -1 if there are too many.
-int64_t fastclip_cuda_pack_step(const int64_t* rows, int64_t tensors, int itemsize, int states, uint32_t* first) {
+int64_t fastclip_cuda_pack_step(const int64_t* rows, int64_t tensors, int32_t itemsize, int32_t states,
+                                uint32_t* tile_offsets) {
   const int64_t tile = step_tile(2 + states, itemsize);
   int64_t tiles = 0;
   for (int64_t i = 0; i < tensors; i++) {
     const int64_t numel = rows[NUMEL * tensors + i];
-    first[i] = uint32_t(tiles);
+    tile_offsets[i] = uint32_t(tiles);
     if (numel > 0) tiles += ((rows[GRADIENT * tensors + i] & 15) / itemsize + numel + tile - 1) / tile;
     if (tiles > INT32_MAX) return -1;
   }
-  first[tensors] = uint32_t(tiles);
+  tile_offsets[tensors] = uint32_t(tiles);
   return tiles;
 }
 
-// One step of torch.optim.AdamW, with 3 states as AMSGrad. coef: float64, idle: bool, on the device, each one (stride 0) or
-// one a tensor (stride 1), idle perhaps null; lr_pointer: null, or where on the device the learning rate is.
-const char* fastclip_cuda_adamw(const int64_t* rows, const uint32_t* first, uint32_t tensors, uint32_t tiles, int dtype,
-                                int states, const double* coef, int coef_stride, const bool* idle, int idle_stride,
-                                const void* lr_pointer, int lr_itemsize, double lr, bool maximize, bool zero_grad,
-                                int64_t seed, void* workspace, double beta1, double beta2, double eps,
-                                double weight_decay, int device, void* stream) {
-  const Call call{{tensors, tiles, device, static_cast<cudaStream_t>(stream)}, {rows, first}, dtype,
-                  {coef, uint32_t(coef_stride), idle, uint32_t(idle_stride), lr_pointer, lr_itemsize, lr, maximize},
-                  zero_grad, seed, workspace};
-  const AdamWOptions options{beta1, beta2, eps, weight_decay};
-  return message(states == 3 ? step<AdamWStep<true>>(call, options) : step<AdamWStep<false>>(call, options));
+const char* fastclip_cuda_adamw(const StepTable* table, const StepDecision* decision, const AdamWOptions* options) {
+  if (table->states == 3) return step<AdamWStep<true>>(*table, *decision, *options);
+  return step<AdamWStep<false>>(*table, *decision, *options);
 }
 
-// One step of torch.optim.SGD, the same way; with one state if it has momentum. rest: 1 - dampening, or 1 in the first.
-const char* fastclip_cuda_sgd(const int64_t* rows, const uint32_t* first, uint32_t tensors, uint32_t tiles, int dtype,
-                              int states, const double* coef, int coef_stride, const bool* idle, int idle_stride,
-                              const void* lr_pointer, int lr_itemsize, double lr, bool maximize, bool zero_grad,
-                              int64_t seed, void* workspace, double momentum, double rest,
-                              double weight_decay, bool nesterov, int device, void* stream) {
-  const Call call{{tensors, tiles, device, static_cast<cudaStream_t>(stream)}, {rows, first}, dtype,
-                  {coef, uint32_t(coef_stride), idle, uint32_t(idle_stride), lr_pointer, lr_itemsize, lr, maximize},
-                  zero_grad, seed, workspace};
-  const SgdOptions options{momentum, rest, weight_decay};
-  if (states == 0) return message(step<SgdStep<false, false>>(call, options));
-  return message(nesterov ? step<SgdStep<true, true>>(call, options) : step<SgdStep<true, false>>(call, options));
+const char* fastclip_cuda_sgd(const StepTable* table, const StepDecision* decision, const SgdOptions* options) {
+  if (table->states == 0) return step<SgdStep<false, false>>(*table, *decision, *options);
+  if (options->nesterov) return step<SgdStep<true, true>>(*table, *decision, *options);
+  return step<SgdStep<true, false>>(*table, *decision, *options);
 }
 
 }  // extern "C"
+
+}  // namespace fastclip::cuda

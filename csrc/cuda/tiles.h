@@ -1,7 +1,7 @@
-// What the CUDA kernels share: how elements are stored, how tiles are dealt out to blocks, how a block walks over its
-// part of a tensor, and how a kernel is launched. Raw pointers and a stream come in; nothing here knows torch.
+// What the CUDA kernels share: how elements are stored, how tiles are assigned to blocks, how a block walks over its part
+// of a tensor, and how a kernel is launched.
 //
-// Tensors are cut into tiles, counted through from tensor to tensor, and every block takes a contiguous run of tiles.
+// Tensors are divided into tiles, numbered consecutively over all tensors, and every block takes a contiguous run of tiles.
 // A tensor is addressed from its address rounded down to 16 bytes, so that all but its edges are 16-byte accesses however
 // it is aligned.
 #pragma once
@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#include "../elementwise.h"
 
 #ifndef FASTCLIP_THREADS
 #define FASTCLIP_THREADS 256
@@ -94,12 +96,12 @@ __device__ uint4 packed(const typename D::Wide (&x)[VECTOR<D>]) {
   return joined<D>(narrow);
 }
 
-// The compiler puts off a load until its value is needed, unless it seems to be needed here.
+// Makes the compiler issue the load of `raw` before this point; otherwise it delays the load until the value is used.
 __device__ inline void keep(uint4& raw) { asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w)); }
 
 // ---- walk ----
 
-// The block whose run of tiles holds this one; `run_begin` is its inverse.
+// The block whose run of tiles contains this tile; `run_begin` is its inverse.
 __device__ inline uint32_t block_of(uint32_t tile, uint32_t tiles) {
   return uint32_t(((uint64_t(tile) + 1) * gridDim.x - 1) / tiles);
 }
@@ -116,11 +118,11 @@ __device__ void for_each_piece(const Table& table, uint32_t tensors, uint32_t ti
   uint32_t tensor = 0;  // the last one that starts at this tile or before
   for (uint32_t after = tensors; after - tensor > 1;) {
     const uint32_t middle = (tensor + after) / 2;
-    if (table.first[middle] <= tile) tensor = middle;
+    if (table.tile_offsets[middle] <= tile) tensor = middle;
     else after = middle;
   }
   while (tile < end) {
-    const uint32_t next = table.first[tensor + 1];
+    const uint32_t next = table.tile_offsets[tensor + 1];
     if (next > tile) {
       body(tensor, tile, min(end, next));
       tile = min(end, next);
@@ -130,7 +132,7 @@ __device__ void for_each_piece(const Table& table, uint32_t tensors, uint32_t ti
 }
 
 // The elements [begin, end), counted from a 16-byte boundary, in 16-byte vectors as far as they go: tile(its first element)
-// for whole tiles, and vector(its first element) and element(which) for what is left at the edges.
+// for whole tiles, vector(its first element) and element(its index) for the edges.
 template <int VECTOR, int TILE, class TileBody, class VectorBody, class ElementBody>
 __device__ void walk(int64_t begin, int64_t end, TileBody tile, VectorBody vector, ElementBody element) {
   const int thread = threadIdx.x;
@@ -143,7 +145,7 @@ __device__ void walk(int64_t begin, int64_t end, TileBody tile, VectorBody vecto
     if (from >= to || (edge && full_begin > end)) continue;
     const int64_t vectors_begin = (from + VECTOR - 1) / VECTOR, vectors_end = to / VECTOR;
     for (int64_t v = vectors_begin + thread; v < vectors_end; v += THREADS) vector(v * VECTOR);
-    // What is left on either side is less than a vector; if no vector boundary lies between, all of it is on one.
+    // Less than a vector is left on either side; if there is no vector boundary in between, all of it belongs to the head.
     const int64_t head_end = min(vectors_begin * VECTOR, to);
     if (from + thread < head_end) element(from + thread);
     const int64_t tail_begin = max(vectors_end * VECTOR, head_end);
@@ -183,6 +185,19 @@ struct Launch {
   int blocks_per_sm = BLOCKS_PER_SM;
 };
 
+// Of a table of interface.h.
+template <class Table>
+Launch launch_of(const Table& table) {
+  return {table.tensors, table.tiles, table.device, static_cast<cudaStream_t>(table.stream)};
+}
+
+// A buffer of this thread, to be overwritten: a launch copies a table from it.
+template <class T>
+T& scratch() {
+  static thread_local T buffer;
+  return buffer;
+}
+
 inline cudaError_t blocks_for(int device, uint32_t tiles, uint32_t& blocks, int blocks_per_sm = BLOCKS_PER_SM) {
   int units = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, device);
@@ -211,10 +226,10 @@ cudaError_t launch(void (*kernel)(Table, uint32_t, uint32_t, Parameters...), con
 
 template <class Use>
 cudaError_t with_dtype(int dtype, Use use) {
-  switch (dtype) {
-    case 0: return use(F32());
-    case 1: return use(F64());
-    case 2: return use(BF16());
+  switch (Dtype(dtype)) {
+    case Dtype::F32: return use(F32());
+    case Dtype::F64: return use(F64());
+    case Dtype::BF16: return use(BF16());
     default: return use(F16());
   }
 }

@@ -1,4 +1,4 @@
-// The chunk functions for x86-64 with AVX2.
+// The kernels of a chunk for x86-64 with AVX2.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstring>
@@ -10,7 +10,7 @@
 #endif
 #define FASTCLIP_ISA avx2
 #define FASTCLIP_VECTOR_BYTES 32
-#include "cpu_kernels.h"
+#include "kernels.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

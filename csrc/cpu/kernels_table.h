@@ -1,25 +1,23 @@
-// The chunk functions one instruction set offers; cpu.cpp picks a table at run time.
+// The functions over one chunk that an instruction set offers; launch.cpp selects a table at run time.
 #pragma once
 
 #include <cstdint>
 
-#include "elementwise.h"
+#include "../elementwise.h"
 
-namespace fastclip {
+namespace fastclip::cpu {
 
-enum class Dtype : int { F32, F64, BF16, F16 };
-
-// One tensor's part of an optimizer step: n elements of each array, which start `first` elements into the tensor.
+// A chunk of one tensor in an optimizer step: n elements of each array, from element `offset` of the tensor on.
 struct StepArrays {
   void *param, *state[3];  // AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq or null; SGD: momentum_buffer or null
   const void* grad;
-  int64_t n, first;
-  bool stochastic;       // bfloat16 results rounded by chance, with the random numbers of `key`
+  int64_t n, offset;
+  bool stochastic;  // bfloat16 results are stochastically rounded, with the random numbers of `key`
   uint32_t key;
 };
 
 struct DtypeKernels {
-  using Measure = Moments (*)(const void* data, int64_t n, double p);
+  using Measure = NormPartial (*)(const void* data, int64_t n, double p);
   Measure l2_sum, l2, l1, max, power;  // l2_sum leaves absmax 0; all others give power and absmax
   void (*scale)(void* data, int64_t n, double coef);
   bool (*clamp)(void* data, int64_t n, double low, double high);
@@ -37,4 +35,4 @@ namespace avx2 { extern const CpuKernels kernels; }
 namespace avx512 { extern const CpuKernels kernels; }
 #endif
 
-}  // namespace fastclip
+}  // namespace fastclip::cpu

@@ -1,23 +1,19 @@
 // The CUDA backend: measure, apply, clamp and repair over a table of gradients, one launch each whatever the number of
 // tensors; repair takes a second one, to measure again.
 //
-// The gradients are cut into tiles of 16 KiB, counted through from tensor to tensor, and every block takes a contiguous
-// run of tiles. So a block meets few tensors, accumulates each in registers, and hands over at most two partial results:
-// of the tensor it begins with and of the tensor it ends with. Whichever block comes last for a tensor, or for the launch,
-// combines what the others left, in block order: no float atomics, bitwise repeatable, a workspace of a few KiB.
-#include "cuda_tiles.h"
-#include "elementwise.h"
-
-#ifndef FASTCLIP_MOST_PARAMETERS  // tensors of 12 bytes each: a kernel's parameters may take 32,764 bytes since CUDA 12.1
-#define FASTCLIP_MOST_PARAMETERS (CUDART_VERSION >= 12010 ? 2700 : 320)
-#endif
+// The gradients are divided into tiles of 16 KiB, numbered consecutively over all tensors, and every block takes a
+// contiguous run of tiles. So a block meets few tensors, accumulates each in registers, and writes at most two partial
+// results: of the tensor its run begins in and of the tensor it ends in. Whichever block finishes a tensor, or the launch,
+// last combines the partial results of all, in block order: no float atomics, bitwise repeatable, a workspace of a few KiB.
+#include "../elementwise.h"
+#include "interface.h"
+#include "table.h"
+#include "tiles.h"
 
 namespace fastclip::cuda {
 namespace {
 
-constexpr double VANISHING = 1e-24;  // a float32 power sum below this may have lost more than rounding
-
-// A thread's vectors of a tile.
+// Loads a thread's vectors of a tile.
 __device__ void load(uint4 (&raw)[LOADS], const uint4* vectors) {
 #pragma unroll
   for (int i = 0; i < LOADS; i++) raw[i] = vectors[i * THREADS];
@@ -25,45 +21,9 @@ __device__ void load(uint4 (&raw)[LOADS], const uint4* vectors) {
   for (int i = 0; i < LOADS; i++) keep(raw[i]);
 }
 
-// ---- table ----
-
-// For tensor t: its address (48 bits) above the element count of its last tile less 1 (16 bits), and the number of tiles
-// of all tensors before it; a tensor of no elements has no tile. In the kernel's parameters, so that nothing is uploaded,
-// or, for more tensors than fit there, in device memory.
-template <int N>
-struct ParameterTable {
-  uint64_t place[N];
-  uint32_t first[N + 1];
-};
-struct DeviceTable {
-  const uint64_t* place;
-  const uint32_t* first;
-};
-
-constexpr int FEW = 320, MANY = FASTCLIP_MOST_PARAMETERS;  // two sizes: a launch costs host time by its parameters
-static_assert(sizeof(ParameterTable<MANY>) <= (CUDART_VERSION >= 12010 ? 32764 : 4096) - 128);
-
-// A tensor as the elements [begin, end) counted from a 16-byte boundary.
-template <class D>
-struct Span {
-  typename D::Storage* base;
-  int64_t begin, end;
-};
-
-template <class D, class Table>
-__device__ Span<D> span_of(const Table& table, uint32_t tensor) {
-  const uint64_t place = table.place[tensor];
-  const uint64_t address = place >> 16;
-  const int64_t tiles = table.first[tensor + 1] - table.first[tensor];
-  // Said to be an address of global memory: through a pointer made of a mere number the loads would be generic ones.
-  return {static_cast<typename D::Storage*>(__cvta_global_to_generic(address & ~uint64_t(15))),
-          int64_t(address & 15) / int64_t(sizeof(typename D::Storage)),
-          (tiles - 1) * TILE<D> + int64_t(place & 0xffff) + 1};
-}
-
 // ---- measure ----
 
-// What one thread, then one block, has of a tensor: sum |x|^p and the bits of max |x|.
+// A partial result of one thread, then of one block, is sum |x|^p and the bits of max |x|.
 template <class D> using Bits = std::conditional_t<std::is_same_v<D, F64>, int64_t, int32_t>;
 
 template <class D>
@@ -95,7 +55,7 @@ template <class D, Norm N>
 __device__ Sum<D> sum_of(typename D::Storage* base, int64_t begin, int64_t end, double p) {
   using Wide = typename D::Wide;
   Sum<D> sum{0, 0};
-  if constexpr (N == Norm::Power) {  // waits for float64 logarithms, not for memory
+  if constexpr (N == Norm::Power) {  // bound by float64 logarithms, not by memory
 #pragma unroll 1
     for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) {
       const Wide x = D::widen(base[i]);
@@ -147,16 +107,16 @@ __device__ double wide_power_of(const typename D::Storage* base, int64_t begin, 
 
 // The sum over all threads of the block, in a fixed order, for every thread.
 template <class D>
-__device__ Sum<D> block_sum(Sum<D> mine) {
+__device__ Sum<D> block_sum(Sum<D> partial) {
   __shared__ double powers[WARPS];
   __shared__ Bits<D> maxima[WARPS];
 #pragma unroll
   for (int step = WARP / 2; step > 0; step /= 2)
-    mine.combine(__shfl_xor_sync(0xffffffffu, mine.power, step), __shfl_xor_sync(0xffffffffu, mine.bits, step));
-  __syncthreads();  // the sums of the call before have been read
+    partial.combine(__shfl_xor_sync(0xffffffffu, partial.power, step), __shfl_xor_sync(0xffffffffu, partial.bits, step));
+  __syncthreads();  // the previous call's sums have been read
   if (threadIdx.x % WARP == 0) {
-    powers[threadIdx.x / WARP] = mine.power;
-    maxima[threadIdx.x / WARP] = mine.bits;
+    powers[threadIdx.x / WARP] = partial.power;
+    maxima[threadIdx.x / WARP] = partial.bits;
   }
   __syncthreads();
   Sum<D> all{powers[0], maxima[0]};
@@ -167,13 +127,13 @@ __device__ Sum<D> block_sum(Sum<D> mine) {
 
 // Between launches all counters are zero.
 struct Workspace {
-  double* power;    // [2 blocks]: what a block has of the tensor it begins with, and of the one it ends with
+  double* power;    // [2 blocks]: a block's partial results of the tensor its run begins in, and of the one it ends in
   double* absmax;   // [2 blocks]
-  uint32_t* done;   // [blocks + 1]: blocks done with the tensor that ends block i's run; with the launch
+  uint32_t* done;   // [blocks + 1]: how many blocks are done with the tensor that block i's run ends in, then with all
 };
 constexpr size_t WORKSPACE_BYTES_PER_BLOCK = 4 * sizeof(double) + sizeof(uint32_t);
 
-// True for every thread of the last of `blocks` blocks that come here; whatever they wrote before is then visible.
+// True for all threads of the last of `blocks` blocks to call this; what the others wrote before is then visible.
 __device__ bool is_last(uint32_t* done, uint32_t blocks) {
   __shared__ bool last;
   __syncthreads();
@@ -190,16 +150,15 @@ __device__ bool is_last(uint32_t* done, uint32_t blocks) {
 // A block's sum over results that other blocks wrote: get(i) -> {power, absmax} for i < count.
 template <class Get>
 __device__ Sum<F64> gather(uint32_t count, Get get) {
-  Sum<F64> mine{0, 0};
+  Sum<F64> partial{0, 0};
   for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
-    const Moments m = get(i);
-    mine.combine(m.power, bits_of<F64>(m.absmax));
+    const NormPartial m = get(i);
+    partial.combine(m.power, bits_of<F64>(m.absmax));
   }
-  return block_sum<F64>(mine);
+  return block_sum<F64>(partial);
 }
 
-// What was measured before a repair: tensors with a finite absmax [tensors] are as they were, and not read again.
-// Null: nothing was.
+// What was measured before a repair, or nulls: tensors with a finite absmax [tensors] are unchanged, and not read again.
 struct Repaired {
   const double* power;
   const double* absmax;
@@ -218,9 +177,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   for_each_piece(table, tensors, tiles, [&](uint32_t tensor, uint32_t tile, uint32_t tile_end) {
     if (repaired.keeps(tensor)) return;
     const auto span = span_of<D>(table, tensor);
-    const uint32_t first = table.first[tensor], after = table.first[tensor + 1];
-    const int64_t begin = max(span.begin, int64_t(tile - first) * TILE<D>);
-    const int64_t end = min(span.end, int64_t(tile_end - first) * TILE<D>);
+    const uint32_t first_tile = table.tile_offsets[tensor], end_tile = table.tile_offsets[tensor + 1];
+    const int64_t begin = max(span.begin, int64_t(tile - first_tile) * TILE<D>);
+    const int64_t end = min(span.end, int64_t(tile_end - first_tile) * TILE<D>);
     const auto sum = block_sum<D>(sum_of<D, N>(span.base, begin, end, p));
     double power = sum.power;
     const double absmax = absmax_of<D>(sum.bits);
@@ -229,7 +188,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       if (!safe && absmax > 0 && absmax < INFINITY)
         power = block_sum<F64>({wide_power_of<D, N>(span.base, begin, end), 0}).power;
     }
-    const uint32_t first_block = block_of(first, tiles), last_block = block_of(after - 1, tiles);
+    const uint32_t first_block = block_of(first_tile, tiles), last_block = block_of(end_tile - 1, tiles);
     if (first_block < last_block) {
       const uint32_t slot = 2 * block + (block == first_block);
       if (threadIdx.x == 0) {
@@ -238,7 +197,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       }
       const uint32_t count = last_block - first_block + 1;
       if (!is_last(work.done + first_block, count)) return;
-      const auto all = gather(count, [&](uint32_t i) -> Moments {
+      const auto all = gather(count, [&](uint32_t i) -> NormPartial {
         const uint32_t other = 2 * (first_block + i) + (i == 0);
         return {__ldcg(work.power + other), __ldcg(work.absmax + other)};
       });
@@ -252,8 +211,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     }
   });
   if (!is_last(work.done + blocks, blocks)) return;
-  auto all = gather(tensors, [&](uint32_t i) -> Moments {
-    if (table.first[i] == table.first[i + 1]) {  // no elements, so no block came by
+  auto all = gather(tensors, [&](uint32_t i) -> NormPartial {
+    if (table.tile_offsets[i] == table.tile_offsets[i + 1]) {  // no elements, so no block has written its result
       result[i] = result[tensors + i] = 0;
       return {};
     }
@@ -277,7 +236,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 
 // ---- apply, clamp and repair ----
 
-// f(x&) for the elements [begin, end); a vector is written only if f says of one of its elements that it changed it.
+// f(x&) for the elements [begin, end); a vector is written only if f returns true (changed) for one of its elements.
 template <class D, class F>
 __device__ void rewrite(typename D::Storage* base, int64_t begin, int64_t end, F f) {
   using Wide = typename D::Wide;
@@ -315,9 +274,9 @@ template <class D, class Table, class Body>
 __device__ void for_each_span(const Table& table, uint32_t tensors, uint32_t tiles, Body body) {
   for_each_piece(table, tensors, tiles, [&](uint32_t tensor, uint32_t tile, uint32_t tile_end) {
     const auto span = span_of<D>(table, tensor);
-    const uint32_t first = table.first[tensor];
-    body(tensor, span.base, max(span.begin, int64_t(tile - first) * TILE<D>),
-         min(span.end, int64_t(tile_end - first) * TILE<D>));
+    const uint32_t first_tile = table.tile_offsets[tensor];
+    body(tensor, span.base, max(span.begin, int64_t(tile - first_tile) * TILE<D>),
+         min(span.end, int64_t(tile_end - first_tile) * TILE<D>));
   });
 }
 
@@ -381,36 +340,22 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 
 // ---- host ----
 
-// use(table) with the table, which is on the host if `tensors` <= MANY, in the smallest form that holds it.
-template <class Use>
-cudaError_t with_table(const uint64_t* place, const uint32_t* first, uint32_t tensors, Use use) {
-  auto as_parameters = [&](auto& table) {
-    std::memcpy(table.place, place, tensors * sizeof(uint64_t));
-    std::memcpy(table.first, first, (tensors + 1) * sizeof(uint32_t));
-    return use(table);
-  };
-  static thread_local ParameterTable<FEW> few;
-  static thread_local ParameterTable<MANY> many;
-  if (tensors <= FEW) return as_parameters(few);
-  if (tensors <= MANY) return as_parameters(many);
-  return use(DeviceTable{place, first});
+// launch_kernel(launch, type of the dtype, table) with the table in the smallest form that holds it.
+template <class LaunchKernel>
+const char* launch_over(const GradTable& gradients, LaunchKernel launch_kernel) {
+  const Launch to = launch_of(gradients);
+  return message(with_dtype(gradients.dtype, [&](auto d) {
+    return with_table(gradients, [&](const auto& table) { return launch_kernel(to, d, table); });
+  }));
 }
 
 }  // namespace
-}  // namespace fastclip::cuda
-
-// ---- what fastclip/backends/cuda.py calls: null, or what went wrong ----
-
-using namespace fastclip;
-using namespace fastclip::cuda;
 
 extern "C" {
 
-// The most tensors whose table travels in the kernel's parameters; the tables of more are read from device memory.
-int fastclip_cuda_most_parameters() { return MANY; }
+int32_t fastclip_cuda_max_table() { return MAX_TABLE; }
 
-// Whether the kernels can run on a device: it may be of an architecture that they were not compiled for.
-const char* fastclip_cuda_probe(int device) {
+const char* fastclip_cuda_probe(int32_t device) {
   int before = device;
   cudaFuncAttributes attributes;
   cudaError_t error = cudaGetDevice(&before);
@@ -420,94 +365,71 @@ const char* fastclip_cuda_probe(int device) {
   return message(error);
 }
 
-// Bytes of the workspace that `measure` needs on a device; zeroed once, then left to it, one for each stream.
-const char* fastclip_cuda_workspace_bytes(int device, int64_t* bytes) {
+const char* fastclip_cuda_workspace_bytes(int32_t device, int64_t* bytes) {
   uint32_t blocks = 0;
   const cudaError_t error = blocks_for(device, UINT32_MAX, blocks);
   *bytes = int64_t(blocks * WORKSPACE_BYTES_PER_BLOCK + sizeof(uint32_t));
   return message(error);
 }
 
-// The table of tensors at `addresses` with `sizes` elements of `itemsize` bytes: place [tensors], first [tensors + 1].
-// Returns the number of tiles, or -1 if there is an address or a number of tiles that the table cannot hold.
-int64_t fastclip_cuda_pack(const int64_t* addresses, const int64_t* sizes, int64_t tensors, int itemsize,
-                           uint64_t* place, uint32_t* first) {
+int64_t fastclip_cuda_pack(const int64_t* addresses, const int64_t* sizes, int64_t tensors, int32_t itemsize,
+                           uint64_t* packed_address, uint32_t* tile_offsets) {
   const int64_t tile = TILE_BYTES / itemsize;
   int64_t tiles = 0;
   for (int64_t i = 0; i < tensors; i++) {
     const uint64_t address = addresses[i];
     const int64_t end = sizes[i] > 0 ? int64_t(address % 16) / itemsize + sizes[i] : 0;
     if (address >> 48) return -1;
-    place[i] = address << 16 | (sizes[i] > 0 ? uint64_t((end - 1) % tile) : 0);
-    first[i] = uint32_t(tiles);
+    packed_address[i] = address << 16 | (sizes[i] > 0 ? uint64_t((end - 1) % tile) : 0);
+    tile_offsets[i] = uint32_t(tiles);
     tiles += (end + tile - 1) / tile;
     if (tiles > INT32_MAX) return -1;
   }
-  first[tensors] = uint32_t(tiles);
+  tile_offsets[tensors] = uint32_t(tiles);
   return tiles;
 }
 
-// dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. An infinite max_norm gives the coefficient 1. `power` and `absmax`
-// are null, or what was measured before a repair.
-const char* fastclip_cuda_measure(const uint64_t* place, const uint32_t* first, uint32_t tensors, uint32_t tiles,
-                                  int dtype, double p, double max_norm, const double* before, const double* power,
-                                  const double* absmax, void* workspace, double* result, int device, void* stream) {
-  const Launch to{tensors, tiles, device, static_cast<cudaStream_t>(stream)};
-  uint32_t most = 0;
-  if (const cudaError_t error = blocks_for(device, UINT32_MAX, most); error != cudaSuccess) return message(error);
-  auto* doubles = static_cast<double*>(workspace);
-  const Workspace work{doubles, doubles + 2 * most, reinterpret_cast<uint32_t*>(doubles + 4 * most)};
-  return message(with_dtype(dtype, [&](auto d) {
+const char* fastclip_cuda_measure(const GradTable* gradients, const MeasureOptions* options) {
+  const auto& o = *options;
+  uint32_t blocks = 0;  // at most, in any launch
+  if (const cudaError_t error = blocks_for(gradients->device, UINT32_MAX, blocks); error != cudaSuccess)
+    return message(error);
+  auto* doubles = static_cast<double*>(o.workspace);
+  const Workspace work{doubles, doubles + 2 * blocks, reinterpret_cast<uint32_t*>(doubles + 4 * blocks)};
+  return launch_over(*gradients, [&](const Launch& to, auto d, const auto& table) {
     using D = decltype(d);
-    return with_table(place, first, tensors, [&](const auto& table) {
-      using Table = std::decay_t<decltype(table)>;
-      auto kernel = measure_kernel<D, Norm::Power, Table>;
-      switch (norm_kind(p)) {
-        case Norm::L2: kernel = measure_kernel<D, Norm::L2, Table>; break;
-        case Norm::L1: kernel = measure_kernel<D, Norm::L1, Table>; break;
-        case Norm::Max: kernel = measure_kernel<D, Norm::Max, Table>; break;
-        case Norm::Power: break;
-      }
-      return launch(kernel, to, table, p, max_norm, before, Repaired{power, absmax}, work, result);
-    });
-  }));
+    using Table = std::decay_t<decltype(table)>;
+    auto kernel = measure_kernel<D, Norm::Power, Table>;
+    switch (norm_kind(o.p)) {
+      case Norm::L2: kernel = measure_kernel<D, Norm::L2, Table>; break;
+      case Norm::L1: kernel = measure_kernel<D, Norm::L1, Table>; break;
+      case Norm::Max: kernel = measure_kernel<D, Norm::Max, Table>; break;
+      case Norm::Power: break;
+    }
+    const Repaired repaired{o.earlier_power, o.earlier_absmax};
+    return launch(kernel, to, table, o.p, o.max_norm, o.before, repaired, work, o.result);
+  });
 }
 
-// coef: float64 on the device, one (stride 0) or one a tensor (stride 1).
-const char* fastclip_cuda_apply(const uint64_t* place, const uint32_t* first, uint32_t tensors, uint32_t tiles,
-                                int dtype, const double* coef, int stride, int device, void* stream) {
-  const Launch to{tensors, tiles, device, static_cast<cudaStream_t>(stream)};
-  return message(with_dtype(dtype, [&](auto d) {
-    return with_table(place, first, tensors, [&](const auto& table) {
-      using Table = std::decay_t<decltype(table)>;
-      return launch(apply_kernel<decltype(d), Table>, to, table, coef, stride);
-    });
-  }));
+const char* fastclip_cuda_apply(const GradTable* gradients, const double* coef, uint32_t stride) {
+  return launch_over(*gradients, [&](const Launch& to, auto d, const auto& table) {
+    return launch(apply_kernel<decltype(d), std::decay_t<decltype(table)>>, to, table, coef, stride);
+  });
 }
 
-// changed: a bool on the device, set where any element was outside [low, high].
-const char* fastclip_cuda_clamp(const uint64_t* place, const uint32_t* first, uint32_t tensors, uint32_t tiles,
-                                int dtype, double low, double high, bool* changed, int device, void* stream) {
-  const Launch to{tensors, tiles, device, static_cast<cudaStream_t>(stream)};
-  return message(with_dtype(dtype, [&](auto d) {
-    return with_table(place, first, tensors, [&](const auto& table) {
-      using Table = std::decay_t<decltype(table)>;
-      return launch(clamp_kernel<decltype(d), Table>, to, table, low, high, changed);
-    });
-  }));
+const char* fastclip_cuda_clamp(const GradTable* gradients, double low, double high, bool* changed) {
+  return launch_over(*gradients, [&](const Launch& to, auto d, const auto& table) {
+    return launch(clamp_kernel<decltype(d), std::decay_t<decltype(table)>>, to, table, low, high, changed);
+  });
 }
 
-// absmax: as measured; counts: int64 [tensors] on the device, to which the elements set to zero are added.
-const char* fastclip_cuda_repair(const uint64_t* place, const uint32_t* first, uint32_t tensors, uint32_t tiles,
-                                 int dtype, const double* absmax, int64_t* counts, int device, void* stream) {
-  const Launch to{tensors, tiles, device, static_cast<cudaStream_t>(stream)};
-  return message(with_dtype(dtype, [&](auto d) {
-    return with_table(place, first, tensors, [&](const auto& table) {
-      using Table = std::decay_t<decltype(table)>;
-      return launch(repair_kernel<decltype(d), Table>, to, table, absmax,
-                    reinterpret_cast<unsigned long long*>(counts));
-    });
-  }));
+const char* fastclip_cuda_repair(const GradTable* gradients, const double* absmax, int64_t* counts) {
+  return launch_over(*gradients, [&](const Launch& to, auto d, const auto& table) {
+    return launch(repair_kernel<decltype(d), std::decay_t<decltype(table)>>, to, table, absmax,
+                  reinterpret_cast<unsigned long long*>(counts));
+  });
 }
 
 }  // extern "C"
+
+}  // namespace fastclip::cuda

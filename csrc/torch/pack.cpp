@@ -10,8 +10,7 @@ namespace {
 
 constexpr size_t BLOCK = 64;
 constexpr int64_t SEGMENT_COST = 256;  // of starting on a tensor, in elements; balances threads over tiny tensors
-
-constexpr size_t MOST_KEPT = 1 << 15;  // segments
+constexpr size_t MAX_KEPT = 1 << 15;   // segments whose memory is kept from call to call
 
 // Anything that is not simply memory: wrapper subclasses, lazy conjugates and negatives, vmap, nested, sparse, meta, ...
 const c10::DispatchKeySet ODD_KEYS{
@@ -19,11 +18,23 @@ const c10::DispatchKeySet ODD_KEYS{
     c10::DispatchKey::ZeroTensor, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
     c10::DispatchKey::Functionalize, c10::DispatchKey::NestedTensor};
 
+Dtype kernel_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat ? Dtype::F32
+      : dtype == at::kDouble ? Dtype::F64
+      : dtype == at::kBFloat16 ? Dtype::BF16
+                             : Dtype::F16;
+}
+
+void written(void* gradient) {
+  auto* tensor = static_cast<c10::TensorImpl*>(gradient);
+  if (!tensor->is_inference()) tensor->bump_version();
+}
+
 // Memory kept from call to call: asking the system for fresh pages costs more than filling them.
 thread_local Overlaps kept_overlaps;
-thread_local std::vector<Segment> kept_segments;
+thread_local std::vector<cpu::Segment> kept_segments;
 
-const Segment* segment_at(const Group& group, const void* data) {
+const cpu::Segment* segment_at(const Group& group, const void* data) {
   for (const auto& segment : group.segments)
     if (segment.numel > 0 && segment.data == data) return &segment;
   return nullptr;
@@ -31,7 +42,7 @@ const Segment* segment_at(const Group& group, const void* data) {
 
 bool has_gradient(const Group& group, const c10::TensorImpl* gradient) {
   return std::any_of(group.segments.begin(), group.segments.end(),
-                     [gradient](const Segment& segment) { return segment.gradient == gradient; });
+                     [gradient](const cpu::Segment& segment) { return segment.owner == gradient; });
 }
 
 Group& group_of(std::vector<Group>& groups, c10::Device device, at::ScalarType dtype, size_t expected) {
@@ -101,8 +112,8 @@ Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std
         const size_t bytes = numel * itemsize;
         if (storage.nbytes() < gradient->storage_offset() * itemsize + bytes) return Packed::Odd;  // freed
         if (!overlaps.insert(address)) {
-          const Segment* first = segment_at(*group, data);
-          if (first && first->numel == numel) continue;  // the same gradient again counts once
+          const cpu::Segment* same = segment_at(*group, data);
+          if (same && same->numel == numel) continue;  // the same gradient again counts once
           for (const auto& any : groups)
             if (segment_at(any, data)) return Packed::Odd;
         }
@@ -118,14 +129,14 @@ Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std
 }
 
 void recycle(Group&& group) {
-  if (group.segments.capacity() > MOST_KEPT) return;
+  if (group.segments.capacity() > MAX_KEPT) return;
   group.segments.clear();
   kept_segments.swap(group.segments);
 }
 
 void Group::add(void* data, int64_t numel, c10::TensorImpl* gradient) {
   segments.push_back({data, numel, chunks, work, gradient});
-  chunks += (numel + CPU_CHUNK - 1) / CPU_CHUNK;
+  chunks += (numel + cpu::CHUNK - 1) / cpu::CHUNK;
   work += numel + SEGMENT_COST;
 }
 
@@ -133,21 +144,23 @@ void Group::own() {
   if (!owners.empty()) return;
   owners.reserve(segments.size());
   storages.reserve(segments.size());
-  for (auto& s : segments) {
-    owners.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(s.gradient));
-    storages.push_back(s.gradient->unsafe_storage());
+  for (size_t i = 0; i < segments.size(); i++) {
+    owners.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(gradient(i)));
+    storages.push_back(gradient(i)->unsafe_storage());
   }
 }
 
 bool Group::has_its_memory(size_t i) const {
-  const auto& gradient = *owners[i];
-  return gradient.unsafe_storage().is_alias_of(storages[i]) && gradient.numel() == segments[i].numel &&
-      static_cast<char*>(storages[i].mutable_data()) + gradient.storage_offset() * c10::elementSize(dtype) ==
+  const auto& owner = *owners[i];
+  return owner.unsafe_storage().is_alias_of(storages[i]) && owner.numel() == segments[i].numel &&
+      static_cast<char*>(storages[i].mutable_data()) + owner.storage_offset() * c10::elementSize(dtype) ==
       segments[i].data;
 }
 
-void Group::bump_version(size_t i) const {
-  if (!segments[i].gradient->is_inference()) segments[i].gradient->bump_version();
+void Group::bump_version(size_t i) const { written(segments[i].owner); }
+
+cpu::Table Group::table() const {
+  return {segments.data(), int64_t(segments.size()), chunks, work, kernel_dtype(dtype), written};
 }
 
 }  // namespace fastclip

@@ -1,4 +1,4 @@
-// Gradients as a multi-tensor table: one Group per (device, dtype), one Segment per gradient.
+// Gradients as multi-tensor tables: one Group per (device, dtype), one segment per gradient.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,29 +7,23 @@
 #include <utility>
 #include <vector>
 
+#include "../cpu/launch.h"
+
 namespace fastclip {
-
-// Elements of a chunk on the CPU. Chunk partials are combined in chunk order, so results do not depend on threads.
-constexpr int64_t CPU_CHUNK = 1 << 15;
-
-struct Segment {
-  void* data;
-  int64_t numel;
-  int64_t first_chunk;        // index of the segment's first CPU chunk within its group
-  int64_t work;               // elements (plus a fixed cost) of all segments before this one
-  c10::TensorImpl* gradient;
-};
 
 struct Group {
   c10::Device device{c10::kCPU};
   at::ScalarType dtype{at::kFloat};
-  std::vector<Segment> segments;
+  std::vector<cpu::Segment> segments;  // whose owners are the gradients, TensorImpls
   std::vector<int64_t> positions;  // of each segment among all gradients; empty if there is no other group
   int64_t chunks = 0;
   int64_t work = 0;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> owners;  // the gradients; empty until own()
-  std::vector<c10::Storage> storages;                       // and their memory, which they may be parted from
+  std::vector<c10::Storage> storages;                       // their memory, which a gradient may lose (`p.grad.data = x`)
 
+  // What the CPU kernels need of a group of CPU tensors; good until the group changes.
+  cpu::Table table() const;
+  c10::TensorImpl* gradient(size_t i) const { return static_cast<c10::TensorImpl*>(segments[i].owner); }
   void add(void* data, int64_t numel, c10::TensorImpl* gradient);
   // Keep the gradients and their memory alive, whatever Python does to them meanwhile (`p.grad = None`, `p.grad.data = x`).
   // Without it the table is good only while the GIL is held.
@@ -53,8 +47,8 @@ class Overlaps {
     shift_ = 64 - __builtin_ctzll(capacity);
   }
 
-  // False if the address may have been there before. Slots hold 32 bits of the hash, which keeps the table in the L1
-  // cache; two addresses that agree in them (4 GiB apart) are told apart by the caller, who looks for the first anyway.
+  // False if the address may have been inserted before. Slots hold 32 bits of the hash, which keeps the table in the L1
+  // cache; the caller distinguishes two addresses that agree in them (4 GiB apart), as it searches for the first anyway.
   bool insert(uintptr_t address) {
     const uint64_t hash = address * 0x9E3779B97F4A7C15ull;
     const uint32_t mark = uint32_t(hash) | 1;
@@ -65,7 +59,7 @@ class Overlaps {
     return true;
   }
 
-  // Takes note of a tensor of so many bytes; true if nothing else has its storage. One that fills its storage can be
+  // Records a tensor of so many bytes; true if nothing else has its storage. One that fills its storage can be
   // overlapped by others that fill it, which begin at the same address, and by views, which do not fill it.
   bool add(const c10::Storage& storage, uintptr_t address, size_t bytes) {
     const bool fills = storage.nbytes() == bytes && storage.unsafeGetStorageImpl()->resizable();
@@ -92,10 +86,10 @@ class Overlaps {
   int shift_;
 };
 
-// Dense real memory of a dtype that the kernels know, and nothing else: no wrapper, no lazy negation.
+// Whether a tensor is dense real memory of a dtype that the kernels know: no wrapper, no lazy negation.
 bool plain(const c10::TensorImpl& tensor);
 
-// Why a list of gradients needs the general packer (fastclip/table.py), which handles or names the odd one.
+// Whether a list of gradients is packed, or needs the general packer in Python, which handles or names the odd one.
 enum class Packed { Plain, Odd };
 
 // Groups of all gradients of `tensors` (or of the tensors themselves), in order, a gradient that appears twice once: the
