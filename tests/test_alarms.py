@@ -78,7 +78,7 @@ def test_spikes():
     monitor = GradMonitor()
     assert watch(monitor, steps, limit=5.0) == [("spike", 500), ("spike", 2000)]
     first, second = (notice.message for notice in monitor.warnings)
-    assert "the gradient norm 100 is" in first and "loudest in layer0.weight" in first and "it was clipped" in first
+    assert "the gradient norm 100 is" in first and "largest in layer0.weight" in first and "it was clipped" in first
     assert "1 more since the last such warning" in second
     assert "more since" not in first
 

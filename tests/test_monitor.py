@@ -108,14 +108,14 @@ def test_a_line_a_step(tmp_path):
         coef = min(1, 2 / (norms[i] + 1e-6))
         assert line["coef"] == pytest.approx(coef, rel=NORM_ERROR + unit(torch.float32))
         assert line["clipped"] == (norms[i] > 2) and line["limit"] == 2.0
-        loudest = sorted(range(5), key=lambda j: -abs(gradients[i][j]))[:3]
-        assert list(line["loudest"]) == [f"layer{j}.weight" for j in loudest]
+        top_norms = sorted(range(5), key=lambda j: -abs(gradients[i][j]))[:3]
+        assert list(line["top_norms"]) == [f"layer{j}.weight" for j in top_norms]
         assert ("row_norms" in line) == (i % 10 == 0)
     for at in range(10, 57, 10):  # the largest since the line before
         most = [max(abs(row[j]) for row in gradients[at - 9 : at + 1]) for j in range(5)]
         four_digits = pytest.approx(most, rel=5e-4 + 2 * NORM_ERROR)
         assert rest[at]["row_norms"] == rest[at]["row_absmax"] == four_digits
-    assert monitor.last["step"] == 56 and monitor.loudest == rest[-1]["loudest"]
+    assert monitor.last["step"] == 56 and monitor.top_norms == rest[-1]["top_norms"]
     assert monitor.clip_rate == pytest.approx(statistics.mean(norm > 2 for norm in norms))
     assert path.read_bytes().endswith(b"}\n")
 
@@ -189,7 +189,7 @@ def test_memory_is_bounded(tmp_path):
         grown, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert grown < 64 * 1024
-        assert len(monitor.history.spans) <= 64 and not monitor._flying
+        assert len(monitor.history.spans) <= 64 and not monitor._pending
         assert list(monitor._register.names) == [str(i) for i in names]
     assert monitor._lines._file is None
 
@@ -202,7 +202,7 @@ def test_nan_and_inf_are_words(tmp_path):
     found = steps_of(path)
     assert [line["loss"] for line in found] == [1.0, "nan", "-inf", "inf"]
     assert [line["total_norm"] for line in found[1:3]] == ["nan", "inf"]
-    assert found[1]["loudest"] == {"layer0.weight": "nan", "layer1.weight": 1.0}
+    assert found[1]["top_norms"] == {"layer0.weight": "nan", "layer1.weight": 1.0}
     assert found[1]["row_norms"] == ["nan", 1.0] and found[2]["row_norms"] == ["inf", 1.0]
     assert [line["nonfinite"] for line in found] == [0, 1, 1, 0]
     history = load(path)
@@ -225,7 +225,7 @@ def test_gradients_come_and_go(tmp_path, named):
     else:
         expected = [[1, 2], [None, None], [3, 4], [5, 6, 7]]
     assert [line["row_norms"] for line in found] == expected
-    assert [len(line["loudest"]) for line in found] == [2, 0, 2, 3]
+    assert [len(line["top_norms"]) for line in found] == [2, 0, 2, 3]
     assert found[1]["total_norm"] == 0 and found[1]["coef"] == 1
     torch.testing.assert_close(load(path).cells()[1], monitor.history.cells()[1], equal_nan=True)
     assert monitor.history.cells()[1].shape == (3, 4)
@@ -301,16 +301,16 @@ def test_steps_are_taken_up_in_order_and_never_waited_for(events, tmp_path):
 
 def test_steps_on_their_way_are_bounded(events):
     stats, monitor = Model("a").step(0.5), GradMonitor()
-    for _ in range(GradMonitor.MOST_FLYING + 10):
+    for _ in range(GradMonitor.MOST_PENDING + 10):
         monitor.update(stats)
-    assert monitor.missed == 10 and len(monitor._flying) == GradMonitor.MOST_FLYING
+    assert monitor.missed == 10 and len(monitor._pending) == GradMonitor.MOST_PENDING
     for event in events:
         event.complete = True
     monitor.update(stats)
     assert monitor.missed == 10
     monitor.close()
-    assert monitor.history.last == GradMonitor.MOST_FLYING + 10
-    assert sum(span.count for span in monitor.history.spans) == GradMonitor.MOST_FLYING + 1
+    assert monitor.history.last == GradMonitor.MOST_PENDING + 10
+    assert sum(span.count for span in monitor.history.spans) == GradMonitor.MOST_PENDING + 1
 
 
 def fail(monitor, *steps):
@@ -671,7 +671,7 @@ def test_wrong_updates():
     ]:
         with pytest.raises(error, match=word):
             monitor.update(*wrong)
-    assert monitor.last == {} and math.isnan(monitor.clip_rate) and monitor.loudest == {}
+    assert monitor.last == {} and math.isnan(monitor.clip_rate) and monitor.top_norms == {}
 
 
 def test_losses_may_require_gradients():

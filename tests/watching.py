@@ -11,6 +11,7 @@ import torch
 import fastclip
 from fastclip.host_stats import flattened
 from fastclip.monitor import GradientWarning
+from fastclip.monitor.pending import PendingRead
 
 NAN, INF = math.nan, math.inf
 
@@ -76,9 +77,10 @@ def late(monkeypatch):
     """From now on monitors read late; the events, one a step, to complete at will."""
     made = []
 
-    def started(stats, loss):
+    def start(step, stats, loss, loss_on_device):
         made.append(Event())
-        return None, *flattened(stats.tensors(), loss), made[-1]
+        host, layout = flattened(stats.tensors(), loss_on_device)
+        return PendingRead(step, loss, host=host, layout=layout, event=made[-1])
 
-    monkeypatch.setattr(fastclip.monitor, "_started", started)
+    monkeypatch.setattr(PendingRead, "start", start)
     return made

@@ -20,41 +20,28 @@ import warnings
 import weakref
 from collections import deque
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..backends import capturing
-from ..host_stats import HostStats, StatsLayout, flattened, root
 from ..stats import Stats
 from .alarms import Alarms, GradientWarning, Seen
 from .history import History, Notice, Span, heat
 from .lines import MOST_STEPS, Lines, brief, load, writes
 from .loggers import Logger, loggers
-from .rows import Maxima, Register
+from .pending import PendingRead
+from .rows import Maxima, Register, top_norms
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["GradMonitor", "GradientWarning", "History", "Notice", "Span", "load"]
 
-LOUDEST = 3
 SCALARS = {  # what loggers call the numbers of a record
     "loss": "loss", "total_norm": "grad/norm", "limit": "grad/limit", "coef": "grad/coef",
     "nonfinite": "grad/nonfinite",
 }  # fmt: skip
-
-
-class Flying(NamedTuple):
-    """Statistics that are still to be taken up: on their way to the host, or there already."""
-
-    step: int
-    loss: float | None  # if that was on the host
-    stats: Stats | None  # if they were on the host, where nothing changes them: read when they are taken up
-    host: Tensor | None = None
-    layout: StatsLayout | None = None
-    event: Any = None  # its query() says whether `host` is complete; None: it is
 
 
 class GradMonitor:
@@ -106,7 +93,7 @@ class GradMonitor:
         ...         monitor.update(clipper.step(optimizer), loss)
     """
 
-    MOST_FLYING = 256
+    MOST_PENDING = 256
     TOGETHER = 4  # on a CPU
     _closed = True  # until it is made
     _targets: list[Any]  # what `log` names
@@ -138,7 +125,7 @@ class GradMonitor:
         self._maxima = Maxima(self._register)
         self._alarms = Alarms(self.window, adam_eps, elements)
         self._clipped: deque[bool] = deque(maxlen=self.window)
-        self._flying: deque[Flying] = deque()
+        self._pending: deque[PendingRead] = deque()
         self._next = self._seen = 0
         self._own = []
         self.log_to(log)
@@ -190,13 +177,13 @@ class GradMonitor:
         if step >= MOST_STEPS:
             raise ValueError(f"step must be < 2**63, got {step}")
         self._next = step + 1
-        found = self._landed() if len(self._flying) >= self.MOST_FLYING else []
-        if len(self._flying) < self.MOST_FLYING:
-            self._flying.append(Flying(step, on_host, *_started(stats, on_device)))
+        found = self._drain() if len(self._pending) >= self.MOST_PENDING else []
+        if len(self._pending) < self.MOST_PENDING:
+            self._pending.append(PendingRead.start(step, stats, on_host, on_device))
         else:
             self.missed += 1
-        if self._flying[0].stats is None or len(self._flying) >= self.TOGETHER:
-            found += self._landed()
+        if self._pending[0].stats is None or len(self._pending) >= self.TOGETHER:
+            found += self._drain()
         _warn(found, 3)
 
     @property
@@ -221,9 +208,9 @@ class GradMonitor:
         return sum(clipped) / len(clipped) if clipped else math.nan
 
     @property
-    def loudest(self) -> dict[str, float]:
+    def top_norms(self) -> dict[str, float]:
         """The gradients with the largest norms in the last step taken up, by name (or index), the largest first."""
-        return self.last.get("loudest", {})
+        return self.last.get("top_norms", {})
 
     @property
     def warnings(self) -> list[Notice]:
@@ -249,7 +236,7 @@ class GradMonitor:
 
     def _looked_at(self) -> GradMonitor:
         """Take up what is on the host before somebody looks."""
-        _warn(self._landed(), 4)
+        _warn(self._drain(), 4)
         return self
 
     def close(self) -> None:
@@ -270,11 +257,11 @@ class GradMonitor:
 
     def _finished(self) -> list[Notice]:
         try:
-            return [] if self._closed else self._landed(wait=True)
+            return [] if self._closed else self._drain(wait=True)
         finally:
             self._closed = True
             atexit.unregister(self._at_exit)
-            self._flying.clear()
+            self._pending.clear()
             if self._lines:
                 self._lines.close()
             for writer in self._own:
@@ -289,7 +276,7 @@ class GradMonitor:
     __del__ = _ended
 
     def __getstate__(self) -> dict[str, Any]:
-        _warn(self._landed(wait=True), 3)
+        _warn(self._drain(wait=True), 3)
         folders = [os.fspath(target) for target in self._targets if isinstance(target, (str, os.PathLike))]
         left = [type(target).__name__ for target in self._targets if not isinstance(target, (str, os.PathLike))]
         state = {**self.__dict__, "_targets": folders, "_loggers": None, "_own": [], "left": left}
@@ -318,30 +305,26 @@ class GradMonitor:
     def __copy__(self) -> GradMonitor:
         return copy.deepcopy(self)
 
-    def _landed(self, wait: bool = False) -> list[Notice]:
+    def _drain(self, wait: bool = False) -> list[Notice]:
         """Take up the steps whose numbers have come."""
         found = []
-        while self._flying:
-            event = self._flying[0].event
+        while self._pending:
+            event = self._pending[0].event
             if event is not None and not event.query():
                 if not wait:
                     break
                 event.synchronize()
-            found += self._take(self._flying.popleft())
+            found += self._take(self._pending.popleft())
         return found
 
-    def _take(self, flying: Flying) -> list[Notice]:
-        if flying.stats is not None:
-            read = HostStats.of(flying.stats.tensors())
-        else:
-            assert flying.host is not None and flying.layout is not None
-            read = HostStats(flying.host, flying.layout)
-        loss = read.loss if flying.loss is None else flying.loss
+    def _take(self, pending: PendingRead) -> list[Notice]:
+        read = pending.read()
+        loss = read.loss if pending.loss is None else pending.loss
         index = self._register.index(read.keys)
-        record: dict[str, Any] = {"step": flying.step} | ({} if loss is None else {"loss": loss}) | read.log()
-        record["loudest"] = _loudest(read)
+        record: dict[str, Any] = {"step": pending.step} | ({} if loss is None else {"loss": loss}) | read.log()
+        record["top_norms"] = top_norms(read)
         heard = self._alarms.heard(Seen(record, read, index, self._register.names))
-        notices = [Notice(flying.step, kind, message) for kind, message in heard]
+        notices = [Notice(pending.step, kind, message) for kind, message in heard]
 
         self._last = record
         self._maxima.add(index, read)
@@ -364,7 +347,7 @@ class GradMonitor:
             if self._loggers is None:
                 self.log_to(self._targets)
             for logger in self._loggers or ():
-                logger(scalars, flying.step)
+                logger(scalars, pending.step)
         return notices
 
     def _write(self, lines: Lines, record: dict[str, Any], notices: list[Notice]) -> list[Notice]:
@@ -386,37 +369,6 @@ class GradMonitor:
 def _at_exit(monitor: weakref.ref[GradMonitor]) -> None:
     if (left := monitor()) is not None:
         left._ended()
-
-
-def _started(stats: Stats, loss: Tensor | None) -> tuple[Stats | None, Tensor | None, StatsLayout | None, Any]:
-    """What a Flying has of these: the statistics themselves where they are on the host; else a copy that has begun."""
-    if stats.device.type == "cpu" and loss is None:
-        return stats, None, None, None
-    flat, layout = flattened(stats.tensors(), loss)
-    if flat.device.type != "cuda":
-        return None, flat.cpu(), layout, None
-    host = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=True).copy_(flat, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(flat.device))
-    return None, host, layout, event
-
-
-def _loudest(read: HostStats) -> dict[str, float]:
-    """The largest norms; of gradients that are not finite before all."""
-    p = read.layout.norm_type
-    powers = [math.inf if math.isnan(power) else power for power in read.power] if read.nonfinite else read.power[:]
-    found: dict[str, float] = {}
-    for _ in range(min(LOUDEST, read.count)):
-        at = powers.index(max(powers))
-        power = read.power[at]
-        norm = math.sqrt(power) if p == 2 else _root(power, p)
-        found[str(read.keys[at])] = norm
-        powers[at] = -1.0
-    return found
-
-
-def _root(power: float, p: float) -> float:
-    return power if math.isinf(p) else root(torch.tensor(power, dtype=torch.float64, device="cpu"), p).item()
 
 
 def _warn(notices: list[Notice], stacklevel: int) -> None:

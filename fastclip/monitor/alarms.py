@@ -56,7 +56,7 @@ class Clipping:
     def __init__(self, window: int) -> None:
         self._share, self._norms, self._heard = Share(window), deque[float](maxlen=window), False
 
-    def sees(self, seen: Seen) -> bool:
+    def update(self, seen: Seen) -> bool:
         if not seen.record["skipped"]:
             self._share.add(seen.record["clipped"])
             if math.isfinite(seen.record["total_norm"]):
@@ -65,7 +65,7 @@ class Clipping:
             self._heard = False
         return self._share.full and self._share.yes > 0.9 * len(self._share) and not self._heard
 
-    def says(self, seen: Seen) -> str:
+    def message(self, seen: Seen) -> str:
         self._heard = True
         text = f"{self._share.yes} of the last {len(self._share)} updates were clipped"
         if (limit := seen.record.get("limit")) is not None and self._norms:
@@ -86,14 +86,14 @@ class Swallowed:
 
     Adam's update is m / (sqrt(v) + eps), with m and sqrt(v) about as large as a gradient's elements: where these are
     smaller than eps, less than half of the update is left. They are as large as norm · coef / sqrt(elements) typically,
-    where `elements` is known and the norm is the 2-norm, and at most as coef · max|g| of the loudest gradient.
+    where `elements` is known and the norm is the 2-norm, and at most as the largest coef · max|g|.
     """
 
     def __init__(self, window: int, eps: float, elements: int | None) -> None:
         self.eps, self.elements = eps, elements
         self._share, self._size, self._heard = Share(window), 0.0, False
 
-    def sees(self, seen: Seen) -> bool:
+    def update(self, seen: Seen) -> bool:
         record = seen.record
         if not record["skipped"] and math.isfinite(record["total_norm"]):
             small = False
@@ -122,7 +122,7 @@ class Swallowed:
     def _typical(self, numbers: HostStats) -> bool:
         return self.elements is not None and numbers.layout.norm_type == 2
 
-    def says(self, seen: Seen) -> str:
+    def message(self, seen: Seen) -> str:
         self._heard = True
         which = "a typical element" if self._typical(seen.numbers) else "even the largest element"
         return (
@@ -148,7 +148,7 @@ class Spike:
         self._ordered: list[float] = []
         self._median, self._unheard = 0.0, 0
 
-    def sees(self, seen: Seen) -> bool:
+    def update(self, seen: Seen) -> bool:
         norm = seen.record["total_norm"]
         if not (0 < norm < math.inf):
             return False
@@ -164,12 +164,12 @@ class Spike:
         self._unheard += spike
         return spike
 
-    def says(self, seen: Seen) -> str:
+    def message(self, seen: Seen) -> str:
         norm, usual, record = seen.record["total_norm"], math.exp(self._median), seen.record
         more = f" ({self._unheard - 1} more since the last such warning)" if self._unheard > 1 else ""
         self._unheard = 0
-        loudest = next(iter(record["loudest"]), None)
-        where = f", loudest in {loudest}" if loudest is not None else ""
+        top = next(iter(record["top_norms"]), None)
+        where = f", largest in {top}" if top is not None else ""
         if record["skipped"]:
             done = "the update was skipped"
         elif record["clipped"]:
@@ -192,7 +192,7 @@ class Silent:
         self._heard = torch.zeros(0, dtype=torch.bool, device="cpu")
         self._any = False
 
-    def sees(self, seen: Seen) -> bool:
+    def update(self, seen: Seen) -> bool:
         if not self._any and 0.0 not in seen.numbers.absmax:
             return False
         zero = seen.numbers.vector("absmax") == 0
@@ -208,7 +208,7 @@ class Silent:
     def _due(self) -> Tensor:
         return (self._runs >= self.STEPS) & ~self._heard
 
-    def says(self, seen: Seen) -> str:
+    def message(self, seen: Seen) -> str:
         new = self._due()
         due = new.nonzero().flatten().tolist()
         self._heard = self._heard | new
@@ -231,13 +231,13 @@ class Skips:
     def __init__(self, window: int) -> None:
         self._share, self._heard = Share(window), False
 
-    def sees(self, seen: Seen) -> bool:
+    def update(self, seen: Seen) -> bool:
         self._share.add(bool(seen.record["skipped"] and seen.record["nonfinite"]))
         if 2 * self._share.yes < self.MANY:
             self._heard = False
         return self._share.yes >= self.MANY and not self._heard
 
-    def says(self, seen: Seen) -> str:
+    def message(self, seen: Seen) -> str:
         self._heard = True
         return (
             f"{self._share.yes} of the last {len(self._share)} updates were skipped because gradients were not finite, "
@@ -249,10 +249,10 @@ class Skips:
 class Passed:
     """A gradient was not finite, and the update was not skipped: its elements were set to 0, or nothing was done."""
 
-    def sees(self, seen: Seen) -> bool:
+    def update(self, seen: Seen) -> bool:
         return bool(seen.record["nonfinite"] and not seen.record["skipped"])
 
-    def says(self, seen: Seen) -> str:
+    def message(self, seen: Seen) -> str:
         if "zeroed" in seen.record:
             return (
                 f"{seen.record['zeroed']} elements of {seen.record['nonfinite']} of {seen.numbers.count} gradients "
@@ -282,8 +282,8 @@ class Alarms:
         """What there is to say after this step: kinds and messages."""
         found = []
         for kind, alarm in self.alarms.items():
-            if alarm.sees(seen) and not self._quiet[kind]:
-                found.append((kind, alarm.says(seen)))
+            if alarm.update(seen) and not self._quiet[kind]:
+                found.append((kind, alarm.message(seen)))
                 self._quiet[kind] = self.QUIET
             elif self._quiet[kind]:
                 self._quiet[kind] -= 1

@@ -1,4 +1,4 @@
-"""Which gradient is which, and which share a row of the heat map."""
+"""Which gradient is which, which share a row of the heat map, and which are the largest."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..host_stats import HostStats, root
+
+TOP_NORMS = 3
 
 
 class Register:
@@ -124,3 +126,20 @@ def _called(called: dict[str, str], name: str) -> str:
 
 def _prefix(name: str, depth: int) -> str:
     return ".".join(name.split(".")[:depth])
+
+
+def top_norms(read: HostStats) -> dict[str, float]:
+    """The largest norms; of gradients that are not finite before all."""
+    p = read.layout.norm_type
+    powers = [math.inf if math.isnan(power) else power for power in read.power] if read.nonfinite else read.power[:]
+    largest: dict[str, float] = {}
+    for _ in range(min(TOP_NORMS, read.count)):
+        at = powers.index(max(powers))
+        power = read.power[at]
+        largest[str(read.keys[at])] = math.sqrt(power) if p == 2 else _root(power, p)
+        powers[at] = -1.0
+    return largest
+
+
+def _root(power: float, p: float) -> float:
+    return power if math.isinf(p) else root(torch.tensor(power, dtype=torch.float64, device="cpu"), p).item()
