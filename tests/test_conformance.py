@@ -9,7 +9,7 @@ import pytest
 from conformance import BackendConformance, RuleConformance
 from conftest import BACKENDS
 
-from fastclip.rules import AGC, AdaGC, AutoClip, BlockRMS, GlobalNorm, Mask, TensorNorm, Value, ZClip
+from fastclip.rules import AGC, AdaGC, AutoClip, BlockRMS, Except, GlobalNorm, Mask, Only, TensorNorm, Value, ZClip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,6 +37,8 @@ RULES = {
     "AutoClip": lambda: AutoClip(20, window=5),
     "ZClip": lambda: ZClip(warmup=3),
     "AdaGC": lambda: AdaGC(warmup=3),
+    "Only": lambda: Only(GlobalNorm(0.5), "p[12]"),
+    "Except": lambda: Except(TensorNorm(0.5), "p[01]"),
     "the template": lambda: template("class MedianNorm").MedianNorm(1.5),
 }
 

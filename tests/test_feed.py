@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import NORM_ERROR, assert_scaled, clip_factor, parameter, total_norm, unit, wide
 from exact_steps import ExactSteps
+from torch.testing import assert_close
 
 import fastclip
 from fastclip import rules
@@ -74,10 +75,6 @@ def state_of(model, optimizer):
     return copy.deepcopy([list(model.parameters()), optimizer.state_dict()["state"]])
 
 
-def assert_same(a, b, **tolerances):
-    torch.testing.assert_close(a, b, **tolerances)
-
-
 def exact_step(name, model, step, change=lambda parameters: None):
     """Gives `model` the gradients of a step; torch's step in float64 on them, changed, then clipped to 0.3."""
     exact = ExactSteps(OPTIMIZERS[name], list(model.parameters()))
@@ -132,7 +129,7 @@ def test_when_false_leaves_everything(name, when):
     before = state_of(model, optimizer)
     stats = clipper.step(optimizer, when=when)
     assert stats.skipped and not stats.clipped and stats.coef == 1 and stats.total_norm > 0
-    assert_same(state_of(model, optimizer), before, rtol=0, atol=0)
+    assert_close(state_of(model, optimizer), before, rtol=0, atol=0)
     assert not clipper.step(optimizer, when=torch.tensor(True)).skipped
     assert not torch.equal(next(model.parameters()), before[0][0])
     assert is_clean(optimizer)
@@ -171,15 +168,15 @@ def test_nonfinite_policies(name, value):
     gradients = [p.grad.clone() for p in model.parameters()]
     stats = clipper.step(optimizer)
     assert stats.skipped and stats.nonfinite.tolist() == [True, False, False, False]
-    assert_same(list(model.parameters()), before, rtol=0, atol=0)
+    assert_close(list(model.parameters()), before, rtol=0, atol=0)
     if "fused" not in name:  # torch's fused steps may write what they do not use
-        assert_same([p.grad for p in model.parameters()], gradients, rtol=0, atol=0, equal_nan=True)
+        assert_close([p.grad for p in model.parameters()], gradients, rtol=0, atol=0, equal_nan=True)
 
     model, optimizer, clipper = broken("raise")
     before = state_of(model, optimizer)
     with pytest.raises(RuntimeError, match=r"not finite: 0\.weight \(1 of 80\); nothing was changed"):
         clipper.step(optimizer)
-    assert_same(state_of(model, optimizer), before, rtol=0, atol=0)
+    assert_close(state_of(model, optimizer), before, rtol=0, atol=0)
     assert is_clean(optimizer)
 
     model, optimizer, clipper = broken("zero")
@@ -232,8 +229,8 @@ def test_freeze_leaves_masked_parameters_alone(name):
     stats = fastclip.Clipper(model.parameters(), rules.Mask(1e-3, freeze=True)).step(optimizer)
     assert stats.coef.tolist() == [0, 0, 1, 1]
     after = state_of(model, optimizer)
-    assert_same(after[0][:2], before[0][:2], rtol=0, atol=0)
-    assert_same([after[1][k] for k in (0, 1)], [before[1][k] for k in (0, 1)], rtol=0, atol=0)
+    assert_close(after[0][:2], before[0][:2], rtol=0, atol=0)
+    assert_close([after[1][k] for k in (0, 1)], [before[1][k] for k in (0, 1)], rtol=0, atol=0)
     assert not torch.equal(after[0][2], before[0][2])
     assert all(p.grad is not None for p in model.parameters())
     model[0].weight.grad.fill_(1.0)
@@ -331,7 +328,7 @@ def test_scaler_reports_true_norms():
         expected = fastclip.Clipper([parameter(g) for g in wide(p.grad for p in plain.parameters())], 0.3).clip_()
     for name in ("total_norm", "tensor_norms", "tensor_absmax", "coef"):  # to the norm's error and two roundings
         relative = NORM_ERROR + 2 * unit(torch.float32)
-        assert_same(getattr(stats, name).double(), getattr(expected, name), rtol=relative, atol=0)
+        assert_close(getattr(stats, name).double(), getattr(expected, name), rtol=relative, atol=0)
     assert stats.clipped and expected.clipped
 
 
@@ -473,7 +470,7 @@ def test_bad_arguments_change_nothing(arguments, error, message):
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(error, match=message):
         fastclip.Clipper(model.parameters(), 0.3).step(optimizer, **arguments)
-    assert_same([p.detach() for p in model.parameters()], before, rtol=0, atol=0)
+    assert_close([p.detach() for p in model.parameters()], before, rtol=0, atol=0)
 
 
 def test_optimizers_that_cannot_be_stepped():

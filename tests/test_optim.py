@@ -8,6 +8,7 @@ import torch
 from cases import NORM_ERROR, parameter
 from conftest import BACKENDS
 from exact_steps import ExactSteps
+from torch.testing import assert_close
 
 import fastclip
 from fastclip import rules
@@ -56,10 +57,6 @@ def give_gradients(ps, step, scale=1.0):
     generator = torch.Generator().manual_seed(100 + step)
     for p in ps:
         p.grad = (torch.randn(p.shape, generator=generator, dtype=torch.float64) * scale).to(p.dtype)
-
-
-def assert_same(a, b, **tolerances):
-    torch.testing.assert_close(a, b, **tolerances)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -160,7 +157,7 @@ def test_clipped_steps_as_clip_then_step_in_float64(step_backend, pair, limit):
         exact.step(NORM_ERROR)
         assert mine.stats.total_norm.item() == pytest.approx(expected.item(), rel=NORM_ERROR)
         if step_backend != "reference":  # no gradient is written back
-            assert_same([p.grad for p in a], before, rtol=0, atol=0)
+            assert_close([p.grad for p in a], before, rtol=0, atol=0)
     exact.check(a)
 
 
@@ -219,7 +216,7 @@ def test_hold(step_backend, pair):
     before = copy.deepcopy([ps[1].detach(), optimizer.state.get(ps[1])])
     other = ps[0].detach().clone()
     optimizer.step(zero_grad=True)
-    assert_same([ps[1].detach(), optimizer.state.get(ps[1])], before, rtol=0, atol=0)
+    assert_close([ps[1].detach(), optimizer.state.get(ps[1])], before, rtol=0, atol=0)
     assert not torch.equal(ps[0], other)
     assert not any(p.grad.any() for p in ps)
 
@@ -253,7 +250,7 @@ def test_own_policy_for_nonfinite_gradients():
     before = [p.detach().clone() for p in ps]
     optimizer.step()
     assert optimizer.stats.skipped
-    assert_same([p.detach() for p in ps], before, rtol=0, atol=0)
+    assert_close([p.detach() for p in ps], before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
@@ -419,7 +416,7 @@ def test_parameters_that_share_a_gradient(step_backend, groups, zero_grad):
         if zero_grad:
             assert not any(p.grad.any() for p in a)
         elif step_backend != "reference":  # a shared one is not written by torch's kernel either
-            assert_same([p.grad for p in a[:2]], before[:2], rtol=0, atol=0)
+            assert_close([p.grad for p in a[:2]], before[:2], rtol=0, atol=0)
         exact.check(a)
         fastclip.Clipper(b, rule).step(torch.optim.SGD(b, 0.1, 0.9, fused=True))
         exact.check(b)
@@ -433,7 +430,7 @@ def test_a_refusal_leaves_everything_as_it_was(step_backend):
     before = [p.detach().clone() for p in ps]
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         optimizer.step()
-    assert_same([p.detach() for p in ps], before, rtol=0, atol=0)
+    assert_close([p.detach() for p in ps], before, rtol=0, atol=0)
     with pytest.raises(TypeError, match="params must be floating-point tensors"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2) * 1j)]})
     assert len(optimizer.param_groups) == 2
@@ -450,7 +447,7 @@ def test_a_state_of_another_shape_is_refused(step_backend, make):
     before = copy.deepcopy([[p.detach() for p in ps], list(optimizer.state.values())])
     with pytest.raises(ValueError, match=rf"{name} has the shape \(7,\), and its parameter \(33, 2\)"):
         optimizer.step()
-    assert_same([[p.detach() for p in ps], list(optimizer.state.values())], before, rtol=0, atol=0)
+    assert_close([[p.detach() for p in ps], list(optimizer.state.values())], before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["parameter", "gradient", "momentum_buffer"])
@@ -546,7 +543,7 @@ def test_hyperparameters_given_as_tensors_are_read_once(step_backend):
         saved = mine.state_dict()
         saved["param_groups"][0] |= tensors
         mine.load_state_dict(saved)
-    assert_same([p.detach() for p in a], [p.detach() for p in b], rtol=0, atol=0)
+    assert_close([p.detach() for p in a], [p.detach() for p in b], rtol=0, atol=0)
     momentum = SGD(parameters(), momentum=torch.tensor(0.5), dampening=torch.tensor(0.25))
     assert momentum.param_groups[0]["momentum"] == 0.5 and type(momentum.param_groups[0]["dampening"]) is float
     with pytest.raises(ValueError, match="weight_decay must be >= 0"):
