@@ -76,13 +76,30 @@ const std::vector<c10::TensorImpl*>* tensors_of(PyObject* list, bool* subclass =
 // Whether a mode is active that intercepts operations (fake tensors, make_fx, FlopCounterMode): it would not see these.
 bool watched() { return c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled(); }
 
+// Whether this process is one of several that train together: whether it has a default process group.
+bool has_process_group(PyObject* modules) {
+  static PyObject* const module = PyUnicode_InternFromString("torch.distributed.distributed_c10d");
+  static PyObject* const name = PyUnicode_InternFromString("GroupMember");
+  static PyObject* const world = PyUnicode_InternFromString("WORLD");
+  static PyObject* holder = nullptr;  // the class whose attribute is the group; kept for the life of the process
+  if (!holder) {
+    PyObject* loaded = PyDict_GetItem(modules, module);
+    if (!loaded || !(holder = PyObject_GetAttr(loaded, name))) return PyErr_Clear(), false;
+  }
+  PyObject* group = PyObject_GetAttr(holder, world);
+  if (!group) return PyErr_Clear(), true;  // unknown
+  Py_DECREF(group);
+  return group != Py_None;
+}
+
 // Whether a parameter is one of FSDP1's flat ones, or a view of one: each rank has another part of them. Looks at none
-// where FSDP1 is not loaded, and unless `all` only at those of one dimension, as flat ones are.
+// where FSDP1 is not loaded (torch.compile loads it) or has no process group, and unless `all` only at those of one
+// dimension, as flat ones are.
 bool any_flattened(PyObject* list, bool all) {
   static PyObject* const module = PyUnicode_InternFromString("torch.distributed.fsdp._flat_param");
   static PyObject* const mark = PyUnicode_InternFromString("_fsdp_flattened");
   PyObject* modules = PyImport_GetModuleDict();
-  if (!modules || PyDict_Contains(modules, module) != 1) return false;
+  if (!modules || PyDict_Contains(modules, module) != 1 || !has_process_group(modules)) return false;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
     PyObject* item = PyList_GET_ITEM(list, i);
     if ((all || THPVariable_Unpack(item).dim() == 1) && PyObject_HasAttr(item, mark)) return true;
