@@ -12,7 +12,7 @@ from torch import Tensor, compiler
 
 from . import backends
 from .arguments import is_bool
-from .backends import Measurement, capturing, native, upload
+from .backends import Measurement, NativeGroup, capturing, upload
 from .gradients.pack import flatten_params, from_native, pack, same_items
 from .gradients.param_index import ParamIndex
 from .gradients.table import GradTable
@@ -131,18 +131,18 @@ class Clipper:
         decision.apply_(table)
         return stats
 
-    def _clip_fused(self) -> Stats | list[Any] | None:
-        """The commonest case in one native call: one limit of the norm, gradients on the CPU, few enough to count.
+    def _clip_fused(self) -> Stats | list[NativeGroup] | None:
+        """The commonest case in one native call: one limit of the norm, gradients on the CPU.
 
         Returns the packed gradients where it is another case, or None where they want the general packer.
         """
-        if len(self.rules) > 1 or self.norm_type == 0 or self.nonfinite != "propagate":
+        if len(self.rules) > 1 or self.nonfinite != "propagate":
             return None
         limit = self.rules[0].static_limit(self.steps)
-        library = native.cpp.load() if limit is not None and backends.current() in ("auto", "cpu") else None
-        if library is None:
+        fused = backends.choose_fused() if limit is not None else None
+        if fused is None:
             return None
-        done = library.clip_all(self.parameters, self.norm_type, limit)
+        done = fused.clip_norm_fused(self.parameters, True, limit, self.norm_type, False, True)
         if not isinstance(done, tuple):
             return done
         power, absmax, norm, coef, wide = done

@@ -22,7 +22,6 @@ from torch.compiler import is_dynamo_compiling
 
 from . import backends, torch_ops
 from .arguments import checked_limit, checked_norm, nonnegative, number, one_number
-from .backends import native
 from .gradients.modes import is_watched
 from .gradients.pack import check_not_gradients, flatten_params, from_native, pack
 from .pipeline.decide import clip, clip_by_norm, refuse_nonfinite
@@ -178,13 +177,12 @@ def _global_norm(
 ) -> Tensor:
     items = tensors if type(tensors) is list else flatten_params(tensors, argument, stacklevel=4)
     clips = argument == "parameters"
-    packed = None
-    if backends.current() in ("auto", "cpu"):
-        library = native.cpp.load()
-        if library is not None:
-            packed = library.global_norm(items, clips, max_norm, norm_type, error_if_nonfinite)
-            if isinstance(packed, Tensor):
-                return packed
+    packed: list[backends.NativeGroup] | None = None
+    if (fused := backends.choose_fused()) is not None:
+        done = fused.clip_norm_fused(items, clips, max_norm, norm_type, error_if_nonfinite, False)
+        if isinstance(done, Tensor):
+            return done
+        packed = done
     if not packed and is_watched():
         return _global_norm_in_graph(flatten_params(items, argument), argument, max_norm, norm_type, error_if_nonfinite)
     rule = GlobalNorm(checked_limit(max_norm, "max_norm") if clips else math.inf, norm_type)

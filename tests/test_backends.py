@@ -184,7 +184,7 @@ def test_capturing_asks_about_the_device_it_is_given(monkeypatch):
 
 
 def test_an_instruction_set_that_this_cpu_lacks_is_told(monkeypatch):
-    monkeypatch.setattr(native.cpp, "_opened", SimpleNamespace(isa=lambda: "avx2"))
+    monkeypatch.setattr(native.cpp, "opened", SimpleNamespace(isa=lambda: "avx2"))
     monkeypatch.setenv("FASTCLIP_CPU_ISA", "avx512")
     assert cpu.describe().startswith("avx2 (FASTCLIP_CPU_ISA asks for avx512, which this CPU lacks), ")
     monkeypatch.setenv("FASTCLIP_CPU_ISA", "avx2")

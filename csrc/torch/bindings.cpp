@@ -142,50 +142,76 @@ py::list wrap(std::vector<Group>&& groups) {
   return list;
 }
 
-// global_norm(items: list, clip: bool, max_norm: float, norm_type: float, error_if_nonfinite: bool)
+// Statistics of each segment as two tensors, float64 [T].
+struct PerTensor {
+  at::Tensor power, absmax;
+
+  explicit PerTensor(const std::vector<NormPartial>& segments) {
+    const auto options = at::TensorOptions().dtype(at::kDouble);
+    const int64_t n = segments.size();
+    power = at::detail::empty_cpu({n}, options);
+    absmax = at::detail::empty_cpu({n}, options);
+    auto *powers = power.mutable_data_ptr<double>(), *maxima = absmax.mutable_data_ptr<double>();
+    for (int64_t i = 0; i < n; i++) {
+      powers[i] = segments[i].power;
+      maxima[i] = segments[i].absmax;
+    }
+  }
+};
+
+// clip_norm_fused(items: list, of_parameters: bool, max_norm: float, norm_type: float, error_if_nonfinite: bool,
+//                 per_tensor: bool)
 //
-// The norm of the gradients of parameters, clipped to max_norm; or, unless `clip`, just the norm of tensors.
-// pack -> measure -> decide -> apply in one call for the commonest case: plain gradients on the CPU.
-// Returns the norm; or the packed groups, untouched, when another path must handle them; or None when the list or
-// an argument needs the general path (fastclip/functional.py), which handles it or explains what is wrong with it.
-PyObject* global_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// The norm of the gradients of parameters, clipped to max_norm; or, unless `of_parameters`, just the norm of tensors.
+// pack -> measure -> decide -> apply in one call for the commonest case: plain gradients on the CPU. Returns
+// - the norm, float32 (float64 if a gradient is); if `per_tensor`, (power [T], absmax [T], norm, coefficient, whether a
+//   gradient is float64) instead, all but the last float64;
+// - the packed groups, untouched, when another path must handle them (for `per_tensor`, also those of several dtypes);
+// - None when the list or an argument needs the general path, which handles it or explains what is wrong with it.
+PyObject* clip_norm_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 5) {
-    PyErr_SetString(PyExc_TypeError, "global_norm takes 5 arguments");
+  if (count != 6) {
+    PyErr_SetString(PyExc_TypeError, "clip_norm_fused takes 6 arguments");
     return nullptr;
   }
-  const bool clip = args[1] == Py_True;
-  const double max_norm = clip ? number(args[2]) : 0, p = number(args[3]);
+  const bool clips = args[1] == Py_True, per_tensor = args[5] == Py_True;
+  const double max_norm = clips ? number(args[2]) : 0, p = number(args[3]);
   if (!(max_norm >= 0) || !(p > 0)) Py_RETURN_NONE;
   const int refuses = PyObject_IsTrue(args[4]);
   if (refuses < 0) return nullptr;
   std::vector<Group> groups;
-  if (watched() || pack_items(args[0], /*gradients_of=*/clip, groups) == Packed::Odd || groups.empty()) Py_RETURN_NONE;
+  if (watched() || pack_items(args[0], /*gradients_of=*/clips, groups) == Packed::Odd || groups.empty()) Py_RETURN_NONE;
   int64_t work = 0;
-  bool wide = false;
+  bool wide = false, elsewhere = per_tensor && groups.size() > 1;
   for (const auto& group : groups) {
-    if (!group.device.is_cpu()) return wrap(std::move(groups)).release().ptr();
+    elsewhere |= !group.device.is_cpu();
     work += group.work;
     wide |= group.dtype == at::kDouble;
   }
+  if (elsewhere) return wrap(std::move(groups)).release().ptr();
 
+  // Until the interpreter is released nothing runs Python, so the gradients need no owner.
   std::optional<py::gil_scoped_release> released;
   if (work > LONG_WORK) {
     for (auto& group : groups) group.own();
     released.emplace();
   }
+  static thread_local std::vector<NormPartial> per_segment;
+  per_segment.resize(per_tensor ? groups[0].segments.size() : 0);  // all are written below
   NormPartial total;
-  for (const auto& group : groups) total.combine(measure(group, p, /*absmax=*/false, nullptr));
-  const double norm = finish_norm(norm_kind(p), p, total.power, total.absmax);
+  for (const auto& group : groups)
+    total.combine(measure(group, p, /*absmax=*/per_tensor, per_tensor ? per_segment.data() : nullptr));
+  const double norm = finish_norm(norm_kind(p), p, total.power, total.absmax), coef = clip_coefficient(norm, max_norm);
   const bool refuse = refuses && !std::isfinite(norm);
-  if (clip && !refuse) {
-    const double coef = clip_coefficient(norm, max_norm);
+  if (clips && !refuse)
     for (const auto& group : groups) apply_(group, &coef, 0);
-  }
   released.reset();
   if (refuse) return wrap(std::move(groups)).release().ptr();
   for (auto& group : groups) recycle(std::move(group));
-  return THPVariable_Wrap(scalar(norm, wide ? at::kDouble : at::kFloat));
+  if (!per_tensor) return THPVariable_Wrap(scalar(norm, wide ? at::kDouble : at::kFloat));
+  const PerTensor each(per_segment);
+  return py::make_tuple(each.power, each.absmax, scalar(norm, at::kDouble), scalar(coef, at::kDouble), wide)
+      .release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -261,57 +287,25 @@ std::unique_ptr<Group> units(const Group& group) {
 // and of `before`, the total of groups measured before it.
 py::tuple measure_group(const Group& group, double p, std::optional<double> max_norm,
                         const std::optional<at::Tensor>& before) {
-  const int64_t n = group.segments.size();
-  const auto options = at::TensorOptions().dtype(at::kDouble);
-  at::Tensor power = at::detail::empty_cpu({n}, options), absmax = at::detail::empty_cpu({n}, options);
-  at::Tensor total = at::detail::empty_cpu({2}, options);
+  std::vector<NormPartial> per_segment(group.segments.size());
   NormPartial all;
   {
     py::gil_scoped_release released;
-    std::vector<NormPartial> per_segment(n);
     all = measure(group, p, /*absmax=*/true, per_segment.data());
-    auto *powers = power.mutable_data_ptr<double>(), *maxima = absmax.mutable_data_ptr<double>();
-    int64_t nonzero = 0;
-    for (int64_t i = 0; i < n; i++) {
-      powers[i] = per_segment[i].power;
-      maxima[i] = per_segment[i].absmax;
-      nonzero += powers[i] != 0;
-    }
-    if (p == 0) all.power = double(nonzero);
+  }
+  if (p == 0) {
+    all.power = 0;
+    for (const auto& segment : per_segment) all.power += segment.power != 0;
   }
   if (before) all.combine({before->const_data_ptr<double>()[0], before->const_data_ptr<double>()[1]});
+  at::Tensor total = at::detail::empty_cpu({2}, at::TensorOptions().dtype(at::kDouble));
   total.mutable_data_ptr<double>()[0] = all.power;
   total.mutable_data_ptr<double>()[1] = all.absmax;
   const double norm = finish_norm(norm_kind(p), p, all.power, all.absmax);
   py::object coef = py::none();
   if (max_norm) coef = py::cast(scalar(clip_coefficient(norm, *max_norm), at::kDouble));
-  return py::make_tuple(power, absmax, scalar(norm, at::kDouble), coef, total);
-}
-
-// pack, measure, decide and apply for a Clipper whose only rule is the global norm: what `measure` returns, and whether the
-// gradients are float64; or the packed groups, untouched, or None, as global_norm does. No gradient is owned meanwhile:
-// nothing here runs Python.
-py::object clip_all(const py::list& list, double p, double max_norm) {
-  std::vector<Group> groups;
-  if (watched() || pack_items(list.ptr(), /*gradients_of=*/true, groups) == Packed::Odd || groups.empty()) return py::none();
-  if (groups.size() > 1 || !groups[0].device.is_cpu() || groups[0].work > LONG_WORK) return wrap(std::move(groups));
-  Group& group = groups[0];
-  const int64_t n = group.segments.size();
-  static thread_local std::vector<NormPartial> per_segment;
-  per_segment.resize(n);  // all are written below
-  const auto all = measure(group, p, /*absmax=*/true, per_segment.data());
-  const double norm = finish_norm(norm_kind(p), p, all.power, all.absmax), coef = clip_coefficient(norm, max_norm);
-  apply_(group, &coef, 0);
-  const auto options = at::TensorOptions().dtype(at::kDouble);
-  at::Tensor power = at::detail::empty_cpu({n}, options), absmax = at::detail::empty_cpu({n}, options);
-  auto *powers = power.mutable_data_ptr<double>(), *maxima = absmax.mutable_data_ptr<double>();
-  for (int64_t i = 0; i < n; i++) {
-    powers[i] = per_segment[i].power;
-    maxima[i] = per_segment[i].absmax;
-  }
-  const bool wide = group.dtype == at::kDouble;
-  recycle(std::move(group));
-  return py::make_tuple(power, absmax, scalar(norm, at::kDouble), scalar(coef, at::kDouble), wide);
+  const PerTensor each(per_segment);
+  return py::make_tuple(each.power, each.absmax, scalar(norm, at::kDouble), coef, total);
 }
 
 // coef: float64 on the host, [] or [T]
@@ -388,7 +382,7 @@ void sgd_(const KeptStepGroup& group, const at::Tensor& coef, const std::optiona
 }
 
 PyMethodDef fastcall[] = {
-    {"global_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(global_norm)), METH_FASTCALL,
+    {"clip_norm_fused", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(clip_norm_fused)), METH_FASTCALL,
      "pack, measure, decide and apply in one call"},
     {nullptr, nullptr, 0, nullptr}};
 
@@ -411,7 +405,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pack", &pack_list);
   m.def("same_items", &same_items);
   m.def("measure", &measure_group);
-  m.def("clip_all", &clip_all);
   m.def("apply_", &apply_tensor, Released());
   m.def("clamp_", &clamp_, Released());
   m.def("pack_step", &pack_step_lists);

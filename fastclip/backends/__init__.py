@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from .base import Backend, GradGroup, Measurement, StepBackend
+from . import native
+from .base import Backend, FusedBackend, GradGroup, Measurement, NativeGroup, StepBackend
 from .choice import BACKENDS, checked, current, use_backend
 from .transfer import UploadCache, capturing, upload
 
@@ -22,9 +23,11 @@ __all__ = [
     "Backend",
     "GradGroup",
     "Measurement",
+    "NativeGroup",
     "UploadCache",
     "capturing",
     "choose",
+    "choose_fused",
     "choose_step",
     "current",
     "get",
@@ -60,3 +63,9 @@ def choose_step(device: torch.device) -> StepBackend | None:
     """:func:`choose`, where that backend takes optimizers' steps; else None."""
     backend = choose(device)
     return None if backend.name == "reference" else cast(StepBackend, backend)
+
+
+def choose_fused() -> FusedBackend | None:
+    """The backend that has the commonest call in one go, if the current choice allows it: it finds out by itself which
+    gradients are on its device."""
+    return native.cpp.opened or native.cpp.load() if current() in ("auto", "cpu") else None

@@ -6,7 +6,7 @@ elsewhere: the gradients may be half written.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -212,3 +212,28 @@ class StepBackend(Backend, Protocol):
 
     def sgd_(self, table: StepTable, decision: StepDecision, options: SGDOptions) -> None:
         """One step of torch.optim.SGD; with one row of states, momentum."""
+
+
+# What one fused call measured and did: power [T], absmax [T], norm [], coef [], whether a gradient is float64.
+FusedStats = tuple[Tensor, Tensor, Tensor, Tensor, bool]
+
+
+class FusedBackend(Protocol):
+    """A backend that also has the commonest call in one go: pack, measure, decide and apply.
+
+    ``clip_norm_fused`` clips the gradients of parameters to `max_norm`; or, unless `of_parameters`, measures tensors. It
+    takes the arguments as the user gave them: what it does not know it leaves to the general path, which says what is
+    wrong. It returns the norm before, or with `per_tensor` a :data:`FusedStats`; the packed groups or None where it is
+    another case (another device, say), and nothing is done then.
+    """
+
+    @overload
+    def clip_norm_fused(
+        self, items: list[Any], of_parameters: bool, max_norm: Any, norm_type: float, error_if_nonfinite: bool,
+        per_tensor: Literal[False], /,
+    ) -> Tensor | list[NativeGroup] | None: ...  # fmt: skip
+    @overload
+    def clip_norm_fused(
+        self, items: list[Any], of_parameters: bool, max_norm: Any, norm_type: float, error_if_nonfinite: bool,
+        per_tensor: Literal[True], /,
+    ) -> FusedStats | list[NativeGroup] | None: ...  # fmt: skip

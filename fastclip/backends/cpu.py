@@ -20,7 +20,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def describe() -> str:
-    isa, asked = native.cpp.load().isa(), os.environ.get("FASTCLIP_CPU_ISA")
+    isa, asked = native.cpp.get().isa(), os.environ.get("FASTCLIP_CPU_ISA")
     wanted = f" (FASTCLIP_CPU_ISA asks for {asked}, which this CPU lacks)" if asked and asked != isa else ""
     return f"{isa}{wanted}, {torch.get_num_threads()} threads"
 
@@ -28,15 +28,18 @@ def describe() -> str:
 def measure(
     group: GradGroup, norm_type: float, max_norm: float | None = None, before: torch.Tensor | None = None
 ) -> Measurement:
-    return Measurement(*native.cpp.load().measure(group.native, norm_type, max_norm, before))
+    assert group.native is not None
+    return Measurement(*native.cpp.get().measure(group.native, norm_type, max_norm, before))
 
 
 def apply_(group: GradGroup, coef: torch.Tensor) -> None:
-    native.cpp.load().apply_(group.native, coef)
+    assert group.native is not None
+    native.cpp.get().apply_(group.native, coef)
 
 
 def clamp_(group: GradGroup, low: float, high: float) -> torch.Tensor:
-    return torch.tensor(native.cpp.load().clamp_(group.native, low, high), device="cpu")
+    assert group.native is not None
+    return torch.tensor(native.cpp.get().clamp_(group.native, low, high), device="cpu")
 
 
 def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[Measurement, torch.Tensor]:
@@ -44,7 +47,7 @@ def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[
 
 
 def adamw_(table: StepTable, decision: StepDecision, options: AdamWOptions) -> None:
-    native.cpp.load().adamw_(
+    native.cpp.get().adamw_(
         *(table.native, decision.coef, decision.frozen_mask, float(options.lr), options.beta1, options.beta2),
         *(options.eps, options.weight_decay, options.maximize, decision.zero_grad, decision.seed),
     )
@@ -52,7 +55,7 @@ def adamw_(table: StepTable, decision: StepDecision, options: AdamWOptions) -> N
 
 
 def sgd_(table: StepTable, decision: StepDecision, options: SGDOptions) -> None:
-    native.cpp.load().sgd_(
+    native.cpp.get().sgd_(
         *(table.native, decision.coef, decision.frozen_mask, float(options.lr), options.momentum),
         *(options.one_minus_dampening, options.weight_decay, options.nesterov, options.maximize),
         *(decision.zero_grad, decision.seed),

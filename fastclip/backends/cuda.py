@@ -160,7 +160,7 @@ def _call(verb: str, group: GradGroup, *arguments: Any) -> None:
 
 
 def _check(function: str, *arguments: Any) -> None:
-    if error := getattr(native.cuda.load(), function)(*arguments):
+    if error := getattr(native.cuda.get(), function)(*arguments):
         raise RuntimeError(f"{function}: {error.decode()}")
 
 
@@ -186,7 +186,7 @@ _groups: WeakKeyDictionary[GradGroup, _Table] = WeakKeyDictionary()  # of the ve
 def _table(group: GradGroup) -> _Table:
     table = _groups.get(group)
     if table is None:
-        library = native.cuda.load()
+        library = native.cuda.get()
         addresses, sizes = group.addresses_and_sizes()
         count = len(group)
         packed = torch.zeros(count + count // 2 + 1, dtype=torch.int64, device="cpu")
@@ -209,7 +209,7 @@ _uploaded_steps: UploadCache[Tensor] = UploadCache()
 
 def _step_table(table: StepTable) -> tuple[Tensor, int]:
     """Addresses and sizes int64 [7, T], then tile offsets int32 [T + 1], where the kernels will look; and the tiles."""
-    library = native.cuda.load()
+    library = native.cuda.get()
     addresses = table.addresses()
     rows, count = addresses.shape
     packed = torch.zeros(rows * count + count // 2 + 1, dtype=torch.int64, device="cpu")
@@ -225,7 +225,7 @@ def _step_table(table: StepTable) -> tuple[Tensor, int]:
 
 
 def _step_bytes(count: int) -> int:
-    return int(native.cuda.load().fastclip_cuda_step_bytes(count))
+    return int(native.cuda.get().fastclip_cuda_step_bytes(count))
 
 
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}

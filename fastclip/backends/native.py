@@ -22,11 +22,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from . import build_cache, cuda_interface
+from .base import FusedBackend, NativeGroup, NativeStepGroup
 
 NAME = "fastclip_native"
 PROCESS = os.getpid()  # that imported this; another one later is a fork of it
@@ -35,7 +37,36 @@ ISAS = ("portable", "avx2", "avx512")  # of csrc/cpu/, the least first
 NVCC_FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static"]
 
 
-class Library:
+class CppLibrary(FusedBackend, Protocol):
+    """The functions of csrc/torch/bindings.cpp, which says what each does."""
+
+    def pack(self, items: list[Any], gradients_of: bool, /) -> list[NativeGroup] | None: ...
+    def pack_step(
+        self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], steps: list[Tensor], /
+    ) -> NativeStepGroup | None: ...
+    def same_items(self, a: list[Any], b: list[Any], /) -> bool: ...
+    def measure(
+        self, group: NativeGroup, p: float, max_norm: float | None, before: Tensor | None, /
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]: ...
+    def apply_(self, group: NativeGroup, coef: Tensor, /) -> None: ...
+    def clamp_(self, group: NativeGroup, low: float, high: float, /) -> bool: ...
+    def adamw_(
+        self, step: NativeStepGroup, coef: Tensor, frozen: Tensor | None, lr: float, beta1: float, beta2: float,
+        eps: float, weight_decay: float, maximize: bool, zero_grad: bool, seed: int | None, /,
+    ) -> None: ...  # fmt: skip
+    def sgd_(
+        self, step: NativeStepGroup, coef: Tensor, frozen: Tensor | None, lr: float, momentum: float,
+        one_minus_dampening: float, weight_decay: float, nesterov: bool, maximize: bool, zero_grad: bool,
+        seed: int | None, /,
+    ) -> None: ...  # fmt: skip
+    def isa(self) -> str: ...
+    def work_alone(self) -> None: ...
+
+
+Opened = TypeVar("Opened")
+
+
+class Library(Generic[Opened]):
     """One library of csrc/: built if the cache does not have it, opened, and from then on at hand.
 
     Args:
@@ -54,7 +85,7 @@ class Library:
         instead: str,
         path: Callable[[], pathlib.Path],
         compile_to: Callable[[pathlib.Path, bool], None],
-        open_at: Callable[[pathlib.Path], Any],
+        open_at: Callable[[pathlib.Path], Opened],
         circumstances: Callable[[], str] = str,
         check: Callable[[], None] = lambda: None,
     ) -> None:
@@ -62,18 +93,18 @@ class Library:
         self._instead, self._compile_to, self._open_at = instead, compile_to, open_at
         self._circumstances, self._check = circumstances, check
         self._lock = threading.Lock()
-        self._opened: Any = None
+        self.opened: Opened | None = None  # as the last load() left it
         self._failure: str | None = None
 
-    def load(self) -> Any:
+    def load(self) -> Opened | None:
         """The library, built if need be; None if that failed (`failure` says why, and a warning said so once)."""
-        if self._opened is not None or self._failure is not None:
-            return self._opened
+        if self.opened is not None or self._failure is not None:
+            return self.opened
         with self._lock:
-            if self._opened is None and self._failure is None:
+            if self.opened is None and self._failure is None:
                 self._check()
                 try:
-                    self._opened = self._build()
+                    self.opened = self._build()
                 except Exception as error:  # noqa: BLE001 - whatever a compiler or a linker does, training goes on
                     self._failure = _reason(error)
                     warnings.warn(
@@ -82,18 +113,23 @@ class Library:
                         RuntimeWarning,
                         stacklevel=4,
                     )
-        return self._opened
+        return self.opened
+
+    def get(self) -> Opened:
+        """The library, where :meth:`load` has given it before."""
+        assert self.opened is not None
+        return self.opened
 
     def failure(self) -> str | None:
         """Why :meth:`load` returned None, in one sentence."""
         return self._failure
 
-    def build(self, verbose: bool = False, force: bool = False) -> Any:
+    def build(self, verbose: bool = False, force: bool = False) -> Opened:
         """Compile the library unless the cache has it, and open it. Raises what the compiler or the linker raised."""
         self._check()
         return self._build(verbose, force, retry=True)
 
-    def _build(self, verbose: bool = False, force: bool = False, retry: bool = False) -> Any:
+    def _build(self, verbose: bool = False, force: bool = False, retry: bool = False) -> Opened:
         """`retry`: also if another process has failed a short while ago, and would again."""
         entry = build_cache.Entry(self.path(), self._circumstances())
         unusable = None if force else build_cache.checksum(entry.path)
@@ -198,7 +234,7 @@ def _compile_cpp(library: pathlib.Path, verbose: bool) -> None:
     os.replace(next(folder.glob(f"{NAME}*.so")), library)
 
 
-def _open_cpp(library: pathlib.Path) -> Any:
+def _open_cpp(library: pathlib.Path) -> CppLibrary:
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(library))
     spec = importlib.util.spec_from_file_location(NAME, library, loader=loader)
     assert spec is not None
@@ -208,7 +244,7 @@ def _open_cpp(library: pathlib.Path) -> Any:
         module.work_alone()
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=module.work_alone)
-    return module
+    return cast(CppLibrary, module)
 
 
 def _check_isa() -> None:

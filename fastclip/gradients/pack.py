@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import GradGroup, native
+from ..backends import GradGroup, NativeGroup, native
 from ..backends.base import StepTable
+from ..backends.native import CppLibrary
 from .modes import check_not_traced
 from .table import GradTable
 
@@ -73,13 +74,13 @@ def pack(items: list[Any], *, gradients: bool, write: bool, argument: str = "par
     return _pack_any(items, gradients, write, argument, library)
 
 
-def from_native(packed: list[Any]) -> GradTable:
+def from_native(packed: list[NativeGroup]) -> GradTable:
     """The table of groups that the native packer made, in the order of their first gradients."""
     groups = [GradGroup(backends.choose(g.device), g.positions, None, g) for g in packed]
     return GradTable(groups, groups[0].device)
 
 
-def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, library: Any) -> GradTable:
+def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, library: CppLibrary | None) -> GradTable:
     found: list[Tensor] = []
     numels: list[int] = []
     plain: set[int] = set()

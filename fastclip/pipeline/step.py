@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,16 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagr
 class TakesDecision:
     """An optimizer that carries a decision out in its own pass over the gradients: those of :mod:`fastclip.optim`."""
 
-    decision: ClipDecision | None = None  # of the Clipper whose step() calls this optimizer's
+    decision: ClipDecision | None = None  # what the next step() is to carry out; None: what the optimizer decides
+
+    @contextlib.contextmanager
+    def step_with(self, decision: ClipDecision) -> Iterator[None]:
+        """Let the steps within carry out `decision`: a context, since a wrapper may be what calls step()."""
+        before, self.decision = self.decision, decision
+        try:
+            yield
+        finally:
+            self.decision = before
 
 
 def unwrapped(optimizer: Any) -> list[Any]:
@@ -106,7 +115,7 @@ def prepare(
     inner = getattr(optimizer, "optimizer", None)  # which steps a part, see _wraps()
     hands_over = complete and not _has_step_hooks(optimizer) and not isinstance(inner, torch.optim.Optimizer)
     if hands_over and isinstance(optimizer, TakesDecision):
-        undo.enter_context(_attributes(optimizer, decision=decision))
+        undo.enter_context(optimizer.step_with(decision))
         return True
     frozen = [(p, p.grad) for p in decision.frozen_params()]
     scale, found_inf = given_by_scaler(optimizer)
