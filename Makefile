@@ -18,14 +18,17 @@ test-isas: .venv/ready
 	  env $$isa $(BIN)/python -m pytest -q -n 2 -m "isa and not slow" -k "not triton and not cuda" || exit 1; \
 	done
 
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*/* tests/emulation/*.h tests/emulation/*.cpp)
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 # On the GPU if there is one. Under ten minutes; writes bench/results/, the README's block and its pictures.
 DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")

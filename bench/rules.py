@@ -5,7 +5,8 @@
 
 Every rule is at rest: the same gradients in every call, and limits that clip nothing, so that what is timed is the
 rule's own work and not a second pass over the gradients. ("AGC" reads gradients and parameters once more: it has norms
-of rows to compare.) "clip_norm_" is what GlobalNorm costs without statistics for each tensor.
+of rows to compare. "Value" is a pass of its own.) "clip_norm_" is what GlobalNorm costs without the statistics of each
+tensor.
 """
 
 from __future__ import annotations
@@ -34,23 +35,32 @@ MOST_LAUNCHES = 12  # more than GlobalNorm's
 STATISTICS = 1.03  # GlobalNorm, times what clip_norm_ takes, at most
 
 
+# Every rule of fastclip.rules, with limits that clip nothing.
+AT_REST: dict[str, Callable[[list[Tensor]], Any]] = {
+    "GlobalNorm": lambda _: RULES.GlobalNorm(1e9),
+    "TensorNorm": lambda _: RULES.TensorNorm(1e9),
+    "BlockRMS": lambda _: RULES.BlockRMS(1e9),
+    "Mask": lambda _: RULES.Mask(0.0),
+    "ZClip": lambda _: RULES.ZClip(warmup=1),
+    "AutoClip": lambda _: RULES.AutoClip(),
+    "AdaGC": lambda _: RULES.AdaGC(lambda_abs=1e9),
+    "Only": lambda parameters: RULES.Only(1e9, parameters[::2]),
+    "Except": lambda parameters: RULES.Except(1e9, parameters[::2]),
+    "Value": lambda _: RULES.Value(1e9),
+    "AGC": lambda _: RULES.AGC(1e9),
+}
+
+
 def rivals(parameters: list[Tensor]) -> dict[str, Callable[[], Any]]:
     def clip(rule: Any, **options: Any) -> Callable[[], Any]:
         return fastclip.Clipper(parameters, rule, **options).clip_
 
     return {
-        BASELINE: clip(1e9),
+        **{name: clip(rule(parameters)) for name, rule in AT_REST.items()},
         "clip_norm_": lambda: fastclip.clip_norm_(parameters, 1e9),
         "GlobalNorm, skip": clip(1e9, nonfinite="skip"),
         "GlobalNorm, zero": clip(1e9, nonfinite="zero"),
-        "TensorNorm": clip(RULES.TensorNorm(1e9)),
-        "BlockRMS": clip(RULES.BlockRMS(1e9)),
-        "Mask": clip(RULES.Mask(0.0)),
-        "ZClip": clip(RULES.ZClip(warmup=1)),
-        "AutoClip": clip(RULES.AutoClip()),
-        "AdaGC": clip(RULES.AdaGC(lambda_abs=1e9)),
         "Mask, ZClip, GlobalNorm": clip([RULES.Mask(0.0), RULES.ZClip(warmup=1), RULES.GlobalNorm(1e9)]),
-        "AGC": clip(RULES.AGC(1e9)),
     }
 
 

@@ -44,10 +44,14 @@ FASTCLIP_FN double power_of(double x, double p) { return x == 0 ? 0.0 : pow(fabs
 // Sign-stripped IEEE bits, read as a signed integer, are ordered like |x|, with NaN above inf. Taking max|x| on them
 // needs no floating-point compare and keeps NaN.
 template <class I>
-FASTCLIP_FN I magnitude_bits(I bits, I sign_mask) { return bits & ~sign_mask; }
+FASTCLIP_FN I magnitude_bits(I bits, I sign_mask) {
+  return bits & ~sign_mask;
+}
 
 template <class I>
-FASTCLIP_FN I larger(I a, I b) { return a > b ? a : b; }
+FASTCLIP_FN I larger(I a, I b) {
+  return a > b ? a : b;
+}
 
 // max of two magnitudes, NaN winning.
 FASTCLIP_FN double larger_magnitude(double a, double b) { return a != a ? a : b > a || b != b ? b : a; }
@@ -97,11 +101,15 @@ FASTCLIP_FN Touch touch(double coef) {
 }
 
 template <class V, class S>
-FASTCLIP_FN V scaled(V x, S coef) { return x * coef; }
+FASTCLIP_FN V scaled(V x, S coef) {
+  return x * coef;
+}
 
 // x limited to [low, high]; NaN stays NaN.
 template <class V>
-FASTCLIP_FN V clamped(V x, V low, V high) { return x < low ? low : (x > high ? high : x); }
+FASTCLIP_FN V clamped(V x, V low, V high) {
+  return x < low ? low : (x > high ? high : x);
+}
 
 // ---- optimizers ----
 
@@ -137,12 +145,12 @@ FASTCLIP_FN S lerp_factor(double beta1) {
 // One tensor's constants of a step of torch.optim.AdamW; S is the type it is computed in.
 template <class S>
 struct AdamW {
-  S coef;             // the gradient is multiplied by it first; negative to maximize
-  S decay;            // 1 - lr * weight_decay
-  S lerp;             // lerp_factor(beta1)
+  S coef;   // the gradient is multiplied by it first; negative to maximize
+  S decay;  // 1 - lr * weight_decay
+  S lerp;   // lerp_factor(beta1)
   S beta2, one_minus_beta2;
-  S step_size;        // lr / (1 - beta1^t)
-  S inv_root_bias2;   // 1 / sqrt(1 - beta2^t)
+  S step_size;       // lr / (1 - beta1^t)
+  S inv_root_bias2;  // 1 / sqrt(1 - beta2^t)
   S eps;
   // v is the running square, `largest` (AMSGrad) the largest it was; root(x) is the square root.
   template <bool AMSGRAD, class V, class Root>

@@ -212,10 +212,10 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     """For a graph: the gradients, each once."""
     _check_tensors(parameters, "parameters")
     distinct = dict.fromkeys(p.grad for p in parameters if p.grad is not None)
-    found = [g.detach() if g.requires_grad else g for g in distinct]  # a view too many hides what shares memory
-    if not found:
+    grads = [g.detach() if g.requires_grad else g for g in distinct]  # a view too many hides what shares memory
+    if not grads:
         check_not_gradients(parameters, "parameters")
-    return found
+    return grads
 
 
 def _check_tensors(items: list[Any], argument: str) -> None:

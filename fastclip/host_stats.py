@@ -18,7 +18,7 @@ class StatsTensors(NamedTuple):
     """What a :class:`~fastclip.Stats` is computed from, and how it is read."""
 
     tensors: dict[str, Tensor]
-    known: dict[str, float]  # what the host knew all along
+    host_numbers: dict[str, float]  # what the host knew all along
     names: tuple[str, ...] | None
     norm_type: float
     dtype: torch.dtype  # of norms and coefficients
@@ -30,7 +30,7 @@ class StatsLayout(NamedTuple):
 
     numbers: list[str]
     vectors: dict[str, int]  # and their sizes
-    known: dict[str, float]
+    host_numbers: dict[str, float]
     names: tuple[str, ...] | None
     norm_type: float
     dtype: torch.dtype
@@ -51,7 +51,7 @@ def flattened(stats: StatsTensors, loss: Tensor | None = None) -> tuple[Tensor, 
 def _layout(stats: StatsTensors, tensors: dict[str, Tensor]) -> StatsLayout:
     vectors = {name: t.numel() for name, t in tensors.items() if t.numel() != 1 or name in VECTORS}
     numbers = [name for name in tensors if name not in vectors]
-    return StatsLayout(numbers, vectors, stats.known, stats.names, stats.norm_type, stats.dtype)
+    return StatsLayout(numbers, vectors, stats.host_numbers, stats.names, stats.norm_type, stats.dtype)
 
 
 def _flat(piece: Tensor, device: torch.device) -> Tensor:
@@ -90,7 +90,7 @@ class HostStats:
 
     def _read(self, numbers: dict[str, float], vectors: dict[str, Tensor], layout: StatsLayout) -> None:
         self.layout = layout
-        self._numbers, self._vectors = {**numbers, **layout.known}, vectors
+        self._numbers, self._vectors = {**numbers, **layout.host_numbers}, vectors
         self.absmax: list[float] = vectors["absmax"].tolist()  # T float64
         # T float64, sum |g|^p; for p of inf max |g|
         self.power: list[float] = vectors["power"].tolist() if "power" in vectors else self.absmax

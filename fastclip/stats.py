@@ -148,11 +148,11 @@ class Stats:
         tensors = {"norm": self.norm, "coef": self._decision(), "absmax": self.absmax}
         if not math.isinf(self.norm_type):
             tensors["power"] = self.power
-        known = {"limit": self._limit} if isinstance(self._limit, float) else {}
-        limit = None if known else self._limit
+        host_numbers = {"limit": self._limit} if isinstance(self._limit, float) else {}
+        limit = None if host_numbers else self._limit
         optional = {"clamped": self._clamped, "skip": self.skip, "limit": limit, "zeroed": self.zeroed}
         tensors |= {name: t for name, t in optional.items() if isinstance(t, Tensor)}
-        return StatsTensors(tensors, known, self.names, self.norm_type, self._dtype, self.device)
+        return StatsTensors(tensors, host_numbers, self.names, self.norm_type, self._dtype, self.device)
 
     def scaled(self, coef: Tensor) -> Stats:
         """The statistics the gradients will have once multiplied by `coef` ([] or [T]): what the next rule sees."""

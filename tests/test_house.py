@@ -8,6 +8,7 @@ import pytest
 from test_conformance import RULES
 
 import fastclip
+from bench.rules import AT_REST
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastclip"
@@ -118,11 +119,13 @@ def test_the_map_in_contributing_is_the_tree():
         assert spelled & set(entries), f"CONTRIBUTING's map says nothing of fastclip/{name}"
 
 
-def test_every_rule_is_held_to_the_conformance_suite_and_described():
+def test_every_rule_is_held_to_the_conformance_suite_and_timed_and_described():
+    """`fastclip.rules.__all__` is the registry; suite, benchmark and README's table have a line for each."""
     described = (ROOT / "README.md").read_text()
     for name in fastclip.rules.__all__:
         rule = getattr(fastclip.rules, name)
         if rule in (fastclip.rules.Rule, fastclip.rules.InPlaceRule) or not issubclass(rule, fastclip.rules.Rule):
             continue
         assert isinstance(RULES[name](), rule), f"tests/test_conformance.py does not hold {name} to the suite"
+        assert name in AT_REST, f"bench/rules.py does not time {name}"
         assert re.search(rf"^\|.*`{name}\(.*`.* \|", described, flags=re.MULTILINE), f"README's table has no {name}"

@@ -51,11 +51,9 @@ struct Reduction {
       const auto lanes = __builtin_convertvector(T::template widen<LANES>(x), Sums);
       if constexpr (N == Norm::Power)
         for (int i = 0; i < LANES; i++) slow_sum += power_of(lanes[i], p);
-      else
-        sums[k] = accumulate<N>(sums[k], lanes);
+      else sums[k] = accumulate<N>(sums[k], lanes);
     }
-    if constexpr (ABSMAX)
-      largest[k] = larger(largest[k], magnitude_bits(load<Magnitudes>(x), Magnitudes{} + SIGN));
+    if constexpr (ABSMAX) largest[k] = larger(largest[k], magnitude_bits(load<Magnitudes>(x), Magnitudes{} + SIGN));
   }
 
   FASTCLIP_FN void end_run() {
@@ -258,7 +256,8 @@ template <class T, int COUNT, class Op>
 FASTCLIP_FN void step_over(const StepArrays& arrays, Op op) {
   using Bits = typename T::Bits;
   constexpr int L = Lanes<T, COUNT>::L;
-  void* const all[5] = {arrays.param, const_cast<void*>(arrays.grad), arrays.state[0], arrays.state[1], arrays.state[2]};
+  void* const all[5] = {arrays.param, const_cast<void*>(arrays.grad), arrays.state[0], arrays.state[1],
+                        arrays.state[2]};
   Bits* at[COUNT];
   for (int k = 0; k < COUNT; k++) at[k] = static_cast<Bits*>(all[k]);
   Lanes<T, COUNT> lanes;
@@ -287,16 +286,16 @@ FASTCLIP_FN void step_over(const StepArrays& arrays, Op op) {
 template <class T>
 void adamw(const StepArrays& arrays, const AdamW<double>& c) {
   using S = typename T::Compute;
-  const AdamW<S> h{S(c.coef), S(c.decay), S(c.lerp), S(c.beta2), S(c.one_minus_beta2), S(c.step_size),
-                   S(c.inv_root_bias2), S(c.eps)};
+  const AdamW<S> h{S(c.coef),      S(c.decay),          S(c.lerp), S(c.beta2), S(c.one_minus_beta2),
+                   S(c.step_size), S(c.inv_root_bias2), S(c.eps)};
   constexpr int L = BYTES / sizeof(S);
   auto square_root = [](Vec<S, L> x) __attribute__((always_inline)) { return root<L>(x); };
   if (arrays.state[2]) {
-    step_over<T, 5>(arrays, [=](auto (&x)[5]) __attribute__((always_inline)) {
+    step_over<T, 5>(arrays, [=](auto(&x)[5]) __attribute__((always_inline)) {
       h.template operator()<true>(x[0], x[1], x[2], x[3], x[4], square_root);
     });
   } else {
-    step_over<T, 4>(arrays, [=](auto (&x)[4]) __attribute__((always_inline)) {
+    step_over<T, 4>(arrays, [=](auto(&x)[4]) __attribute__((always_inline)) {
       h.template operator()<false>(x[0], x[1], x[2], x[3], x[3], square_root);
     });
   }
@@ -307,15 +306,15 @@ void sgd(const StepArrays& arrays, const Sgd<double>& c, bool nesterov) {
   using S = typename T::Compute;
   const Sgd<S> h{S(c.coef), S(c.weight_decay), S(c.momentum), S(c.one_minus_dampening), S(c.lr)};
   if (!arrays.state[0]) {
-    step_over<T, 2>(arrays, [=](auto (&x)[2]) __attribute__((always_inline)) {
+    step_over<T, 2>(arrays, [=](auto(&x)[2]) __attribute__((always_inline)) {
       h.template operator()<false, false>(x[0], x[1], x[1]);
     });
   } else if (nesterov) {
-    step_over<T, 3>(arrays, [=](auto (&x)[3]) __attribute__((always_inline)) {
+    step_over<T, 3>(arrays, [=](auto(&x)[3]) __attribute__((always_inline)) {
       h.template operator()<true, true>(x[0], x[1], x[2]);
     });
   } else {
-    step_over<T, 3>(arrays, [=](auto (&x)[3]) __attribute__((always_inline)) {
+    step_over<T, 3>(arrays, [=](auto(&x)[3]) __attribute__((always_inline)) {
       h.template operator()<true, false>(x[0], x[1], x[2]);
     });
   }
@@ -323,9 +322,15 @@ void sgd(const StepArrays& arrays, const Sgd<double>& c, bool nesterov) {
 
 template <class T>
 constexpr DtypeKernels kernels_of() {
-  return {
-      measure<T, Norm::L2, false>, measure<T, Norm::L2, true>,    measure<T, Norm::L1, true>,
-      measure<T, Norm::Max, true>, measure<T, Norm::Power, true>, scale<T>, clamp<T>, adamw<T>, sgd<T>};
+  return {measure<T, Norm::L2, false>,
+          measure<T, Norm::L2, true>,
+          measure<T, Norm::L1, true>,
+          measure<T, Norm::Max, true>,
+          measure<T, Norm::Power, true>,
+          scale<T>,
+          clamp<T>,
+          adamw<T>,
+          sgd<T>};
 }
 
 }  // namespace

@@ -111,18 +111,26 @@ bool is_frozen(const StepDecision& decision, int64_t i) {
 
 // run(arrays of a chunk, its segment) for every chunk of the table.
 template <class Coef, class Run>
-void for_each_step(const Table& table, const Threads& threads, const StepSegment* segments, const StepDecision& decision,
-                   Coef coef_of, Run run) {
+void for_each_step(const Table& table, const Threads& threads, const StepSegment* segments,
+                   const StepDecision& decision, Coef coef_of, Run run) {
   const size_t itemsize = itemsize_of(table.dtype);
   for_each_chunk(table, threads, [&](int64_t i, const Segment&, int64_t chunk, void* data, int64_t n) {
     const auto& s = segments[i];
-    auto zero_grad = [&] { if (decision.zero_grad) std::memset(data, 0, n * itemsize); };
+    auto zero_grad = [&] {
+      if (decision.zero_grad) std::memset(data, 0, n * itemsize);
+    };
     if (is_frozen(decision, i)) return zero_grad();
     auto part = [&](void* array) { return array ? static_cast<char*>(array) + chunk * CHUNK * itemsize : nullptr; };
     const void* grad = touch(coef_of(i)) == Touch::Zero ? ZEROS : data;
-    StepArrays arrays{part(s.param), {part(s.state[0]), part(s.state[1]), part(s.state[2])},
-                      grad, n, chunk * CHUNK, decision.stochastic, 0};
-    if (decision.stochastic) arrays.key = random_bits(uint32_t(i), decision.seed) * 8;  // + the index of an array, below 8
+    StepArrays arrays{part(s.param),
+                      {part(s.state[0]), part(s.state[1]), part(s.state[2])},
+                      grad,
+                      n,
+                      chunk * CHUNK,
+                      decision.stochastic,
+                      0};
+    if (decision.stochastic)
+      arrays.key = random_bits(uint32_t(i), decision.seed) * 8;  // + the index of an array, below 8
     run(arrays, i);
     zero_grad();
   });
@@ -217,8 +225,14 @@ void fastclip_cpu_adamw(const Table* table, const Threads* threads, const StepSe
       root_bias2 = std::sqrt(1 - std::pow(o.beta2, step));
       last_step = step;
     }
-    constants[i] = {decision->maximize ? -coef_of(i) : coef_of(i), 1 - o.lr * o.weight_decay, lerp, o.beta2,
-                    1 - o.beta2, o.lr / bias1, 1 / root_bias2, o.eps};
+    constants[i] = {decision->maximize ? -coef_of(i) : coef_of(i),
+                    1 - o.lr * o.weight_decay,
+                    lerp,
+                    o.beta2,
+                    1 - o.beta2,
+                    o.lr / bias1,
+                    1 / root_bias2,
+                    o.eps};
   }
   const auto& k = kernels_of(table->dtype);
   for_each_step(*table, *threads, segments, *decision, coef_of,

@@ -36,8 +36,8 @@ struct Table {
 constexpr int64_t SERIAL_WORK = 1 << 16;
 struct Threads {
   int64_t count;
-  void (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end),
-                       void* context);
+  void (*parallel_for)(int64_t begin, int64_t end, int64_t grain,
+                       void (*body)(void* context, int64_t begin, int64_t end), void* context);
 };
 
 // What an optimizer keeps beside a gradient: arrays of the gradient's dtype, size and layout.
@@ -48,18 +48,21 @@ struct StepSegment {
 
 // What is decided about a step, besides the optimizer's own options.
 struct StepDecision {
-  const double* coef;    // gradient i is multiplied by coef[i * coef_stride] first
+  const double* coef;  // gradient i is multiplied by coef[i * coef_stride] first
   int64_t coef_stride;
-  const bool* frozen;    // segment i stays as it is where frozen[i * frozen_stride]; null: all are stepped
+  const bool* frozen;  // segment i stays as it is where frozen[i * frozen_stride]; null: all are stepped
   int64_t frozen_stride;
-  uint32_t seed;         // of the random numbers for stochastic rounding, another one for each step
-  bool stochastic;       // bfloat16 results are stochastically rounded
+  uint32_t seed;    // of the random numbers for stochastic rounding, another one for each step
+  bool stochastic;  // bfloat16 results are stochastically rounded
   bool maximize;
-  bool zero_grad;        // set the gradients to zero afterwards, those of frozen segments too
+  bool zero_grad;  // set the gradients to zero afterwards, those of frozen segments too
 };
 
 struct AdamWOptions { double lr, beta1, beta2, eps, weight_decay; };
-struct SgdOptions { double lr, momentum, one_minus_dampening, weight_decay; bool nesterov; };
+struct SgdOptions {
+  double lr, momentum, one_minus_dampening, weight_decay;
+  bool nesterov;
+};
 
 extern "C" {
 

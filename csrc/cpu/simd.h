@@ -27,7 +27,9 @@ FASTCLIP_FN V load(const void* from) {
   return v;
 }
 template <class V>
-FASTCLIP_FN void store(void* to, V v) { memcpy(to, &v, sizeof(V)); }
+FASTCLIP_FN void store(void* to, V v) {
+  memcpy(to, &v, sizeof(V));
+}
 
 template <class To, class From>
 FASTCLIP_FN To bits_as(From from) {
@@ -89,18 +91,18 @@ struct BF16 {
 #if FASTCLIP_VECTOR_BYTES == 16
 inline float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = h & 0x7fffu, bits;
-  if (magnitude >= 0x7c00u) bits = 0x7f800000u | (magnitude & 0x3ffu) << 13;                // inf, NaN
-  else if (magnitude >= 0x400u) bits = (magnitude << 13) + 0x38000000u;                     // normal
-  else bits = bits_as<uint32_t>(float(magnitude) * 0x1p-24f);                               // subnormal, zero
+  if (magnitude >= 0x7c00u) bits = 0x7f800000u | (magnitude & 0x3ffu) << 13;  // inf, NaN
+  else if (magnitude >= 0x400u) bits = (magnitude << 13) + 0x38000000u;       // normal
+  else bits = bits_as<uint32_t>(float(magnitude) * 0x1p-24f);                 // subnormal, zero
   return bits_as<float>(bits | sign);
 }
 inline uint16_t float_to_half(float f) {
   uint32_t bits = bits_as<uint32_t>(f), sign = bits >> 16 & 0x8000u;
   bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return sign | 0x7e00u | (bits >> 13 & 0x3ffu);                    // NaN
-  if (bits >= 0x477ff000u) return sign | 0x7c00u;                                           // rounds to inf
+  if (bits > 0x7f800000u) return sign | 0x7e00u | (bits >> 13 & 0x3ffu);  // NaN
+  if (bits >= 0x477ff000u) return sign | 0x7c00u;                         // rounds to inf
   if (bits >= 0x38800000u) return sign | ((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1u)) >> 13);
-  return sign | (bits_as<uint32_t>(bits_as<float>(bits) + 0.5f) - bits_as<uint32_t>(0.5f)); // subnormal, rounded by +
+  return sign | (bits_as<uint32_t>(bits_as<float>(bits) + 0.5f) - bits_as<uint32_t>(0.5f));  // subnormal, rounded by +
 }
 #endif
 

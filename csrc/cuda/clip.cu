@@ -112,7 +112,8 @@ __device__ Sum<D> block_sum(Sum<D> partial) {
   __shared__ Bits<D> maxima[WARPS];
 #pragma unroll
   for (int step = WARP / 2; step > 0; step /= 2)
-    partial.combine(__shfl_xor_sync(0xffffffffu, partial.power, step), __shfl_xor_sync(0xffffffffu, partial.bits, step));
+    partial.combine(__shfl_xor_sync(0xffffffffu, partial.power, step),
+                    __shfl_xor_sync(0xffffffffu, partial.bits, step));
   __syncthreads();  // the previous call's sums have been read
   if (threadIdx.x % WARP == 0) {
     powers[threadIdx.x / WARP] = partial.power;
@@ -127,9 +128,9 @@ __device__ Sum<D> block_sum(Sum<D> partial) {
 
 // Between launches all counters are zero.
 struct Workspace {
-  double* power;    // [2 blocks]: a block's partial results of the tensor its run begins in, and of the one it ends in
-  double* absmax;   // [2 blocks]
-  uint32_t* done;   // [blocks + 1]: how many blocks are done with the tensor that block i's run ends in, then with all
+  double* power;   // [2 blocks]: a block's partial results of the tensor its run begins in, and of the one it ends in
+  double* absmax;  // [2 blocks]
+  uint32_t* done;  // [blocks + 1]: how many blocks are done with the tensor that block i's run ends in, then with all
 };
 constexpr size_t WORKSPACE_BYTES_PER_BLOCK = 4 * sizeof(double) + sizeof(uint32_t);
 
@@ -169,8 +170,7 @@ template <class D, Norm N, class Table>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     measure_kernel(const __grid_constant__ Table table, uint32_t tensors, uint32_t tiles, double p, double max_norm,
                    const double* before,  // null, or the total [2] of tensors measured before
-                   Repaired repaired,
-                   Workspace work,
+                   Repaired repaired, Workspace work,
                    double* result)  // power [tensors], absmax [tensors], total [2], norm, clip coefficient
 {
   const uint32_t block = blockIdx.x, blocks = gridDim.x;
@@ -293,7 +293,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       case Touch::Keep: return;
       case Touch::Zero: return zero<D>(base, begin, end);
       case Touch::Scale:
-        return rewrite<D>(base, begin, end, [&](Wide& x) { x = scaled(x, c); return true; });
+        return rewrite<D>(base, begin, end, [&](Wide& x) {
+          x = scaled(x, c);
+          return true;
+        });
     }
   });
 }

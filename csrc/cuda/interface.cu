@@ -1,8 +1,8 @@
 // The layout of the structs of interface.h, for the test that compares it with Python's.
-#include "interface.h"
-
 #include <cstddef>
 #include <type_traits>
+
+#include "interface.h"
 
 namespace fastclip::cuda {
 namespace {

@@ -22,12 +22,12 @@ struct GradTable {
 };
 
 struct MeasureOptions {
-  double p, max_norm;             // an infinite max_norm gives the coefficient 1
-  const double* before;           // the total [2] of tensors measured before, or null
-  const double* earlier_power;    // [tensors], what was measured before a repair, or null; tensors whose earlier_absmax
-  const double* earlier_absmax;   // [tensors] is finite are not read again
-  void* workspace;                // fastclip_cuda_workspace_bytes
-  double* result;                 // power [tensors], absmax [tensors], total [2], norm, clip coefficient
+  double p, max_norm;            // an infinite max_norm gives the coefficient 1
+  const double* before;          // the total [2] of tensors measured before, or null
+  const double* earlier_power;   // [tensors], what was measured before a repair, or null; tensors whose earlier_absmax
+  const double* earlier_absmax;  // [tensors] is finite are not read again
+  void* workspace;               // fastclip_cuda_workspace_bytes
+  double* result;                // power [tensors], absmax [tensors], total [2], norm, clip coefficient
 };
 
 // What an optimizer steps, as fastclip_cuda_pack_step describes it, and where to launch. The arrays are on the host if
@@ -56,9 +56,7 @@ struct StepDecision {
   bool zero_grad;  // set the gradients to zero afterwards, those of frozen tensors too
 };
 
-struct AdamWOptions {
-  double beta1, beta2, eps, weight_decay;
-};
+struct AdamWOptions { double beta1, beta2, eps, weight_decay; };
 
 struct SgdOptions {
   double momentum, one_minus_dampening, weight_decay;  // one_minus_dampening: 1 in the first step

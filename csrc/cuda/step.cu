@@ -85,8 +85,14 @@ template <class S>
 __device__ AdamW<S> constants_of(const AdamWOptions& o, double coef, double lr, float* step) {
   const double t = *step += 1;
   const double bias1 = 1 - pow(o.beta1, t), bias2 = 1 - pow(o.beta2, t);
-  return {S(coef), S(1 - lr * o.weight_decay), lerp_factor<S>(o.beta1), S(o.beta2), S(1 - o.beta2), S(lr / bias1),
-          S(1 / sqrt(bias2)), S(o.eps)};
+  return {S(coef),
+          S(1 - lr * o.weight_decay),
+          lerp_factor<S>(o.beta1),
+          S(o.beta2),
+          S(1 - o.beta2),
+          S(lr / bias1),
+          S(1 / sqrt(bias2)),
+          S(o.eps)};
 }
 template <class S>
 __device__ Sgd<S> constants_of(const SgdOptions& o, double coef, double lr, float*) {
@@ -101,7 +107,8 @@ __global__ void __launch_bounds__(THREADS)
 {
   double lr = d.lr;
   if (d.lr_pointer)
-    lr = d.lr_itemsize == 4 ? double(*static_cast<const float*>(d.lr_pointer)) : *static_cast<const double*>(d.lr_pointer);
+    lr = d.lr_itemsize == 4 ? double(*static_cast<const float*>(d.lr_pointer))
+                            : *static_cast<const double*>(d.lr_pointer);
   for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < tensors; i += gridDim.x * THREADS) {
     if constexpr (!std::is_same_v<Table, DeviceStepTable>) {
       for (uint32_t row = 0; row < ROWS; row++) rows[row * tensors + i] = table.rows[row * tensors + i];
@@ -214,9 +221,9 @@ struct Stepper {
 // Blocks that share a multiprocessor: fewer for the kernels that need more registers, which are those of float64 (root and
 // quotient) and the one that rounds four results stochastically.
 template <class D, class Op>
-constexpr int STEP_BLOCKS_PER_SM = std::is_same_v<D, F64>                                 ? 2
-                                   : std::is_same_v<D, StochasticBF16> && Op::COUNT == 5 ? 3
-                                                                                         : BLOCKS_PER_SM;
+constexpr int STEP_BLOCKS_PER_SM = std::is_same_v<D, F64> ? 2
+    : std::is_same_v<D, StochasticBF16> && Op::COUNT == 5 ? 3
+                                                          : BLOCKS_PER_SM;
 
 template <class D, class Op>
 __global__ void __launch_bounds__(THREADS, STEP_BLOCKS_PER_SM<D, Op>)
@@ -232,7 +239,8 @@ __global__ void __launch_bounds__(THREADS, STEP_BLOCKS_PER_SM<D, Op>)
     const int64_t begin = (table.rows[GRADIENT * tensors + tensor] & 15) / int64_t(sizeof(Storage));
     const int64_t end = begin + table.rows[NUMEL * tensors + tensor];
     const uint32_t first_tile = table.tile_offsets[tensor];
-    const int64_t from = max(begin, int64_t(tile - first_tile) * TILE), to = min(end, int64_t(tile_end - first_tile) * TILE);
+    const int64_t from = max(begin, int64_t(tile - first_tile) * TILE),
+                  to = min(end, int64_t(tile_end - first_tile) * TILE);
     auto base = [&](uint32_t row, bool& aligned) {
       const uint64_t address = table.rows[row * tensors + tensor] - begin * sizeof(Storage);
       aligned &= address % 16 == 0;

@@ -57,7 +57,7 @@ struct F16 {
   __device__ static Storage narrow(Wide x) { return __half_as_ushort(__float2half_rn(x)); }
 };
 
-template <class D> constexpr int VECTOR = 16 / sizeof(typename D::Storage);     // elements of 16 bytes
+template <class D> constexpr int VECTOR = 16 / sizeof(typename D::Storage);        // elements of 16 bytes
 template <class D> constexpr int TILE = TILE_BYTES / sizeof(typename D::Storage);  // elements of a tile
 
 template <class D>

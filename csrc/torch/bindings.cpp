@@ -20,7 +20,8 @@
 namespace fastclip {
 namespace {
 
-constexpr int64_t LONG_WORK = 1 << 22;  // elements; takes long enough for other threads to want the interpreter meanwhile
+constexpr int64_t LONG_WORK =
+    1 << 22;  // elements; takes long enough for other threads to want the interpreter meanwhile
 
 bool alone = false;  // whether to do without other threads
 
@@ -211,7 +212,8 @@ PyObject* clip_norm_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!per_tensor) return THPVariable_Wrap(scalar(norm, wide ? at::kDouble : at::kFloat));
   const PerTensor each(per_segment);
   return py::make_tuple(each.power, each.absmax, scalar(norm, at::kDouble), scalar(coef, at::kDouble), wide)
-      .release().ptr();
+      .release()
+      .ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -278,7 +280,8 @@ std::unique_ptr<Group> units(const Group& group) {
     const auto& t = *group.gradient(i);
     const int64_t rows = t.dim() > 1 && s.numel > 0 ? t.size(0) : 1, size = s.numel / rows;
     if (rows > 1 && t.stride(0) != size) return nullptr;
-    for (int64_t r = 0; r < rows; r++) made->add(static_cast<char*>(s.data) + r * size * itemsize, size, group.gradient(i));
+    for (int64_t r = 0; r < rows; r++)
+      made->add(static_cast<char*>(s.data) + r * size * itemsize, size, group.gradient(i));
   }
   return made;
 }
@@ -375,8 +378,8 @@ void adamw_(const KeptStepGroup& group, const at::Tensor& coef, const std::optio
 }
 
 void sgd_(const KeptStepGroup& group, const at::Tensor& coef, const std::optional<at::Tensor>& frozen, double lr,
-          double momentum, double one_minus_dampening, double weight_decay, bool nesterov, bool maximize, bool zero_grad,
-          std::optional<uint32_t> seed) {
+          double momentum, double one_minus_dampening, double weight_decay, bool nesterov, bool maximize,
+          bool zero_grad, std::optional<uint32_t> seed) {
   const cpu::SgdOptions options{lr, momentum, one_minus_dampening, weight_decay, nesterov};
   take_step(cpu::fastclip_cpu_sgd, group, coef, frozen, options, maximize, zero_grad, seed);
 }
@@ -392,12 +395,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Group>(m, "Group")
       .def("__len__", [](const Group& g) { return g.segments.size(); })
       .def_readonly("device", &Group::device)
-      .def_property_readonly("dtype", [](const Group& g) { return py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(g.dtype))); })
+      .def_property_readonly(
+          "dtype",
+          [](const Group& g) {
+            return py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(g.dtype)));
+          })
       .def_readonly("positions", &Group::positions)
       .def_property_readonly("tensors", &tensors)
       .def("addresses_and_sizes", &addresses_and_sizes)
       .def("units", &units, py::keep_alive<0, 1>())
-      .def("bump_version", [](const Group& g) { for (size_t i = 0; i < g.segments.size(); i++) g.bump_version(i); });
+      .def("bump_version", [](const Group& g) {
+        for (size_t i = 0; i < g.segments.size(); i++) g.bump_version(i);
+      });
   py::class_<KeptStepGroup>(m, "StepGroup")
       .def("addresses", [](const KeptStepGroup& g) { return step_addresses(g); })
       .def("bump_version", [](const KeptStepGroup& g, bool gradients) { g.bump_version(gradients); });

@@ -13,16 +13,16 @@ constexpr int64_t SEGMENT_COST = 256;  // of starting on a tensor, in elements; 
 constexpr size_t MAX_KEPT = 1 << 15;   // segments whose memory is kept from call to call
 
 // Anything that is not simply memory: wrapper subclasses, lazy conjugates and negatives, vmap, nested, sparse, meta, ...
-const c10::DispatchKeySet ODD_KEYS{
-    c10::DispatchKey::Python, c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
-    c10::DispatchKey::ZeroTensor, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
-    c10::DispatchKey::Functionalize, c10::DispatchKey::NestedTensor};
+const c10::DispatchKeySet ODD_KEYS{c10::DispatchKey::Python,           c10::DispatchKey::Conjugate,
+                                   c10::DispatchKey::Negative,         c10::DispatchKey::ZeroTensor,
+                                   c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+                                   c10::DispatchKey::Functionalize,    c10::DispatchKey::NestedTensor};
 
 Dtype kernel_dtype(at::ScalarType dtype) {
-  return dtype == at::kFloat ? Dtype::F32
-      : dtype == at::kDouble ? Dtype::F64
+  return dtype == at::kFloat   ? Dtype::F32
+      : dtype == at::kDouble   ? Dtype::F64
       : dtype == at::kBFloat16 ? Dtype::BF16
-                             : Dtype::F16;
+                               : Dtype::F16;
 }
 
 void written(void* gradient) {

@@ -15,11 +15,11 @@ struct Group {
   c10::Device device{c10::kCPU};
   at::ScalarType dtype{at::kFloat};
   std::vector<cpu::Segment> segments;  // whose owners are the gradients, TensorImpls
-  std::vector<int64_t> positions;  // of each segment among all gradients; empty if there is no other group
+  std::vector<int64_t> positions;      // of each segment among all gradients; empty if there is no other group
   int64_t chunks = 0;
   int64_t work = 0;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> owners;  // the gradients; empty until own()
-  std::vector<c10::Storage> storages;                       // their memory, which a gradient may lose (`p.grad.data = x`)
+  std::vector<c10::Storage> storages;  // their memory, which a gradient may lose (`p.grad.data = x`)
 
   // What the CPU kernels need of a group of CPU tensors; good until the group changes.
   cpu::Table table() const;

@@ -221,10 +221,10 @@ FusedStats = tuple[Tensor, Tensor, Tensor, Tensor, bool]
 class FusedBackend(Protocol):
     """A backend that also has the commonest call in one go: pack, measure, decide and apply.
 
-    ``clip_norm_fused`` clips the gradients of parameters to `max_norm`; or, unless `of_parameters`, measures tensors. It
-    takes the arguments as the user gave them: what it does not know it leaves to the general path, which says what is
-    wrong. It returns the norm before, or with `per_tensor` a :data:`FusedStats`; the packed groups or None where it is
-    another case (another device, say), and nothing is done then.
+    ``clip_norm_fused`` clips the gradients of parameters to `max_norm`; or, unless `of_parameters`, measures tensors.
+    It takes the arguments as the user gave them: what it does not know it leaves to the general path, which says what
+    is wrong. It returns the norm before, or with `per_tensor` a :data:`FusedStats`; the packed groups or None where it
+    is another case (another device, say), and nothing is done then.
     """
 
     @overload

@@ -81,7 +81,7 @@ def from_native(packed: list[NativeGroup]) -> GradTable:
 
 
 def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, library: CppLibrary | None) -> GradTable:
-    found: list[Tensor] = []
+    memories: list[Tensor] = []
     numels: list[int] = []
     plain: set[int] = set()
     seen: set[Any] = set()
@@ -105,29 +105,29 @@ def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, lib
         seen.add(same)
         if gradient.layout is torch.sparse_coo and not gradient.is_coalesced():
             coalesced = gradient.coalesce()
-            uncoalesced.append((len(found), gradient, coalesced))
+            uncoalesced.append((len(memories), gradient, coalesced))
             gradient = coalesced
         memory = _memory_of(gradient, label, write)
         if _is_plain(memory):
-            plain.add(len(found))
-        found.append(memory)
+            plain.add(len(memories))
+        memories.append(memory)
         numels.append(gradient.numel())
-    if not found:
+    if not memories:
         if not gradients:
             check_not_gradients(items, argument)
         devices = [item.device for item in items]
         return GradTable([], devices[0] if devices else torch.device("cpu"))
     if write:
-        _check_overlaps(found)
+        _check_overlaps(memories)
         for position, gradient, coalesced in uncoalesced:
-            found[position] = gradient.copy_(coalesced)._values().detach()  # the same values, each index once
+            memories[position] = gradient.copy_(coalesced)._values().detach()  # the same values, each index once
 
     members: dict[tuple[torch.device, torch.dtype, bool], list[int]] = defaultdict(list)
-    for position, memory in enumerate(found):
+    for position, memory in enumerate(memories):
         members[memory.device, memory.dtype, position in plain].append(position)
     groups = []
     for (device, _, is_plain), positions in members.items():
-        tensors = [found[p] for p in positions]
+        tensors = [memories[p] for p in positions]
         packed = library.pack(tensors, False) if library is not None and is_plain else None
         backend = backends.choose(device) if is_plain else backends.get("reference")
         if backend.name == "cpu" and not packed:  # views that overlap, to be read only
@@ -135,7 +135,7 @@ def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, lib
         groups.append(
             GradGroup(backend, positions, tensors, packed[0] if packed else None, [numels[p] for p in positions])
         )
-    return GradTable(groups, found[0].device)
+    return GradTable(groups, memories[0].device)
 
 
 def pack_step(
@@ -288,11 +288,11 @@ def _check_cluster(cluster: list[Tensor]) -> None:
     last = max(t.data_ptr() + _extent(t) for t in cluster)
     taken = torch.zeros((last - start) // size, dtype=torch.bool, device="cpu")
     for t in cluster:
-        offset, rest = divmod(t.data_ptr() - start, size)
-        if not rest and t.itemsize == size:
-            mine = taken.as_strided(t.shape, t.stride(), offset)
-            if not mine.any():
-                mine.fill_(True)
+        offset, remainder = divmod(t.data_ptr() - start, size)
+        if not remainder and t.itemsize == size:
+            own = taken.as_strided(t.shape, t.stride(), offset)
+            if not own.any():
+                own.fill_(True)
                 continue
         raise RuntimeError(
             f"two gradients overlap in memory (one has shape {tuple(t.shape)} and stride {t.stride()}), so the shared "

@@ -177,14 +177,14 @@ class GradMonitor:
         if step >= MOST_STEPS:
             raise ValueError(f"step must be < 2**63, got {step}")
         self._next = step + 1
-        found = self._drain() if len(self._pending) >= self.MOST_PENDING else []
+        notices = self._drain() if len(self._pending) >= self.MOST_PENDING else []
         if len(self._pending) < self.MOST_PENDING:
             self._pending.append(PendingRead.start(step, stats, on_host, on_device))
         else:
             self.missed += 1
         if self._pending[0].stats is None or len(self._pending) >= self.TOGETHER:
-            found += self._drain()
-        _warn(found, 3)
+            notices += self._drain()
+        _warn(notices, 3)
 
     @property
     def history(self) -> History:
@@ -307,15 +307,15 @@ class GradMonitor:
 
     def _drain(self, wait: bool = False) -> list[Notice]:
         """Take up the steps whose numbers have come."""
-        found = []
+        notices = []
         while self._pending:
             event = self._pending[0].event
             if event is not None and not event.query():
                 if not wait:
                     break
                 event.synchronize()
-            found += self._take(self._pending.popleft())
-        return found
+            notices += self._take(self._pending.popleft())
+        return notices
 
     def _take(self, pending: PendingRead) -> list[Notice]:
         read = pending.read()
@@ -323,8 +323,8 @@ class GradMonitor:
         index = self._register.index(read.keys)
         record: dict[str, Any] = {"step": pending.step} | ({} if loss is None else {"loss": loss}) | read.log()
         record["top_norms"] = top_norms(read)
-        heard = self._alarms.heard(Seen(record, read, index, self._register.names))
-        notices = [Notice(pending.step, kind, message) for kind, message in heard]
+        kinds_and_messages = self._alarms.update(Seen(record, read, index, self._register.names))
+        notices = [Notice(pending.step, kind, message) for kind, message in kinds_and_messages]
 
         self._last = record
         self._maxima.add(index, read)

@@ -54,7 +54,7 @@ class Clipping:
     """More than 90 % of the window's updates were clipped. Heard again only after fewer than half were."""
 
     def __init__(self, window: int) -> None:
-        self._share, self._norms, self._heard = Share(window), deque[float](maxlen=window), False
+        self._share, self._norms, self._announced = Share(window), deque[float](maxlen=window), False
 
     def update(self, seen: Seen) -> bool:
         if not seen.record["skipped"]:
@@ -62,11 +62,11 @@ class Clipping:
             if math.isfinite(seen.record["total_norm"]):
                 self._norms.append(seen.record["total_norm"])
         if self._share.yes < 0.5 * len(self._share):
-            self._heard = False
-        return self._share.full and self._share.yes > 0.9 * len(self._share) and not self._heard
+            self._announced = False
+        return self._share.full and self._share.yes > 0.9 * len(self._share) and not self._announced
 
     def message(self, seen: Seen) -> str:
-        self._heard = True
+        self._announced = True
         text = f"{self._share.yes} of the last {len(self._share)} updates were clipped"
         if (limit := seen.record.get("limit")) is not None and self._norms:
             ordered = sorted(self._norms)
@@ -91,7 +91,7 @@ class Swallowed:
 
     def __init__(self, window: int, eps: float, elements: int | None) -> None:
         self.eps, self.elements = eps, elements
-        self._share, self._size, self._heard = Share(window), 0.0, False
+        self._share, self._size, self._announced = Share(window), 0.0, False
 
     def update(self, seen: Seen) -> bool:
         record = seen.record
@@ -103,8 +103,8 @@ class Swallowed:
                 self._size = size if small else self._size
             self._share.add(small)
         if self._share.yes < 0.25 * len(self._share):
-            self._heard = False
-        return self._share.full and self._share.yes > 0.5 * len(self._share) and not self._heard
+            self._announced = False
+        return self._share.full and self._share.yes > 0.5 * len(self._share) and not self._announced
 
     def _left(self, numbers: HostStats) -> float:
         """How large the elements of the clipped gradients are."""
@@ -123,7 +123,7 @@ class Swallowed:
         return self.elements is not None and numbers.layout.norm_type == 2
 
     def message(self, seen: Seen) -> str:
-        self._heard = True
+        self._announced = True
         which = "a typical element" if self._typical(seen.numbers) else "even the largest element"
         return (
             f"the clipped gradients are so small that Adam's eps swallows the update: {which} is {self._size:.1e} "
@@ -146,7 +146,7 @@ class Spike:
         self.window = window
         self._recent: deque[float] = deque()
         self._ordered: list[float] = []
-        self._median, self._unheard = 0.0, 0
+        self._median, self._unannounced = 0.0, 0
 
     def update(self, seen: Seen) -> bool:
         norm = seen.record["total_norm"]
@@ -161,13 +161,13 @@ class Spike:
             del ordered[bisect_left(ordered, self._recent.popleft())]
         self._recent.append(log)
         insort(ordered, log)
-        self._unheard += spike
+        self._unannounced += spike
         return spike
 
     def message(self, seen: Seen) -> str:
         norm, usual, record = seen.record["total_norm"], math.exp(self._median), seen.record
-        more = f" ({self._unheard - 1} more since the last such warning)" if self._unheard > 1 else ""
-        self._unheard = 0
+        more = f" ({self._unannounced - 1} more since the last such warning)" if self._unannounced > 1 else ""
+        self._unannounced = 0
         top = next(iter(record["top_norms"]), None)
         where = f", largest in {top}" if top is not None else ""
         if record["skipped"]:
@@ -189,7 +189,7 @@ class Silent:
 
     def __init__(self) -> None:
         self._runs = torch.zeros(0, dtype=torch.int64, device="cpu")
-        self._heard = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self._announced = torch.zeros(0, dtype=torch.bool, device="cpu")
         self._any = False
 
     def update(self, seen: Seen) -> bool:
@@ -199,19 +199,19 @@ class Silent:
         missing = len(seen.names) - len(self._runs)
         if missing:
             self._runs = torch.cat([self._runs, self._runs.new_zeros(missing)])
-            self._heard = torch.cat([self._heard, self._heard.new_zeros(missing)])
+            self._announced = torch.cat([self._announced, self._announced.new_zeros(missing)])
         run = torch.where(zero, self._runs[seen.which] + 1, 0)
         self._runs = self._runs.index_copy(0, seen.which, run)  # not in place, see Maxima
         self._any = bool(self._runs.any())
         return bool(self._due().any())
 
     def _due(self) -> Tensor:
-        return (self._runs >= self.STEPS) & ~self._heard
+        return (self._runs >= self.STEPS) & ~self._announced
 
     def message(self, seen: Seen) -> str:
         new = self._due()
         due = new.nonzero().flatten().tolist()
-        self._heard = self._heard | new
+        self._announced = self._announced | new
         been = "gradient has" if len(due) == 1 else "gradients have"
         return (
             f"the {been} been exactly zero for {self.STEPS} steps: {listing(seen.names, due)}. Such a parameter learns "
@@ -229,16 +229,16 @@ class Skips:
     MANY = 10
 
     def __init__(self, window: int) -> None:
-        self._share, self._heard = Share(window), False
+        self._share, self._announced = Share(window), False
 
     def update(self, seen: Seen) -> bool:
         self._share.add(bool(seen.record["skipped"] and seen.record["nonfinite"]))
         if 2 * self._share.yes < self.MANY:
-            self._heard = False
-        return self._share.yes >= self.MANY and not self._heard
+            self._announced = False
+        return self._share.yes >= self.MANY and not self._announced
 
     def message(self, seen: Seen) -> str:
-        self._heard = True
+        self._announced = True
         return (
             f"{self._share.yes} of the last {len(self._share)} updates were skipped because gradients were not finite, "
             f"this time in {broken(seen)}. Look at the loss and the batches of those steps; in mixed precision, use "
@@ -278,16 +278,16 @@ class Alarms:
         self.alarms |= {"spike": Spike(window), "zero": Silent(), "skips": Skips(window), "nonfinite": Passed()}
         self._quiet = dict.fromkeys(self.alarms, 0)  # for so many steps more
 
-    def heard(self, seen: Seen) -> list[tuple[str, str]]:
+    def update(self, seen: Seen) -> list[tuple[str, str]]:
         """What there is to say after this step: kinds and messages."""
-        found = []
+        notices = []
         for kind, alarm in self.alarms.items():
             if alarm.update(seen) and not self._quiet[kind]:
-                found.append((kind, alarm.message(seen)))
+                notices.append((kind, alarm.message(seen)))
                 self._quiet[kind] = self.QUIET
             elif self._quiet[kind]:
                 self._quiet[kind] -= 1
-        return found
+        return notices
 
 
 def broken(seen: Seen) -> str:

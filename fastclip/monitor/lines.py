@@ -246,17 +246,17 @@ def _rows(history: History, line: dict[str, Any]) -> list[int]:
         if not norm_type >= 0:
             raise ValueError(f"norm_type must be >= 0, got {norm_type}")
         history.norm_type = norm_type
-    known = {row: i for i, row in enumerate(history.rows)}
-    history.rows = history.rows + [row for row in rows if row not in known]
-    return [known.setdefault(row, len(known)) for row in rows]
+    positions = {row: i for i, row in enumerate(history.rows)}
+    history.rows = history.rows + [row for row in rows if row not in positions]
+    return [positions.setdefault(row, len(positions)) for row in rows]
 
 
 def _record(line: dict[str, Any]) -> dict[str, Any]:
     """A step's line, as far as a history needs it."""
-    found: dict[str, Any] = {"step": _step(line)}
+    record: dict[str, Any] = {"step": _step(line)}
     for key in ("nonfinite", "total_norm", "coef", *(key for key in ("loss", "limit") if key in line)):
-        found[key] = _number(line, key)
-    return found | {key: _typed(line, key, bool) for key in ("clipped", "skipped")}
+        record[key] = _number(line, key)
+    return record | {key: _typed(line, key, bool) for key in ("clipped", "skipped")}
 
 
 def _norms(history: History, line: dict[str, Any], which: list[int]) -> Tensor:

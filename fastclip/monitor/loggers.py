@@ -17,7 +17,7 @@ def loggers(log: list[Any]) -> tuple[list[Logger], list[Any]]:
 
     Folders are rank 0's to write in; what else there is, is called by every rank that has it.
     """
-    found: list[Logger] = []
+    functions: list[Logger] = []
     own = []
     for target in log:
         if isinstance(target, (str, os.PathLike)):
@@ -26,19 +26,19 @@ def loggers(log: list[Any]) -> tuple[list[Logger], list[Any]]:
             target = _tensorboard(target)
             own.append(target)
         if hasattr(target, "add_scalar"):
-            found.append(partial(_add_scalars, target))
+            functions.append(partial(_add_scalars, target))
         elif callable(getattr(target, "log", None)) and callable(getattr(target, "define_metric", None)):
-            found.append(Wandb(target))
+            functions.append(Wandb(target))
         elif callable(getattr(target, "log", None)):
-            found.append(partial(_log, target))
+            functions.append(partial(_log, target))
         elif callable(target):
-            found.append(target)
+            functions.append(target)
         else:
             raise TypeError(
                 f"log must be a SummaryWriter, a wandb run, a function of a dict and a step, a folder, or a list of "
                 f"such, got {type(target).__name__} {target!r}"
             )
-    return found, own
+    return functions, own
 
 
 def _tensorboard(folder: str | os.PathLike[str]) -> Any:

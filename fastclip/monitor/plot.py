@@ -36,8 +36,8 @@ def draw(history: History, path: str | os.PathLike[str] | None = None, title: st
         title: above it.
 
     Raises:
-        ImportError: there is no matplotlib.
-        ValueError: there is no step to draw, or `path` ends otherwise.
+        ImportError: values is no matplotlib.
+        ValueError: values is no step to draw, or `path` ends otherwise.
     """
     try:
         from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def draw(history: History, path: str | os.PathLike[str] | None = None, title: st
     if path is not None and os.path.splitext(path)[1] not in FORMATS:
         raise ValueError(f"path must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {os.fspath(path)!r}")
     if not (spans := history.spans):
-        raise ValueError("there is nothing to draw: no step has been recorded yet")
+        raise ValueError("values is nothing to draw: no step has been recorded yet")
 
     labels, cells = _drawn_rows(history)
     has_loss = any(span.loss.count for span in spans)
@@ -170,11 +170,11 @@ def _drawn_rows(history: History) -> tuple[list[str], Tensor]:
     row = torch.tensor([labels.index(key(name)) for name in history.rows], dtype=torch.int64, device="cpu")
     p = history.norm_type
     zeros = torch.zeros(len(labels), cells.shape[1], dtype=torch.float64, device="cpu")
-    there = cells.double().nan_to_num(0.0, posinf=math.inf)
+    values = cells.double().nan_to_num(0.0, posinf=math.inf)
     if math.isinf(p):
-        together = zeros.index_reduce(0, row, there, "amax")
+        together = zeros.index_reduce(0, row, values, "amax")
     else:
-        together = root(zeros.index_add(0, row, there ** (p or 1)), p)
+        together = root(zeros.index_add(0, row, values ** (p or 1)), p)
     some = zeros.index_add(0, row, (~cells.isnan()).double())
     return labels, torch.where(some > 0, together, math.nan)
 
@@ -207,9 +207,9 @@ def _draw_heat(ax: Axes, history: History, labels: list[str], cells: Tensor) -> 
     ax.invert_yaxis()
     bar = ax.figure.colorbar(grid, ax=ax, pad=0.01, aspect=30)
     bar.set_label("norm of each gradient")
-    found = {"not finite": cells.isposinf(), "exactly zero": cells == 0, "no gradient": cells.isnan()}
+    present = {"not finite": cells.isposinf(), "exactly zero": cells == 0, "no gradient": cells.isnan()}
     patches = [
-        Patch(facecolor=extremes[name], edgecolor=GRAY, label=name) for name, where in found.items() if where.any()
+        Patch(facecolor=extremes[name], edgecolor=GRAY, label=name) for name, where in present.items() if where.any()
     ]
     _legend(ax, patches, [patch.get_label() for patch in patches])
 

@@ -84,12 +84,12 @@ class Maxima:
     def take(self, norm_type: float) -> tuple[Tensor, Tensor, Tensor]:
         """Norm and largest element of each row, float64 [rows], and whether it had no gradient; then begin anew."""
         self._gather()
-        there = self._absmax != -1
-        row = torch.tensor(self._register.row, dtype=torch.int64, device="cpu")[there]
+        has_gradient = self._absmax != -1
+        row = torch.tensor(self._register.row, dtype=torch.int64, device="cpu")[has_gradient]
         zeros = torch.zeros(len(self._register.rows), dtype=torch.float64, device="cpu")
-        absmax = norms = zeros.scatter_reduce(0, row, self._absmax[there], "amax")
+        absmax = norms = zeros.scatter_reduce(0, row, self._absmax[has_gradient], "amax")
         if not math.isinf(norm_type):
-            norms = root(zeros.index_add(0, row, self._power[there]), norm_type)
+            norms = root(zeros.index_add(0, row, self._power[has_gradient]), norm_type)
         self._power, self._absmax = torch.full_like(self._power, -1), torch.full_like(self._absmax, -1)
         return norms, absmax, torch.ones(len(zeros), dtype=torch.bool, device="cpu").index_fill(0, row, False)
 

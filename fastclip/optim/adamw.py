@@ -74,8 +74,8 @@ class AdamW(ClippingOptimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             for p in group["params"]:
-                if mine := self.state.get(p):
-                    mine["step"] = torch.as_tensor(mine["step"], dtype=torch.float32).to(p.device)
+                if saved := self.state.get(p):
+                    saved["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).to(p.device)
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, bool]:
         state = self.state[p]

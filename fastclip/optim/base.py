@@ -115,10 +115,10 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
             ValueError: the rule names a parameter that is in no group any more.
         """
         self._update_clipper()  # what rules remember is saved in the order of the parameters as they are now
-        found = super().state_dict()
+        saved = super().state_dict()
         if self.clipper is not None:
-            found["param_groups"][0]["clipper"] = self.clipper.state_dict()
-        return found
+            saved["param_groups"][0]["clipper"] = self.clipper.state_dict()
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, torch.optim's too.
@@ -136,7 +136,7 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
             clipper.load_state_dict(remembered)
         if len(saved) == len(self.param_groups):  # torch's know nothing of these
             own = [{name: group[name] for name in OWN if name in group} for group in self.param_groups]
-            saved = [{**mine, **theirs} for mine, theirs in zip(own, saved)]
+            saved = [{**group_own, **group_saved} for group_own, group_saved in zip(own, saved)]
         try:
             super().load_state_dict({**state_dict, "param_groups": saved})
         except Exception:

@@ -91,14 +91,14 @@ def for_torch(inputs: StepInputs, shared: set[int]) -> tuple[StepInputs, list[tu
     for p, gradient, *states in zip(inputs.params, inputs.grads, *inputs.states):
         narrow = p.device.type == "cpu" and p.itemsize < 4
         dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)
-        mine = [p.detach(), gradient.detach().resolve_neg(), *states]
-        if narrow or not dense or any(t.stride() != p.stride() or t.dtype != p.dtype for t in mine):
-            mine = [t.to(torch.float32 if narrow else p.dtype, copy=True).contiguous() for t in mine]
-            copies += [(p, mine[0]), *zip(states, mine[2:])]
+        tensors = [p.detach(), gradient.detach().resolve_neg(), *states]
+        if narrow or not dense or any(t.stride() != p.stride() or t.dtype != p.dtype for t in tensors):
+            tensors = [t.to(torch.float32 if narrow else p.dtype, copy=True).contiguous() for t in tensors]
+            copies += [(p, tensors[0]), *zip(states, tensors[2:])]
         elif gradient.data_ptr() in shared:
-            mine[1] = mine[1].clone()
-        plain.params.append(mine[0])
-        plain.grads.append(mine[1])
-        for column, state in zip(plain.states, mine[2:]):
+            tensors[1] = tensors[1].clone()
+        plain.params.append(tensors[0])
+        plain.grads.append(tensors[1])
+        for column, state in zip(plain.states, tensors[2:]):
             column.append(state)
     return plain, copies

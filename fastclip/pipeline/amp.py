@@ -42,8 +42,8 @@ class GradScalerState:
         if self._state["stage"] is OptState.STEPPED:
             raise RuntimeError("this optimizer has already stepped with scaler since its last update()")
         if self._state["stage"] is OptState.UNSCALED:
-            found = [f.to(device, non_blocking=True) for f in self._state["found_inf_per_device"].values()]
-            self.found_inf = torch.stack(found).sum() > 0 if found else None
+            flags = [f.to(device, non_blocking=True) for f in self._state["found_inf_per_device"].values()]
+            self.found_inf = torch.stack(flags).sum() > 0 if flags else None
         else:
             self._scale = scaler._scale.to(device, torch.float64)
 

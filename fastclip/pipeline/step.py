@@ -41,14 +41,14 @@ class TakesDecision:
 def unwrapped(optimizer: Any) -> list[Any]:
     """The optimizer, and what is inside of it one in the other, where it is a wrapper such as Accelerate's, Fabric's or
     Lightning's. The last one is the optimizer that steps in the end."""
-    found = [optimizer]
+    chain = [optimizer]
     inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, torch.optim.Optimizer) and all(inner is not one for one in found):
+    while isinstance(inner, torch.optim.Optimizer) and all(inner is not one for one in chain):
         if not _wraps(optimizer, inner):
             break
-        found.append(inner)
+        chain.append(inner)
         inner = getattr(inner, "optimizer", None)
-    return found
+    return chain
 
 
 def _wraps(outer: Any, inner: torch.optim.Optimizer) -> bool:

@@ -74,13 +74,13 @@ class Adaptive(Rule):
             raise ValueError(
                 f"state_dict holds {', '.join(state)} for {self!r}, which remembers {names}{saved_by(state)}"
             )
-        for name, mine in self._new(torch.device("cpu")).items() if state else ():
+        for name, own in self._new(torch.device("cpu")).items() if state else ():
             shape = tuple(torch.as_tensor(state[name]).shape)
-            if not self._fits(name, shape, tuple(mine.shape)):
-                raise ValueError(f"state_dict: {name!r} must be of shape {tuple(mine.shape)} for {self!r}, got {shape}")
+            if not self._fits(name, shape, tuple(own.shape)):
+                raise ValueError(f"state_dict: {name!r} must be of shape {tuple(own.shape)} for {self!r}, got {shape}")
 
-    def _fits(self, name: str, shape: tuple[int, ...], mine: tuple[int, ...]) -> bool:
-        return shape == mine
+    def _fits(self, name: str, shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
+        return shape == own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state, an empty one too. ValueError if it is another rule's."""
@@ -90,14 +90,14 @@ class Adaptive(Rule):
             if not self.state:
                 self.state = {name: t.detach().clone() for name, t in loaded.items()}
                 return
-            for name, mine in self.state.items():
-                value = loaded[name] if loaded else self._new(mine.device)[name]
-                if len(value) > len(mine) if mine.dim() else False:  # more parameters than there were
-                    self.state[name] = value.detach().to(mine.device, copy=True)
-                elif mine.dim():
-                    mine.zero_()[: len(value)].copy_(value)
+            for name, own in self.state.items():
+                value = loaded[name] if loaded else self._new(own.device)[name]
+                if len(value) > len(own) if own.dim() else False:  # more parameters than there were
+                    self.state[name] = value.detach().to(own.device, copy=True)
+                elif own.dim():
+                    own.zero_()[: len(value)].copy_(value)
                 else:
-                    mine.copy_(value)
+                    own.copy_(value)
 
     _names: tuple[str, ...]
 
@@ -158,7 +158,7 @@ class ZClip(Adaptive):
 
 def _zclip(
     norm: Tensor,
-    heard: Tensor,
+    observed: Tensor,
     count: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -171,9 +171,9 @@ def _zclip(
     std = var.sqrt()
     z = (norm - mean) / (std + eps)
     warm = count >= warmup
-    known = warm & (mean > 0)  # a mean of 0 comes from a checkpoint of a version that remembered zeros
-    spike = known & (z > z_max)
-    above = torch.where(known, mean + z_max * (std + eps), math.inf)
+    has_mean = warm & (mean > 0)  # a mean of 0 comes from a checkpoint of a version that remembered zeros
+    spike = has_mean & (z > z_max)
+    above = torch.where(has_mean, mean + z_max * (std + eps), math.inf)
     limit = torch.where(spike, mean + z_max * z_max * std / z, above)
     coef = torch.where(spike, clip_coefficient(norm, limit), 1.0)
     # A NaN is no spike; it and inf go on as torch's clip would let them, for whatever rule or policy comes after.
@@ -182,7 +182,7 @@ def _zclip(
     share = torch.where(warm, 1 - alpha, 1 / (count + 1))
     new_mean = mean + share * toward
     new_var = var + share * (torch.where(warm, seen - new_mean, toward) * (seen - new_mean) - var)
-    usable = (heard > 0) & (heard < math.inf)
+    usable = (observed > 0) & (observed < math.inf)
     return (
         coef,
         limit,
@@ -238,16 +238,16 @@ class AutoClip(Adaptive):
         return f"AutoClip({self.percentile}, window={self.window})"
 
 
-def _autoclip(norm: Tensor, heard: Tensor, count: Tensor, history: Tensor, share: float) -> tuple[Tensor, ...]:
+def _autoclip(norm: Tensor, observed: Tensor, count: Tensor, history: Tensor, share: float) -> tuple[Tensor, ...]:
     """(coefficient, limit, and count and history afterwards)."""
     window = len(history) - 1
-    usable = (heard > 0) & (heard < math.inf)
+    usable = (observed > 0) & (observed < math.inf)
     place = torch.where(usable, count % window, window).long()
-    history = history.scatter(0, place.unsqueeze(0), torch.where(usable, heard, math.inf).unsqueeze(0))
+    history = history.scatter(0, place.unsqueeze(0), torch.where(usable, observed, math.inf).unsqueeze(0))
     count = count + usable
-    known = count.clamp(max=window)
-    ordered = history[:window].sort().values  # what is not known yet is inf, and so comes last
-    rank = share * (known - 1).clamp(min=0)
+    filled = count.clamp(max=window)
+    ordered = history[:window].sort().values  # what is not filled yet is inf, and so comes last
+    rank = share * (filled - 1).clamp(min=0)
     low = rank.floor()
     below = ordered.gather(0, low.long().unsqueeze(0)).squeeze(0)
     above = ordered.gather(0, rank.ceil().long().unsqueeze(0)).squeeze(0)
@@ -298,8 +298,8 @@ class AdaGC(Adaptive):
             "gamma": torch.zeros(0, dtype=torch.float64, device=device),  # 0: none yet
         }
 
-    def _fits(self, name: str, shape: tuple[int, ...], mine: tuple[int, ...]) -> bool:
-        return len(shape) == len(mine)  # as many as there were parameters
+    def _fits(self, name: str, shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
+        return len(shape) == len(own)  # as many as there were parameters
 
     def init_state(self, device: torch.device, count: int) -> None:
         gamma = self._on(device)["gamma"]
@@ -313,10 +313,10 @@ class AdaGC(Adaptive):
 
     def reorder(self, came_from: list[int]) -> None:
         if (gamma := self.state.get("gamma")) is not None:
-            known = [i if i < len(gamma) else -1 for i in came_from]
-            places = torch.tensor(known, dtype=torch.int64, device=gamma.device)
+            places = [i if i < len(gamma) else -1 for i in came_from]
+            index = torch.tensor(places, dtype=torch.int64, device=gamma.device)
             with torch.inference_mode(False):
-                self.state["gamma"] = torch.cat([gamma, gamma.new_zeros(1)])[places]  # -1: the zero
+                self.state["gamma"] = torch.cat([gamma, gamma.new_zeros(1)])[index]  # -1: the zero
 
     def decide(self, stats: Stats, context: StepContext) -> Tensor:
         params = context.params()
@@ -324,9 +324,9 @@ class AdaGC(Adaptive):
         state = self._on(stats.device)
         count, gamma = state["count"], state["gamma"]
         index = params.index(stats.device)
-        mine = gamma[: params.total] if index is None else gamma[index]
+        means = gamma[: params.total] if index is None else gamma[index]
         coef, new_count, new = fused(
-            *(_adagc, stats.norm, stats.norms, self._to_remember(stats.norms, context), count, mine),
+            *(_adagc, stats.norm, stats.norms, self._to_remember(stats.norms, context), count, means),
             self.lambda_rel,
             self.beta,
             self.warmup,
@@ -346,7 +346,7 @@ class AdaGC(Adaptive):
 def _adagc(
     norm: Tensor,
     norms: Tensor,
-    heard: Tensor,
+    observed: Tensor,
     count: Tensor,
     gamma: Tensor,
     rel: float,
@@ -356,15 +356,15 @@ def _adagc(
 ) -> tuple[Tensor, ...]:
     """(coefficients, and count and gamma afterwards)."""
     warming = count < warmup
-    known = gamma > 0
-    apart = torch.where(known, clip_coefficient(norms, rel * gamma), 1.0)
+    remembered = gamma > 0
+    apart = torch.where(remembered, clip_coefficient(norms, rel * gamma), 1.0)
     # Not by clip_coefficient, whose look at the limit a compiler could not follow.
     together = torch.where(norm == math.inf, -0.0, (absolute / (norm + EPS)).clamp(max=1.0))
     coef = torch.where(warming, together, apart)
     clipped = coef * norms
-    least = torch.where(known, torch.minimum(gamma, clipped), clipped)
-    followed = torch.where(known, beta * gamma + (1 - beta) * clipped, clipped)
-    finite = heard < math.inf  # not NaN either
+    least = torch.where(remembered, torch.minimum(gamma, clipped), clipped)
+    followed = torch.where(remembered, beta * gamma + (1 - beta) * clipped, clipped)
+    finite = observed < math.inf  # not NaN either
     usable = (clipped > 0) & (clipped < math.inf) & finite
     gamma = torch.where(usable, torch.where(warming, least, followed), gamma)
     return coef, count + (warming & finite.all() & (norm > 0)), gamma

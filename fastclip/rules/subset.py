@@ -68,16 +68,16 @@ class Only(Rule):
     def check(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
         """ValueError unless everything in `which` is among the parameters of a Clipper."""
         self.rule.check(parameters, names)
-        known, called = set(map(id, parameters)), set(names or ())
+        ids, all_names = set(map(id, parameters)), set(names or ())
         for item in self.which:
             if isinstance(item, Tensor):
-                if id(item) not in known:
+                if id(item) not in ids:
                     raise ValueError(
                         f"{self._argument}: a tensor of shape {tuple(item.shape)} is no parameter of this Clipper"
                     )
             elif names is None:
                 raise ValueError(f"{self._argument}: {item!r} is a name, so the Clipper needs model.named_parameters()")
-            elif not (any(map(_matcher([item]), names)) if _is_pattern(item) else item in called):
+            elif not (any(map(_matcher([item]), names)) if _is_pattern(item) else item in all_names):
                 raise ValueError(
                     f"{self._argument}: no parameter is called {item!r}; the first ones are {', '.join(names[:5])}"
                 )

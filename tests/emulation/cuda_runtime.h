@@ -57,7 +57,9 @@ inline double __longlong_as_double(int64_t x) { return bits_as<double>(x); }
 inline void* __cvta_global_to_generic(size_t address) { return reinterpret_cast<void*>(address); }
 
 template <class T>
-T __ldcg(const T* pointer) { return *pointer; }
+T __ldcg(const T* pointer) {
+  return *pointer;
+}
 
 // ---- threads ----
 
@@ -65,8 +67,8 @@ namespace emulation {
 
 constexpr unsigned WARP = 32;
 
-inline int units = 2;        // multiprocessors
-inline unsigned order = 0;   // seed of the order of the blocks
+inline int units = 2;       // multiprocessors
+inline unsigned order = 0;  // seed of the order of the blocks
 inline std::mutex one_launch;
 inline std::barrier<>* block_barrier;
 inline std::vector<std::barrier<>*> warp_barriers;
@@ -126,7 +128,9 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 struct cudaFuncAttributes {};
 template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) { return cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 
 struct cudaLaunchConfig_t {

@@ -45,8 +45,8 @@ void run(int dtype, double p, int64_t misaligned) {
   const uint32_t count = SIZES.size();
   std::vector<uint64_t> packed_address(count);
   std::vector<uint32_t> tile_offsets(count + 1);
-  const int64_t tiles = fastclip_cuda_pack(addresses.data(), SIZES.data(), count, itemsize, packed_address.data(),
-                                           tile_offsets.data());
+  const int64_t tiles =
+      fastclip_cuda_pack(addresses.data(), SIZES.data(), count, itemsize, packed_address.data(), tile_offsets.data());
   int64_t bytes = 0;
   check(fastclip_cuda_workspace_bytes(0, &bytes));
   check(tiles > 0);
