@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, compiler
@@ -13,6 +13,9 @@ from torch import Tensor, compiler
 from . import backends
 from .arguments import is_bool
 from .backends import Measurement, NativeGroup, capturing, upload
+from .distributed.declare import any_marked
+from .distributed.groups import checked_group
+from .distributed.plan import warm_up
 from .gradients.pack import flatten_params, from_native, pack, same_items
 from .gradients.param_index import ParamIndex
 from .gradients.table import GradTable
@@ -32,6 +35,10 @@ from .rules.fixed import as_rule
 from .rules.subset import bare_rule
 from .stats import Stats
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
 NONFINITE = ("propagate", "skip", "zero", "raise")
 
 
@@ -48,6 +55,11 @@ class Clipper:
             concerned before anything else, whether or not the step is skipped; or ``"raise"`` before anything is
             changed, which reads a flag back to the host at every call. Whatever it is, a norm that is not finite enters
             no rule's running statistics.
+        process_group: of ranks that hold other parameters of the same model, as pipeline stages do; see
+            :func:`fastclip.clip_norm_`. All of them must call whatever one of them calls.
+        tensor_stats: with gradients that are sharded over ranks, also sum the statistics of each tensor over them
+            (``stats.tensor_norms``, ``tensor_absmax``, ``nonfinite``), which a monitor shows, where no rule needs them.
+            Without ranks they are always there.
 
     Attributes:
         steps: how often :meth:`clip_` and :meth:`step` have decided.
@@ -66,7 +78,15 @@ class Clipper:
         >>> stats = clipper.step(optimizer)  # or: stats = clipper.clip_(); optimizer.step()
     """
 
-    def __init__(self, parameters: Iterable[Any] | Tensor, rule: Any, *, nonfinite: str = "propagate") -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Any] | Tensor,
+        rule: Any,
+        *,
+        nonfinite: str = "propagate",
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        tensor_stats: bool = False,
+    ) -> None:
         self.parameters, self.names = _named(flatten_params(parameters, ordered=True))
         self.rules = [as_rule(r) for r in rule] if isinstance(rule, (list, tuple)) else [as_rule(rule)]
         if not self.rules:
@@ -75,6 +95,8 @@ class Clipper:
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
         self.nonfinite = nonfinite
+        self.process_group = process_group if process_group is None else checked_group(process_group, "process_group")
+        self.tensor_stats = tensor_stats
         self.steps = 0
         self.skips: Tensor | None = None
         self.zeroed: Tensor | None = None
@@ -126,17 +148,31 @@ class Clipper:
         done = self._clip_fused()
         if isinstance(done, Stats):
             return done
-        table = from_native(done) if done else pack(self.parameters, gradients=False, write=True)
+        table = from_native(done) if done else self.pack()
         stats, decision = self.decide(table)
         decision.apply_(table)
         return stats
+
+    def pack(self) -> GradTable:
+        """The table of the gradients that there are now."""
+        return pack(self.parameters, gradients=False, write=True, process_group=self.process_group, reduces=True)
+
+    def warm_up(self) -> None:
+        """Do what a first call would do besides: load the kernels, make what rules remember, and, with sharded
+        parameters, the process groups and their first messages, which allocate memory of their own. All ranks must
+        call it. Where no group has all ranks of the parameters' mesh, one is made, so that a call needs one message.
+        """
+        self.init_state()
+        if self.parameters:
+            backends.choose(self.parameters[0].device)
+        warm_up(self.parameters, self.process_group)
 
     def _clip_fused(self) -> Stats | list[NativeGroup] | None:
         """The commonest case in one native call: one limit of the norm, gradients on the CPU.
 
         Returns the packed gradients where it is another case, or None where they want the general packer.
         """
-        if len(self.rules) > 1 or self.nonfinite != "propagate":
+        if len(self.rules) > 1 or self.nonfinite != "propagate" or self.process_group is not None or any_marked():
             return None
         limit = self.rules[0].static_limit(self.steps)
         fused = backends.choose_fused() if limit is not None else None
@@ -233,7 +269,7 @@ class Clipper:
         :func:`prepare`."""
         optimizer = optimizers[-1]
         complete = covers(optimizer, self.parameters)
-        table = pack(self.parameters, gradients=False, write=True)
+        table = self.pack()
         scaler_state = GradScalerState.of(scaler, optimizers, table.device)
         inv_scale = scaler_state.inv_scale(divide_by)
         if inv_scale is not None and not complete:
@@ -242,10 +278,12 @@ class Clipper:
                 "the other gradients would be left unscaled"
             )
         skip = None if when is None else ~_flag(when, table.device)
-        if scaler_state.found_inf is not None:
-            skip = scaler_state.found_inf if skip is None else skip | scaler_state.found_inf
-        stats, decision = self.decide(table, inv_scale, skip, scaler_state.active or scaler_state.by_wrapper)
-        scaler_state.record(stats)
+        found_inf = scaler_state.found_inf
+        if found_inf is not None:
+            skip = found_inf if skip is None else skip | found_inf
+        scaled = scaler_state.active or scaler_state.by_wrapper
+        stats, decision, found_inf = self._decide(table, inv_scale, skip, scaled, found_inf)
+        scaler_state.record(stats, found_inf)
         steps = prepare(optimizer, table, decision, complete, undo)
         undo.push(scaler_state.done)
         return stats, steps
@@ -255,13 +293,22 @@ class Clipper:
     ) -> tuple[Stats, ClipDecision]:
         """What the rules say of the gradients of `table`; see :func:`fastclip.pipeline.decide.decide`. `scaled`: by a
         GradScaler."""
+        stats, decision, _ = self._decide(table, inv_scale, skip, scaled, None)
+        return stats, decision
+
+    def _decide(
+        self, table: GradTable, inv_scale: Tensor | None, skip: Tensor | None, scaled: bool, found_inf: Tensor | None
+    ) -> tuple[Stats, ClipDecision, Tensor | None]:
+        """:meth:`decide`; and whether a GradScaler has found an inf, on any rank."""
         policy = "skip" if scaled else self.nonfinite
         check = self._refuse if policy == "raise" else None
         count = len(table)
         params = functools.cache(lambda: self._param_index(count))  # not of the table, which holds the gradients
         context = StepContext(self.steps, skip, inv_scale, params)
+        context.found_inf = found_inf
         stats, decision = decide(
-            table, self.rules, self.norm_type, context, check, policy, lambda: self._param_index(count).owners
+            *(table, self.rules, self.norm_type, context, check, policy, lambda: self._param_index(count).owners),
+            self.tensor_stats,
         )
         if self.names is not None:
             stats.names = params().names
@@ -269,8 +316,8 @@ class Clipper:
         if decision.skip is not None:
             self.skips = _added(self.skips, decision.skip)
         if stats.zeroed is not None:
-            self.zeroed = _added(self.zeroed, stats.zeroed.sum())
-        return stats, decision
+            self.zeroed = _added(self.zeroed, stats.zeroed_count().round().long())
+        return stats, decision, context.found_inf
 
     def state_dict(self) -> dict[str, Any]:
         """What this Clipper and its rules remember: counts as ints, and running statistics as tensors (copies)."""
@@ -294,20 +341,21 @@ class Clipper:
         self.steps, self.skips, self.zeroed = steps, _loaded(self.skips, skips), _loaded(self.zeroed, zeroed)
 
     def _refuse(self, stats: Stats) -> None:
-        """RuntimeError if a gradient is not finite."""
-        concerned = stats.nonfinite.nonzero().flatten().tolist()
-        if not concerned:
+        """RuntimeError if a gradient is not finite; on all ranks, if one on any of them is not."""
+        if not stats.any_nonfinite():
             return
-        table = pack(self.parameters, gradients=False, write=False)
+        table = pack(self.parameters, gradients=False, write=False, process_group=self.process_group)
+        concerned = [i for i, tensor in enumerate(table.tensors) if not tensor.isfinite().all()]
         names = self._param_index(len(table)).names or tuple(f"gradient {i}" for i in range(len(table)))
         counts = [
             f"{names[i]} ({int((~table.tensors[i].isfinite()).sum())} of {table.tensors[i].numel()})"
             for i in concerned[:5]
         ]
         more = f" and {len(concerned) - 5} more" if len(concerned) > 5 else ""
-        raise RuntimeError(
-            f"gradients hold elements that are not finite: {', '.join(counts)}{more}; nothing was changed"
-        )
+        found = f"{', '.join(counts)}{more}"
+        if table.shards is not None:
+            found = "; ".join(table.shards.texts(found))
+        raise RuntimeError(f"gradients hold elements that are not finite: {found}; nothing was changed")
 
     def _param_index(self, count: int) -> ParamIndex:
         """The parameters of the `count` distinct gradients there are now."""

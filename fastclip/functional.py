@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,19 @@ from torch.compiler import is_dynamo_compiling
 
 from . import backends, torch_ops
 from .arguments import checked_limit, checked_norm, nonnegative, number, one_number
+from .distributed.declare import any_marked
+from .distributed.groups import checked_group
+from .distributed.unwrap import any_dtensor
 from .gradients.modes import is_watched
 from .gradients.pack import check_not_gradients, flatten_params, from_native, pack
 from .pipeline.decide import clip, clip_by_norm, refuse_nonfinite
 from .rules import GlobalNorm, Mask, TensorNorm, Value
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .gradients.table import GradTable
 
 Parameters = Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -36,6 +45,8 @@ def clip_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    process_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     r"""Scale the gradients of `parameters` in place so that their common norm is at most `max_norm`.
 
@@ -52,6 +63,8 @@ def clip_norm_(
         norm_type: p: 2, 1, ``inf`` (or ``"inf"``), 0 (the number of tensors that are not all zero), any other p > 0.
         error_if_nonfinite: raise instead of clipping by a norm that is inf or NaN. Reads the norm back to the host.
         foreach: ignored.
+        process_group: of ranks that hold other parameters of the same model, as pipeline stages do: the norm is that of
+            all of them, and all of them must call. DTensors need no group: their placements tell where they are.
 
     Returns:
         The norm before clipping: [] float32 (float64 if a gradient is), on the first gradient's device.
@@ -60,16 +73,23 @@ def clip_norm_(
         ValueError: `max_norm` or `norm_type` is negative or NaN.
         TypeError: an argument is of another kind; a gradient is integer; plain tensors without ``.grad`` were passed.
         RuntimeError: the norm is not finite and `error_if_nonfinite` is set; a gradient is an expanded view; two
-            gradients overlap.
-        NotImplementedError: a gradient is a DTensor or another wrapper subclass.
+            gradients overlap; with DTensors or a `process_group`, another rank raised, or the ranks disagree.
+        NotImplementedError: a gradient is a wrapper subclass other than DTensor.
     """
     if is_dynamo_compiling():
-        return _global_norm_in_graph(flatten_params(parameters), "parameters", max_norm, norm_type, error_if_nonfinite)
-    return _global_norm(parameters, "parameters", max_norm, norm_type, error_if_nonfinite)
+        return _global_norm_in_graph(
+            flatten_params(parameters), "parameters", max_norm, norm_type, error_if_nonfinite, process_group
+        )
+    return _global_norm(parameters, "parameters", max_norm, norm_type, error_if_nonfinite, process_group)
 
 
 def total_norm(
-    tensors: Parameters, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    tensors: Parameters,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    process_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     r"""The p-norm of `tensors` (gradients, not parameters) as one vector.
 
@@ -78,8 +98,10 @@ def total_norm(
     Follows ``torch.nn.utils.get_total_norm``. Args, returns and raises as :func:`clip_norm_`.
     """
     if is_dynamo_compiling():
-        return _global_norm_in_graph(flatten_params(tensors, "tensors"), "tensors", None, norm_type, error_if_nonfinite)
-    return _global_norm(tensors, "tensors", None, norm_type, error_if_nonfinite)
+        return _global_norm_in_graph(
+            flatten_params(tensors, "tensors"), "tensors", None, norm_type, error_if_nonfinite, process_group
+        )
+    return _global_norm(tensors, "tensors", None, norm_type, error_if_nonfinite, process_group)
 
 
 def clip_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
@@ -96,13 +118,14 @@ def clip_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor,
     Raises:
         As :func:`clip_norm_`; TypeError too where gradients were passed instead of parameters.
     """
-    if _in_a_graph():
+    items = flatten_params(parameters)
+    if _in_a_graph(items):
         bound, norm = _in_graph(max_norm, "max_norm"), _in_graph(total_norm, "total_norm")
-        if grads := _gradients(flatten_params(parameters)):
+        if grads := _gradients(items):
             torch_ops.clip_with_norm_(grads, bound, norm)
         return
     limit, norm = checked_limit(max_norm, "max_norm"), checked_norm(total_norm)
-    clip_by_norm(pack(flatten_params(parameters), gradients=False, write=True), norm, limit)
+    clip_by_norm(pack(items, gradients=False, write=True), norm, limit)
 
 
 def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None = None) -> None:
@@ -118,16 +141,23 @@ def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None 
     Raises:
         As :func:`clip_norm_`.
     """
-    if _in_a_graph():
+    items = flatten_params(parameters)
+    if _in_a_graph(items):
         limit = _in_graph(clip_value, "clip_value")
-        if grads := _gradients(flatten_params(parameters)):
+        if grads := _gradients(items):
             torch_ops.clip_value_(grads, limit)
         return
     rule = Value(nonnegative(clip_value, "clip_value"))
-    pack(flatten_params(parameters), gradients=False, write=True).clamp_(rule.low, rule.high)
+    pack(items, gradients=False, write=True).clamp_(rule.low, rule.high)
 
 
-def clip_tensor_norm_(parameters: Parameters, max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_tensor_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    norm_type: float = 2.0,
+    *,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+) -> Tensor:
     r"""Scale each gradient of `parameters` in place, on its own, so that its norm is at most `max_norm`.
 
     .. math:: g_t \leftarrow g_t \cdot \min\left(1, \frac{max\_norm}{\|g_t\|_p + 10^{-6}}\right)
@@ -139,16 +169,20 @@ def clip_tensor_norm_(parameters: Parameters, max_norm: float, norm_type: float 
     Returns:
         [T] the norms before clipping, in the order of the parameters that have a gradient.
     """
-    if _in_a_graph():
-        limit, p, items = _in_graph(max_norm, "max_norm"), _order(norm_type), flatten_params(parameters)
+    items = flatten_params(parameters)
+    if _in_a_graph(items):
+        _refuse_in_graph(process_group)
+        limit, p = _in_graph(max_norm, "max_norm"), _order(norm_type)
         grads = _gradients(items)
         return torch_ops.clip_tensor_norm_(grads, limit, p) if grads else _nothing(items, 0)
     rule = TensorNorm(max_norm, norm_type)
-    table = pack(flatten_params(parameters), gradients=False, write=True)
+    table = _pack_parameters(items, process_group)
     return clip(table, [rule], rule.norm_type).tensor_norms
 
 
-def mask_small_(parameters: Parameters, threshold: float) -> Tensor:
+def mask_small_(
+    parameters: Parameters, threshold: float, *, process_group: ProcessGroup | DeviceMesh | None = None
+) -> Tensor:
     """Zero, in place, the gradients of `parameters` whose largest magnitude is below `threshold`.
 
     A gradient that holds a NaN is left alone.
@@ -156,6 +190,7 @@ def mask_small_(parameters: Parameters, threshold: float) -> Tensor:
     Args:
         parameters: whose ``.grad`` is masked.
         threshold: in the gradients' unit, >= 0.
+        process_group: as :func:`clip_norm_`'s.
 
     Returns:
         [T] bool, True where a gradient was zeroed, in the order of the parameters that have a gradient.
@@ -163,37 +198,69 @@ def mask_small_(parameters: Parameters, threshold: float) -> Tensor:
     Raises:
         As :func:`clip_norm_`.
     """
-    if _in_a_graph():
-        limit, items = _in_graph(threshold, "threshold"), flatten_params(parameters)
+    items = flatten_params(parameters)
+    if _in_a_graph(items):
+        _refuse_in_graph(process_group)
+        limit = _in_graph(threshold, "threshold")
         grads = _gradients(items)
         return torch_ops.mask_small_(grads, limit) if grads else _nothing(items, 0).bool()
     rule = Mask(threshold)
-    table = pack(flatten_params(parameters), gradients=False, write=True)
+    table = _pack_parameters(items, process_group)
     return clip(table, [rule], math.inf).coef.expand(len(table)) == 0
 
 
+def _pack_parameters(items: list[Tensor], process_group: ProcessGroup | DeviceMesh | None) -> GradTable:
+    if process_group is not None:
+        checked_group(process_group, "process_group")
+    return pack(items, gradients=False, write=True, process_group=process_group, reduces=True)
+
+
 def _global_norm(
-    tensors: Parameters, argument: str, max_norm: float | None, norm_type: float, error_if_nonfinite: bool
+    tensors: Parameters,
+    argument: str,
+    max_norm: float | None,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    process_group: ProcessGroup | DeviceMesh | None,
 ) -> Tensor:
     items = tensors if type(tensors) is list else flatten_params(tensors, argument, stacklevel=4)
     clips = argument == "parameters"
     packed: list[backends.NativeGroup] | None = None
-    if (fused := backends.choose_fused()) is not None:
+    alone = process_group is None and not any_marked()
+    if alone and (fused := backends.choose_fused()) is not None:
         done = fused.clip_norm_fused(items, clips, max_norm, norm_type, error_if_nonfinite, False)
         if isinstance(done, Tensor):
             return done
         packed = done
-    if not packed and is_watched():
-        return _global_norm_in_graph(flatten_params(items, argument), argument, max_norm, norm_type, error_if_nonfinite)
+    if not packed and alone and _in_a_graph(items := flatten_params(items, argument)):
+        return _global_norm_in_graph(items, argument, max_norm, norm_type, error_if_nonfinite, process_group)
+    if process_group is not None:
+        checked_group(process_group, "process_group")
     rule = GlobalNorm(checked_limit(max_norm, "max_norm") if clips else math.inf, norm_type)
     items = flatten_params(items, argument)
-    table = from_native(packed) if packed else pack(items, gradients=not clips, write=clips, argument=argument)
+    if packed:
+        table = from_native(packed)
+    else:
+        table = pack(
+            items,
+            gradients=not clips,
+            write=clips,
+            argument=argument,
+            process_group=process_group,
+            reduces=True,
+        )
     return clip(table, [rule], rule.norm_type, refuse_nonfinite if error_if_nonfinite else None).total_norm
 
 
 def _global_norm_in_graph(
-    items: list[Tensor], argument: str, max_norm: float | None, norm_type: float, error_if_nonfinite: bool
+    items: list[Tensor],
+    argument: str,
+    max_norm: float | None,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    process_group: ProcessGroup | DeviceMesh | None,
 ) -> Tensor:
+    _refuse_in_graph(process_group)
     p, refuse = _order(norm_type), bool(error_if_nonfinite)
     if argument == "tensors":
         _check_tensors(items, argument)
@@ -202,10 +269,18 @@ def _global_norm_in_graph(
     return torch_ops.clip_norm_(grads, limit, p, refuse) if grads else _nothing(items, ())
 
 
-def _in_a_graph() -> bool:
+def _refuse_in_graph(process_group: ProcessGroup | DeviceMesh | None) -> None:
+    if process_group is not None:
+        raise NotImplementedError("process_group is not supported under torch.compile: call it outside of the graph")
+
+
+def _in_a_graph(items: list[Tensor]) -> bool:
     """Whether operations are looked at (torch.compile, make_fx, FakeTensorMode and any other TorchDispatchMode), which
-    a kernel on bare addresses would pass by: in a graph its result would be a constant."""
-    return is_dynamo_compiling() or is_watched()  # where export compiles without Dynamo, a mode is watching
+    a kernel on bare addresses would pass by: in a graph its result would be a constant. DTensors, of which an operation
+    would know too little, are clipped as ever under modes that only look."""
+    if is_dynamo_compiling():
+        return True
+    return is_watched() and not any_dtensor(items)  # where export compiles without Dynamo, a mode is watching
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:

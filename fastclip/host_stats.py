@@ -91,10 +91,11 @@ class HostStats:
     def _read(self, numbers: dict[str, float], vectors: dict[str, Tensor], layout: StatsLayout) -> None:
         self.layout = layout
         self._numbers, self._vectors = {**numbers, **layout.host_numbers}, vectors
-        self.absmax: list[float] = vectors["absmax"].tolist()  # T float64
+        # T float64, where they are those of whole tensors; else empty
+        self.absmax: list[float] = vectors["absmax"].tolist() if "absmax" in vectors else []
         # T float64, sum |g|^p; for p of inf max |g|
         self.power: list[float] = vectors["power"].tolist() if "power" in vectors else self.absmax
-        self.count = len(self.absmax)  # T
+        self.count = max(len(self.power), len(self.absmax))  # T, or 0
         self.total_norm = self._rounded("norm")
         self.loss = self._numbers.get("loss")
         self.skipped = bool(self._numbers.get("skip"))
@@ -103,21 +104,29 @@ class HostStats:
             self.broken = [i for i, count in enumerate(self._vectors["zeroed"].tolist()) if count]
         elif not math.isfinite(sum(self.absmax)):  # in the common case the sum tells that all are finite
             self.broken = [i for i, most in enumerate(self.absmax) if not math.isfinite(most)]
-        self.nonfinite = len(self.broken)
+        over_ranks = self._numbers.get("nonfinite_count")  # of which this rank may know only some
+        self.nonfinite = len(self.broken) if over_ranks is None or math.isnan(over_ranks) else round(over_ranks)
 
         self.coef: float | Tensor  # one for all, or [T] float32 or float64; 1 if skipped
         if self.skipped or "coef" in self._numbers:
             self.coef = self.least = 1.0 if self.skipped else self._rounded("coef")
             changed = self.coef != 1
         else:
-            self.coef = self.vector("coef").to(layout.dtype)
-            self.least = self.coef.min().item() if self.count else 1.0
+            self.coef = self._vectors["coef"].to(layout.dtype)
+            self.least = self.coef.min().item() if len(self.coef) else 1.0
             changed = bool((self.coef != 1).any())
-        self.clipped = changed or bool(self._numbers.get("clamped")) or ("zeroed" in vectors and self.nonfinite > 0)
+        self.zeroed: int | None = None  # elements that were set to 0, where that is the policy
+        if "zeroed" in vectors:
+            self.zeroed = round(self._numbers.get("zeroed_count", float(vectors["zeroed"].sum())))
+        self.clipped = changed or bool(self._numbers.get("clamped")) or bool(self.zeroed)
 
     def vector(self, name: str) -> Tensor:
         """[T] float64: "absmax", "power" or "zeroed", if there."""
-        return self._vectors.get(name, self._vectors["absmax"])
+        if name in self._vectors:
+            return self._vectors[name]
+        if "absmax" in self._vectors:
+            return self._vectors["absmax"]
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
 
     @property
     def norms(self) -> Tensor:
@@ -128,7 +137,7 @@ class HostStats:
     @property
     def keys(self) -> tuple[str, ...] | range:
         """What gradients are called: their names, or else their indices."""
-        return range(self.count) if self.layout.names is None else self.layout.names
+        return range(self.count) if self.layout.names is None else self.layout.names[: self.count]
 
     def log(self, tensors: bool = False) -> dict[str, Any]:
         """As :meth:`fastclip.Stats.log` describes."""
@@ -136,8 +145,8 @@ class HostStats:
         if "limit" in self._numbers:
             numbers["limit"] = self._rounded("limit")
         numbers |= {"coef": self.least, "clipped": self.clipped, "skipped": self.skipped, "nonfinite": self.nonfinite}
-        if "zeroed" in self._vectors:
-            numbers["zeroed"] = int(self.vector("zeroed").sum())
+        if self.zeroed is not None:
+            numbers["zeroed"] = self.zeroed
         if tensors:
             for name, values in (("tensor_norms", self.norms), ("tensor_absmax", self.vector("absmax"))):
                 numbers[name] = dict(zip(self.keys, values.to(self.layout.dtype).tolist()))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,17 @@ from torch import Tensor
 from .backends import Measurement, upload
 from .host_stats import HostStats, StatsTensors
 from .host_stats import root as _root
+
+
+class OverRanks(NamedTuple):
+    """What was summed over several ranks, and how to go on: see :mod:`fastclip.distributed`."""
+
+    nonfinite: Tensor  # [] how many gradients hold an inf or a NaN, each part of a sharded one by itself
+    zeroed: Tensor | None  # [] how many elements ``nonfinite="zero"`` set to 0
+    power: bool  # whether power and absmax of each tensor are those of the whole tensor, not only of this rank's part
+    absmax: bool
+    shared: Tensor | None = None  # [T] 1 / how many stages hold each; None: 1
+    over_stages: Callable[[Tensor, bool], Tensor] | None = None  # -> a sum (or maximum) over the pipeline stages
 
 
 class Stats:
@@ -34,6 +46,11 @@ class Stats:
         zeroed: [T] int64, how many elements ``nonfinite="zero"`` set to 0; else None. The norms are those afterwards.
         names: the T names, where the Clipper was given named parameters, else None.
         step: how many steps the Clipper had taken before this one.
+
+    With gradients that are sharded over several ranks, norms and coefficients are those of whole tensors and the same
+    on all ranks. Reading them never communicates: `tensor_norms`, `tensor_absmax` and `nonfinite` are there only where
+    a rule needs them or the Clipper was told to (``tensor_stats=True``), and raise RuntimeError elsewhere. `clipped`
+    is whether a gradient on this rank was changed.
     """
 
     names: tuple[str, ...] | None = None
@@ -60,6 +77,13 @@ class Stats:
         self._clamped: Tensor | None = None
         self._limit: Tensor | float | None = None
         self.skip: Tensor | None = None
+        self._over_ranks: OverRanks | None = None
+
+    def zeroed_count(self) -> Tensor:
+        """[] how many elements ``nonfinite="zero"`` set to 0, on all ranks."""
+        assert self.zeroed is not None
+        ranks = self._over_ranks
+        return self.zeroed.sum() if ranks is None or ranks.zeroed is None else ranks.zeroed
 
     # Computed anew at every look: none of it is paid for by who does not ask, and after a replay of a CUDA graph it is
     # that replay's.
@@ -67,11 +91,15 @@ class Stats:
     @property
     def power(self) -> Tensor:
         """[T] float64, sum |g|^p of each gradient."""
+        if self._over_ranks is not None and not self._over_ranks.power:
+            raise self._unknown("The norms")
         return self.gathered([part.power for part in self._parts])
 
     @property
     def absmax(self) -> Tensor:
         """[T] float64; what `tensor_absmax` is rounded from."""
+        if self._over_ranks is not None and not self._over_ranks.absmax:
+            raise self._unknown("The largest magnitudes")
         return self.gathered([part.absmax for part in self._parts])
 
     @property
@@ -104,7 +132,16 @@ class Stats:
 
     @property
     def nonfinite(self) -> Tensor:
-        return ~self.absmax.isfinite() if self.zeroed is None else self.zeroed > 0
+        if self.zeroed is not None:
+            return self.zeroed > 0
+        ranks = self._over_ranks
+        if ranks is not None and not ranks.absmax and ranks.power and not math.isinf(self.norm_type):
+            return ~self.power.isfinite()  # of which the maxima are not there
+        return ~self.absmax.isfinite()
+
+    def any_nonfinite(self) -> Tensor:
+        """[] bool, whether any gradient holds, or held, an inf or a NaN, on any rank."""
+        return self.nonfinite.any() if self._over_ranks is None else self._over_ranks.nonfinite > 0
 
     @property
     def limit(self) -> Tensor | None:
@@ -121,6 +158,8 @@ class Stats:
     def clipped(self) -> Tensor:
         changed = (self.coef != 1).any()
         changed = changed if self._clamped is None else changed | self._clamped
+        if self._over_ranks is not None:
+            return changed if self._over_ranks.zeroed is None else changed | (self._over_ranks.zeroed > 0)
         return changed if self.zeroed is None else changed | (self.zeroed > 0).any()
 
     @property
@@ -141,13 +180,22 @@ class Stats:
             ``nonfinite`` (how many gradients hold an inf or a NaN) and ``zeroed`` (how many elements
             ``nonfinite="zero"`` set to 0, if that is the policy).
         """
+        if tensors and not self._knows_tensors():
+            raise self._unknown("The statistics")
         return HostStats.of(self.tensors()).log(tensors)
 
     def tensors(self) -> StatsTensors:
         """The tensors that all the others are computed from, and the numbers that the host knows."""
-        tensors = {"norm": self.norm, "coef": self._decision(), "absmax": self.absmax}
-        if not math.isinf(self.norm_type):
-            tensors["power"] = self.power
+        tensors = {"norm": self.norm, "coef": self._decision()}
+        ranks = self._over_ranks
+        if ranks is not None:
+            tensors["nonfinite_count"] = ranks.nonfinite
+            if ranks.zeroed is not None:
+                tensors["zeroed_count"] = ranks.zeroed
+        if ranks is None or self._knows_tensors():
+            tensors["absmax"] = self.absmax
+            if not math.isinf(self.norm_type):
+                tensors["power"] = self.power
         host_numbers = {"limit": self._limit} if isinstance(self._limit, float) else {}
         limit = None if host_numbers else self._limit
         optional = {"clamped": self._clamped, "skip": self.skip, "limit": limit, "zeroed": self.zeroed}
@@ -157,21 +205,81 @@ class Stats:
     def scaled(self, coef: Tensor) -> Stats:
         """The statistics the gradients will have once multiplied by `coef` ([] or [T]): what the next rule sees."""
         factor = coef.abs()
+        ranks = self._over_ranks
         # +0 writes zeros. -0 multiplies: what was not finite becomes NaN, and the rest 0, in whatever power.
-        absmax = torch.where(is_zero(coef), 0.0, self.absmax * factor)
-        power = self.power
-        if not math.isinf(self.norm_type):
-            power = torch.where(factor == 0, absmax, power * factor**self.norm_type if self.norm_type else power)
-        return self._like(power, absmax)
+        absmax = power = None
+        if ranks is None or ranks.absmax:
+            absmax = torch.where(is_zero(coef), 0.0, self.absmax * factor)
+        if (ranks is None or ranks.power) and not math.isinf(self.norm_type):
+            power = self.power
+            product = torch.where(power.isfinite(), 0.0, power * 0) if absmax is None else absmax
+            product = torch.where(is_zero(coef), 0.0, product)
+            power = torch.where(factor == 0, product, power * factor**self.norm_type if self.norm_type else power)
+        norm = None
+        if ranks is not None and not coef.dim():
+            norm = torch.where(is_zero(coef), 0.0, self.norm * factor if self.norm_type else self.norm)
+        return self._like(power, absmax, norm, None if ranks is None else ranks.shared)
 
     def only(self, index: Tensor) -> Stats:
         """The statistics of the gradients at `index` ([K] int64) alone."""
-        return self._like(self.power[index], self.absmax[index])
+        ranks = self._over_ranks
+        power = self.power[index] if ranks is None or ranks.power or not ranks.absmax else None
+        absmax = self.absmax[index] if ranks is None or ranks.absmax else None
+        shared = None if ranks is None or ranks.shared is None else ranks.shared[index]
+        return self._like(power, absmax, None, shared)
 
-    def _like(self, power: Tensor, absmax: Tensor) -> Stats:
-        stats = Stats(self.norm_type, self._dtype, self.device, [Measurement(power, absmax)])
+    def _like(
+        self, power: Tensor | None, absmax: Tensor | None, norm: Tensor | None = None, shared: Tensor | None = None
+    ) -> Stats:
+        """Statistics of the same kind. What was not summed over the ranks is None."""
+        known = power if absmax is None else absmax
+        if known is None:
+            known = torch.zeros(self.count, dtype=torch.float64, device=self.device)
+        part = Measurement(known if power is None else power, known if absmax is None else absmax)
+        stats = Stats(self.norm_type, self._dtype, self.device, [part])
         stats.step, stats.skip = self.step, self.skip
+        if self._over_ranks is not None:
+            stats._over_ranks = self._over_ranks._replace(shared=shared)
+            stats._norm = stats.norm_over_ranks() if norm is None else norm
         return stats
+
+    def reduced(self, part: Measurement, norm: Tensor, ranks: OverRanks) -> Stats:
+        """These statistics, summed over the ranks."""
+        stats = Stats(self.norm_type, self._dtype, self.device, [part], None, norm)
+        stats.step, stats.skip, stats.zeroed, stats.names = self.step, self.skip, self.zeroed, self.names
+        stats._over_ranks = ranks
+        return stats
+
+    def norm_over_ranks(self) -> Tensor:
+        """[] float64, `norm` from the statistics of whole tensors; a message to the other stages, if there are any."""
+        ranks = self._over_ranks
+        assert ranks is not None
+        if math.isinf(self.norm_type):
+            absmax = self.absmax
+            most = absmax.max() if len(absmax) else absmax.sum()
+            if ranks.over_stages is None:
+                return most
+            # A maximum of several ranks may lose a NaN on its way, which a sum does not.
+            undefined = ranks.over_stages(most.isnan().double(), False) > 0
+            return torch.where(undefined, math.nan, ranks.over_stages(torch.where(most.isnan(), math.inf, most), True))
+        amounts = (self.power != 0).double() if self.norm_type == 0 else self.power
+        amounts = amounts if ranks.shared is None else amounts * ranks.shared
+        total = amounts.sum() if ranks.over_stages is None else ranks.over_stages(amounts.sum(), False)
+        return _root(total, self.norm_type)
+
+    def is_over_ranks(self) -> bool:
+        """Whether they were summed over several ranks."""
+        return self._over_ranks is not None
+
+    def _knows_tensors(self) -> bool:
+        ranks = self._over_ranks
+        return ranks is None or (ranks.absmax and (ranks.power or math.isinf(self.norm_type)))
+
+    def _unknown(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"{what} of each tensor were not summed over the ranks, since no rule needs them, and reading statistics "
+            f"never communicates: ask for them with Clipper(..., tensor_stats=True)"
+        )
 
     def record(
         self,

@@ -114,6 +114,10 @@ Packed pack_items(PyObject* list, bool gradients_of, std::vector<Group>& groups)
   const auto* tensors = tensors_of(list, &subclass);
   // Before any address is taken, since a subclass may run Python here.
   if (!tensors || (gradients_of && any_flattened(list, subclass))) return Packed::Odd;
+  // A DTensor counts whether or not it has a gradient: ranks that have one wait for those that have none.
+  if (subclass && gradients_of)
+    for (const auto* tensor : *tensors)
+      if (tensor->key_set().has(c10::DispatchKey::Python)) return Packed::Odd;
   if (pack(*tensors, gradients_of, groups, &views) == Packed::Odd) return Packed::Odd;
   return gradients_of && views && any_flattened(list, true) ? Packed::Odd : Packed::Plain;
 }

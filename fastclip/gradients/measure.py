@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..backends import Measurement
+from ..distributed.groups import all_reduce
+from ..distributed.unwrap import reduction_of
 from ..stats import Stats
+from .pack import pack
 from .table import GradTable
+
+PIECE = 1 << 22  # elements of a gradient that are summed over the ranks at a time
 
 
 def measure(
@@ -16,13 +24,15 @@ def measure(
     """One read of the table's gradients; also the clip coefficient of `max_norm` where the backends fuse that.
 
     `repair`: elements that are inf or NaN are set to 0 first, which is another read of the gradients that hold some.
+    Of parts of larger tensors the statistics are those of the parts: see :func:`fastclip.distributed.reduce.reduce`.
     """
     parts: list[Measurement] = []
     counts: list[Tensor] = []
-    chained = len({(group.backend, group.device) for group in table.groups}) == 1 and not repair
+    shards = table.shards
+    chained = len({(group.backend, group.device) for group in table.groups}) == 1 and not repair and shards is None
     before: Tensor | None = None
     for group in table.groups:
-        parts.append(group.backend.measure(group, norm_type, max_norm, before))
+        parts.append(group.backend.measure(group, norm_type, max_norm if chained else None, before))
         before = parts[-1].total if chained else None
         if repair:
             parts[-1], zeroed = group.backend.repair_(group, parts[-1], norm_type)
@@ -32,4 +42,36 @@ def measure(
     stats = Stats(norm_type, table.dtype, table.device, parts, positions, norm)
     if repair:
         stats.zeroed = stats.gathered(counts) if counts else torch.zeros(0, dtype=torch.int64, device=table.device)
+    if shards is not None and shards.partial:
+        power, absmax = stats.power.clone(), stats.absmax.clone()
+        _measure_partial(table, norm_type, power, absmax)
+        zeroed_counts, stats = stats.zeroed, Stats(norm_type, table.dtype, table.device, [Measurement(power, absmax)])
+        stats.zeroed = zeroed_counts
     return stats, coef
+
+
+def _measure_partial(table: GradTable, norm_type: float, power: Tensor, absmax: Tensor) -> None:
+    """Set the statistics of gradients that are yet to be summed over ranks, among those of all, to what they will be.
+
+    Summed PIECE elements at a time, small gradients together, so that no large sum is ever held.
+    """
+    assert table.shards is not None
+    tensors = table.tensors
+    pieces: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)  # by what they are summed over
+    for i, spec in sorted(table.shards.partial.items()):
+        power[i] = absmax[i] = 0
+        groups, share = reduction_of(spec)
+        key = tuple(groups), share, tensors[i].dtype
+        pieces[key] += [(i, piece) for piece in torch.split(tensors[i].reshape(-1), PIECE) if len(piece)]
+    for (groups, share, dtype), listed in pieces.items():
+        while listed:
+            taken = [listed.pop(0)]
+            while listed and sum(len(piece) for _, piece in taken) + len(listed[0][1]) <= PIECE:
+                taken.append(listed.pop(0))
+            flat = torch.cat([piece for _, piece in taken]).to(torch.promote_types(dtype, torch.float32))
+            sums = torch.split_with_sizes(all_reduce(flat, list(groups)) * share, [len(piece) for _, piece in taken])
+            (group,) = pack(list(sums), gradients=True, write=False).groups
+            measured = group.backend.measure(group, norm_type)
+            index = torch.tensor([i for i, _ in taken], device=power.device)
+            power.index_add_(0, index, measured.power.to(power.device))
+            absmax.index_copy_(0, index, torch.maximum(absmax[index], measured.absmax.to(absmax.device)))

@@ -11,7 +11,7 @@ import types
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,16 @@ from .. import backends
 from ..backends import GradGroup, NativeGroup, native
 from ..backends.base import StepTable
 from ..backends.native import CppLibrary
+from ..distributed.declare import Marks, any_marked, marks_of
+from ..distributed.plan import plan_of
+from ..distributed.reduce import Shards
+from ..distributed.unwrap import any_dtensor, local_of, locals_of, partial_dims, same_layout, specs_of
 from .modes import check_not_traced
 from .table import GradTable
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,14 +72,40 @@ def refuse_set(parameters: Any, argument: str) -> None:
         )
 
 
-def pack(items: list[Any], *, gradients: bool, write: bool, argument: str = "parameters") -> GradTable:
-    """The table of the gradients of `items`, or of the tensors themselves where they are `gradients` already."""
+def pack(
+    items: list[Any],
+    *,
+    gradients: bool,
+    write: bool,
+    argument: str = "parameters",
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    reduces: bool = False,
+) -> GradTable:
+    """The table of the gradients of `items`, or of the tensors themselves where they are `gradients` already.
+
+    Of DTensors and declared tensors it holds this rank's parts. `reduces`: a reduce follows, by which an error of one
+    rank reaches the others; the table then carries it there.
+    """
     check_not_traced()
     library = native.cpp.load()
-    packed = library.pack(items, not gradients) if library is not None else None
+    plain = process_group is None and not any_marked()
+    packed = library.pack(items, not gradients) if plain and library is not None else None
     if packed:
         return from_native(packed)
-    return _pack_any(items, gradients, write, argument, library)
+    if not plain or any_dtensor(items):
+        return _pack_sharded(items, gradients, write, argument, library, process_group, reduces)
+    return _pack_plain(items, gradients, write, argument, library)
+
+
+def _pack_plain(items: list[Any], gradients: bool, write: bool, argument: str, library: CppLibrary | None) -> GradTable:
+    labelled = _labelled(items, gradients, argument)
+    if not labelled and not gradients:
+        check_not_gradients(items, argument)
+    return _pack_any(labelled, write, library) if labelled else _nothing(items)
+
+
+def _nothing(items: list[Any]) -> GradTable:
+    return GradTable([], items[0].device if items else torch.device("cpu"))
 
 
 def from_native(packed: list[NativeGroup]) -> GradTable:
@@ -80,26 +114,113 @@ def from_native(packed: list[NativeGroup]) -> GradTable:
     return GradTable(groups, groups[0].device)
 
 
-def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, library: CppLibrary | None) -> GradTable:
+def _labelled(
+    items: list[Any], gradients: bool, argument: str, marks: list[Marks] | None = None
+) -> list[tuple[str, Tensor]]:
+    """The gradients that there are, with what to call them in messages."""
+    labelled = []
+    for i, item in enumerate(items):
+        label = f"{argument}[{i}]"
+        if not isinstance(item, Tensor):
+            raise TypeError(f"{label} must be a tensor, got {_shown(item)}")
+        declared = marks is not None and marks[i].sharded is not None
+        if not gradients and not declared and getattr(item, "_fsdp_flattened", False):
+            raise NotImplementedError(
+                f"{label} is flattened by FullyShardedDataParallel (FSDP1): each rank has another part of it, so its "
+                f"norm here is not the model's. Use the wrapped model's own clip_grad_norm_ instead, or declare it by "
+                f"fastclip.distributed.mark_sharded"
+            )
+        if gradients:
+            labelled.append((label, item))
+        elif item.grad is not None:
+            labelled.append((f"the gradient of {label}", item.grad))
+    return labelled
+
+
+def _pack_sharded(
+    items: list[Any],
+    gradients: bool,
+    write: bool,
+    argument: str,
+    library: CppLibrary | None,
+    process_group: ProcessGroup | DeviceMesh | None,
+    reduces: bool,
+) -> GradTable:
+    """:func:`pack`, where some of the tensors may be parts of larger ones."""
+    for i, item in enumerate(items):
+        if not isinstance(item, Tensor):
+            raise TypeError(f"{argument}[{i}] must be a tensor, got {_shown(item)}")
+    specs, marks = specs_of(items), marks_of(items)
+    sharded = marks is not None or process_group is not None or any(spec is not None for spec in specs)
+    if not sharded or not items:
+        return _pack_plain(items, gradients, write, argument, library)
+    shards = Shards(plan_of(specs, marks, process_group))
+    try:
+        table = _pack_parts(items, gradients, write, argument, library, shards)
+    except Exception as error:
+        if not reduces:
+            raise
+        shards.error = error  # which the other ranks hear of in the reduce, and raise too
+        table = _nothing(items)
+    table.shards = shards
+    return table
+
+
+def _pack_parts(
+    items: list[Any], gradients: bool, write: bool, argument: str, library: CppLibrary | None, shards: Shards
+) -> GradTable:
+    plan = shards.plan
+    wrappers = items if gradients else [p.grad for p in items]
+    index = list(range(len(items)))
+    if any(wrapper is None for wrapper in wrappers):
+        index = [i for i in index if wrappers[i] is not None]
+        wrappers = [wrappers[i] for i in index]
+        shards.index = index
+    for position, spec in enumerate(specs_of(wrappers)):
+        expected = plan.specs[index[position]]
+        if spec is expected and not plan.has_partial:
+            continue
+        if (spec is None) != (expected is None):
+            kinds = ["a plain tensor" if one is None else "a DTensor" for one in (expected, spec)]
+            raise TypeError(f"{argument}[{index[position]}] is {kinds[0]}, and its gradient {kinds[1]}")
+        if spec is None or expected is None:
+            continue
+        if not same_layout(spec, expected):
+            shards.other_layouts[position] = spec
+            plan.weight_of(spec)
+        if partial_dims(spec):
+            shards.partial[position] = spec
+    parts = locals_of(wrappers)
+    shards.wrappers = wrappers
+    packed = library.pack(parts, False) if library is not None else None
+    if packed and all(spec is not None for spec in plan.specs):
+        table = from_native(packed)
+    else:
+        labelled = _labelled(items, gradients, argument, plan.marks)
+        relabelled = [(label, part) for (label, _), part in zip(labelled, parts)]
+        table = from_native(packed) if packed else _pack_any(relabelled, write, library) if parts else _nothing(items)
+    if len(table) < len(parts):  # tied ones
+        firsts = {identity(part): i for i, part in reversed(list(enumerate(parts)))}
+        kept = sorted(firsts.values())
+        at = {old: new for new, old in enumerate(kept)}
+        shards.index = [index[i] for i in kept]
+        shards.wrappers = [wrappers[i] for i in kept]
+        for layouts in (shards.partial, shards.other_layouts):
+            moved = {at[i]: spec for i, spec in layouts.items() if i in at}
+            layouts.clear()
+            layouts.update(moved)
+    return table
+
+
+def _pack_any(labelled: list[tuple[str, Tensor]], write: bool, library: CppLibrary | None) -> GradTable:
+    """The general packer; at least one gradient."""
     memories: list[Tensor] = []
     numels: list[int] = []
     plain: set[int] = set()
     seen: set[Any] = set()
     uncoalesced: list[tuple[int, Tensor, Tensor]] = []
-    for i, item in enumerate(items):
-        label = f"{argument}[{i}]"
-        if not isinstance(item, Tensor):
-            raise TypeError(f"{label} must be a tensor, got {_shown(item)}")
-        if not gradients and getattr(item, "_fsdp_flattened", False):
-            raise NotImplementedError(
-                f"{label} is flattened by FullyShardedDataParallel (FSDP1): each rank has another part of it, so its "
-                f"norm here is not the model's. Use the wrapped model's own clip_grad_norm_ instead"
-            )
-        gradient = item if gradients else item.grad
-        if gradient is None:
-            continue
-        if not gradients:
-            label = f"the gradient of {label}"
+    for label, gradient in labelled:
+        gradient = local_of(gradient)
         if (same := identity(gradient)) in seen:
             continue
         seen.add(same)
@@ -112,11 +233,6 @@ def _pack_any(items: list[Any], gradients: bool, write: bool, argument: str, lib
             plain.add(len(memories))
         memories.append(memory)
         numels.append(gradient.numel())
-    if not memories:
-        if not gradients:
-            check_not_gradients(items, argument)
-        devices = [item.device for item in items]
-        return GradTable([], devices[0] if devices else torch.device("cpu"))
     if write:
         _check_overlaps(memories)
         for position, gradient, coalesced in uncoalesced:
@@ -209,7 +325,7 @@ def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
         raise NotImplementedError(f"{label} is a tensor inside torch.func.vmap or grad, which is not supported")
     if torch._C._dispatch_keys(gradient).has(torch._C.DispatchKey.Python):
         raise NotImplementedError(
-            f"{label} is a {type(gradient).__name__}; DTensor and other wrapper subclasses are not supported yet"
+            f"{label} is a {type(gradient).__name__}; wrapper subclasses other than DTensor are not supported"
         )
     if gradient.is_nested:
         raise NotImplementedError(f"{label} is a nested tensor, which is not supported")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import capturing, upload
+from ..distributed.unwrap import local_of
 from .pack import identity
 
 Made = TypeVar("Made")
@@ -40,7 +41,7 @@ class ParamIndex:
         for i, parameter in enumerate(parameters):
             if parameter.grad is None:
                 continue
-            position = distinct.setdefault(identity(parameter.grad), len(owners))
+            position = distinct.setdefault(identity(local_of(parameter.grad)), len(owners))
             if position == len(owners):
                 owners.append([])
                 indices.append(i)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import GradGroup, UploadCache, upload
+from ..distributed.reduce import Shards
 
 _sizes: UploadCache[Tensor] = UploadCache()
 
@@ -24,6 +25,7 @@ class GradTable:
         self.device = device  # where statistics are gathered: the first gradient's, else the first parameter's
         wide = any(group.dtype in (torch.float64, torch.complex128) for group in groups)
         self.dtype = torch.float64 if wide else torch.float32  # of norms and coefficients
+        self.shards: Shards | None = None  # where they are this rank's parts of larger ones
 
     def __len__(self) -> int:
         return sum(map(len, self.groups))
@@ -38,7 +40,9 @@ class GradTable:
 
     def sizes(self) -> Tensor:
         """float64 [T] on the table's device, the element counts of the gradients."""
-        if len(self.groups) == 1:
+        if self.shards is not None:
+            host = torch.tensor(self.shards.numels(), dtype=torch.int64, device="cpu")
+        elif len(self.groups) == 1:
             host = self.groups[0].numels()
         else:
             host = torch.empty(len(self), dtype=torch.int64, device="cpu")
@@ -57,10 +61,22 @@ class GradTable:
             if len(self.groups) > 1 and coef.dim() == 1:
                 group_coef = coef[upload(group.positions, torch.int64, coef.device)]
             group.backend.apply_(group, group_coef.to(group.device).contiguous())
+        self._bump_wrappers()
 
     def clamp_(self, low: float, high: float) -> Tensor:
         """Limit every element to [low, high]; [] bool on the table's device, whether anything was changed."""
+        if self.shards is not None and self.shards.partial:
+            raise NotImplementedError(
+                "elements of gradients that are yet to be summed over ranks (Partial) cannot be limited: redistribute "
+                "them first"
+            )
         changed = torch.zeros((), dtype=torch.bool, device=self.device)
         for group in self.groups:
             changed = changed | group.backend.clamp_(group, low, high).to(self.device)
+        self._bump_wrappers()
         return changed
+
+    def _bump_wrappers(self) -> None:
+        """Tell autograd that the tensors were written whose parts these gradients are."""
+        if self.shards is not None and self.shards.wrappers:
+            torch.autograd.graph.increment_version([t for t in self.shards.wrappers if not t.is_inference()])

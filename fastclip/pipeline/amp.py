@@ -77,10 +77,12 @@ class GradScalerState:
                 divisor = given if divisor is None else divisor * given
         return None if divisor is None else divisor.reciprocal()
 
-    def record(self, stats: Stats) -> None:
-        """Tell the scaler whether there was a non-finite gradient."""
-        if self.active and self.found_inf is None:
-            self._state["found_inf_per_device"] = {self.device: stats.nonfinite.any().float()}
+    def record(self, stats: Stats, found_inf: Tensor | None) -> None:
+        """Tell the scaler whether there was a non-finite gradient; with several ranks on any of them, so that their
+        scales stay the same. `found_inf`: what it had found itself."""
+        if self.active and (found_inf is None or stats.is_over_ranks()):
+            found = stats.any_nonfinite() if found_inf is None else found_inf
+            self._state["found_inf_per_device"] = {self.device: found.float()}
 
     def done(self, kind: type[BaseException] | None, *_: object) -> None:
         """Note that the optimizer has stepped, unless it raised: for :meth:`contextlib.ExitStack.push`."""

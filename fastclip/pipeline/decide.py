@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..backends import capturing, upload
+from ..distributed.reduce import Wanted, reduce
 from ..gradients.measure import measure
 from ..gradients.table import GradTable
-from ..rules.base import Rule, StepContext
+from ..rules.base import Needs, Rule, StepContext
 from ..rules.coefficients import checked, clip_coefficient, combined
 from ..stats import Stats, is_zero
 
@@ -108,10 +109,16 @@ class ClipDecision:
             table.apply_(self.unless_skipped(self.coef))
 
 
-def clip(table: GradTable, rules: list[Rule], norm_type: float, check: Callable[[Stats], None] | None = None) -> Stats:
+def clip(
+    table: GradTable,
+    rules: list[Rule],
+    norm_type: float,
+    check: Callable[[Stats], None] | None = None,
+    tensor_stats: bool = False,
+) -> Stats:
     """Run `rules` over the table's gradients: one read, one decision, at most one pass of writing per coefficient rule
     or run of them. `check` sees the statistics before anything is written and may raise."""
-    stats, decision = decide(table, rules, norm_type, StepContext(), check)
+    stats, decision = decide(table, rules, norm_type, StepContext(), check, tensor_stats=tensor_stats)
     decision.apply_(table)
     return stats
 
@@ -124,18 +131,32 @@ def decide(
     check: Callable[[Stats], None] | None = None,
     nonfinite: str = "propagate",
     owners: Callable[[], list[list[Tensor]]] = list,
+    tensor_stats: bool = False,
 ) -> tuple[Stats, ClipDecision]:
     """Read the gradients once and let the rules decide. Only what comes before the last rule that works in place is
     written. The statistics are those of the gradients times ``context.inv_scale``, as they were before any rule."""
+    shards = table.shards
     if context.knows_params and any(rule.in_place for rule in rules):
-        for rule in rules:
-            rule.check_gradients(context)
+        try:
+            for rule in rules:
+                rule.check_gradients(context)
+        except Exception as error:
+            if shards is None:
+                raise
+            shards.error = error  # for the other ranks too
     if capturing(table.device):
         for rule in rules:
             rule.check_capture()
     inv_scale, skip = context.inv_scale, context.skip
-    limit = rules[0].static_limit(context.step) if len(rules) == 1 and inv_scale is None else None
+    wanted = Wanted(
+        any(rule.needs & Needs.TENSOR_NORMS for rule in rules) or tensor_stats,
+        any(rule.needs & Needs.ABSMAX for rule in rules) or tensor_stats,
+        f"{[type(rule).__name__ for rule in rules]} {nonfinite} {inv_scale is None}",
+    )
+    limit = rules[0].static_limit(context.step) if len(rules) == 1 and inv_scale is None and shards is None else None
     before, coef = measure(table, norm_type, limit, repair=nonfinite == "zero")
+    if shards is not None:
+        before, skip, context.found_inf = reduce(before, shards, wanted, skip, context.found_inf)
     if inv_scale is not None:
         zeroed, before = before.zeroed, before.scaled(inv_scale)
         before.zeroed = zeroed
@@ -143,9 +164,9 @@ def decide(
     if check:
         check(before)
     if nonfinite == "skip":
-        broken = before.nonfinite.any()
+        broken = before.any_nonfinite()
         skip = broken if skip is None else skip | broken
-    if coef is not None or not len(table):
+    if coef is not None or (shards is None and not len(table)):
         if coef is None or not len(table):
             coef = torch.ones((), dtype=torch.float64, device=table.device)
         return before.record(coef, limit, None, skip), ClipDecision(coef, skip, owners=owners)
@@ -166,6 +187,8 @@ def decide(
             continue
         if stats is None:
             stats, _ = measure(table, norm_type)
+            if shards is not None:
+                stats = reduce(stats, shards, wanted).stats
             stats.step = context.step
         rule_coef = checked(rule.decide(stats, context), rule, stats.count).to(stats.device)
         decisions.append((rule, rule_coef))

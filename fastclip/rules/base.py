@@ -36,6 +36,7 @@ class StepContext:
         step: how many steps the Clipper has taken before this one.
         skip: [] bool on the statistics' device, whether nothing will be done; None: it will.
         inv_scale: [] float64, what the gradients are multiplied by before any rule (unscaling, averaging); None: 1.
+        found_inf: [] bool, whether a GradScaler has found an inf, on any rank; None: it has not looked.
         limit: [] or a number, the limit of the norm of all gradients, which a rule that has one sets when it decides.
     """
 
@@ -49,6 +50,7 @@ class StepContext:
     ) -> None:
         self.step, self.skip, self.inv_scale = step, skip, inv_scale
         self.limit: Tensor | float | None = None
+        self.found_inf: Tensor | None = None
         self._params, self._sizes = params, sizes
 
     @property

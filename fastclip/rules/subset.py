@@ -102,12 +102,12 @@ class Only(Rule):
     def decide(self, stats: Stats, context: StepContext) -> Tensor:
         params = context.params()
         positions = self._positions(params)
-        if not positions:
+        if not positions and not stats.is_over_ranks():  # where another stage may have some
             return torch.ones((), dtype=torch.float64, device=stats.device)
         index = params.cached_on(stats.device, self, lambda: upload(positions, torch.int64, stats.device))
         inner = context.only(index, params.only(self, positions))
         coef = checked(self.rule.decide(stats.only(index), inner), self.rule, len(positions)).expand(len(positions))
-        return torch.ones_like(stats.power).index_copy_(0, index, coef)
+        return torch.ones(stats.count, dtype=torch.float64, device=stats.device).index_copy_(0, index, coef)
 
     def apply_(self, table: GradTable, context: StepContext) -> Tensor:
         chosen = self._chosen(context.params())

@@ -1,0 +1,207 @@
+"""What each tensor of a call weighs in a sum over the ranks, and which groups make that sum: worked out once.
+
+U is the set of the ranks that hold parts or copies of the tensors: those of their meshes and declared groups. A tensor
+that is cut into S different parts lies in |U| / S copies on them, so its power sum enters the sum over U with the
+weight w = S / |U|, and each element counts once, whatever mix of meshes there is. Ranks of a `process_group` hold other
+tensors: a sum over them needs no weights.
+
+A plan depends on parameters and configuration only, never on gradients, and is thus the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import groups
+from .declare import NOTHING, Marks, marks_of
+from .groups import ranks_of
+from .unwrap import Spec, is_shard, partial_dims, same_layout, specs_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+CACHED = 16  # plans: one for each model and kind of call
+
+
+class Plan:
+    """The ranks of a list of N tensors.
+
+    Attributes:
+        holders: meshes and declared groups whose ranks, multiplied, are U.
+        specs: how each lies on its mesh; None for what is no DTensor.
+        weights: [N] float64, w of each in a sum over `mesh_groups`.
+        shared: [N] float64, 1 / how many stages hold it; None: 1 for all.
+        mesh_groups: to be summed over one after the other for a sum over U.
+        stage_groups: for a sum over the ranks of `process_group`.
+        groups: for a sum over both: one group, where it exists.
+        has_partial: whether any of `specs` is yet to be summed over ranks.
+        verified: configurations (of a call) that all ranks have been seen to agree on.
+        unread: an error flag on its way from the device, see :mod:`.reduce`.
+    """
+
+    def __init__(
+        self, specs: list[Spec | None], marks: list[Marks] | None, process_group: ProcessGroup | DeviceMesh | None
+    ) -> None:
+        self.specs, self.marks, self.process_group = specs, marks, process_group
+        self.world = dist.group.WORLD
+        self.verified: set[Any] = set()
+        self.unread: tuple[Tensor, Any] | None = None
+        self._weight_of: dict[Any, float] = {}
+        self._on: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
+
+        self.has_partial = any(spec is not None and partial_dims(spec) for spec in specs)
+        self.holders: list[DeviceMesh | ProcessGroup] = []  # which U is the product of
+        self._cover()
+        self.mesh_groups = [group for holder in self.holders for group in groups.chain(holder)]
+        self.size = _product(len(ranks_of(holder)) for holder in self.holders)  # |U|
+        if len(self.mesh_groups) > 1 and self.world is not None and self.size == dist.get_world_size():
+            self.mesh_groups = [self.world]
+        self.stage_groups: list[ProcessGroup] = []
+        everybody = self.size
+        if process_group is not None:
+            stages = ranks_of(process_group)
+            if len(stages) > 1 and any(len(stages & ranks_of(holder)) > 1 for holder in self.holders):
+                raise ValueError(
+                    f"process_group must be of ranks that hold other parameters, and its ranks {sorted(stages)} hold "
+                    f"parts of the same ones"
+                )
+            self.stage_groups = groups.chain(process_group)
+            everybody *= len(stages)
+        self.groups = [*self.mesh_groups, *self.stage_groups]
+        if len(self.groups) > 1 and self.world is not None and everybody == dist.get_world_size():
+            self.groups = [self.world]
+        self.weights = torch.tensor([self._weight(i) for i in range(len(specs))], dtype=torch.float64, device="cpu")
+        self.shared: Tensor | None = None
+        if marks is not None and any(mark.shared is not None for mark in marks):
+            counts = [1 if mark.shared is None else len(ranks_of(mark.shared)) for mark in marks]
+            self.shared = torch.tensor(counts, dtype=torch.float64, device="cpu").reciprocal()
+
+    def _cover(self) -> None:
+        """Find meshes and groups whose ranks, multiplied, are U."""
+        holders: list[DeviceMesh | ProcessGroup] = []
+        seen: set[Any] = set()
+        for spec, mark in zip(self.specs, self.marks or [NOTHING] * len(self.specs)):
+            holder = spec.mesh if spec is not None else mark.sharded
+            if holder is not None and holder not in seen:
+                seen.add(holder)
+                holders.append(holder)
+        for holder in sorted(holders, key=lambda holder: -len(ranks_of(holder))):
+            ranks = ranks_of(holder)
+            if any(ranks <= ranks_of(wider) for wider in self.holders):
+                continue
+            if any(len(ranks & ranks_of(wider)) > 1 for wider in self.holders):
+                shown = ", ".join(str(sorted(ranks_of(one))) for one in (*self.holders, holder))
+                raise ValueError(f"the parameters lie on ranks that overlap without one holding the other: {shown}")
+            self.holders.append(holder)
+
+    def _weight(self, i: int) -> float:
+        spec, mark = self.specs[i], self.marks[i] if self.marks else NOTHING
+        if spec is not None:
+            return self.weight_of(spec)
+        return (1 if mark.sharded is None else len(ranks_of(mark.sharded))) / self.size
+
+    def weight_of(self, spec: Spec) -> float:
+        """w of a tensor that lies like this: of a gradient that lies on the mesh otherwise than its parameter, too."""
+        key = spec.mesh, spec.placements
+        if key not in self._weight_of:
+            parts = _product(spec.mesh.size(i) for i, p in enumerate(spec.placements) if is_shard(p))
+            if self.size % parts or not any(ranks_of(spec.mesh) <= ranks_of(holder) for holder in self.holders):
+                raise ValueError(
+                    f"a tensor in {parts} parts on the ranks {sorted(ranks_of(spec.mesh))} does not fit those of the "
+                    f"parameters, {self.size} ranks"
+                )
+            self._weight_of[key] = parts / self.size
+        return self._weight_of[key]
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """`weights` and `shared`, on `device`."""
+        if device not in self._on:
+            self._on[device] = self.weights.to(device), None if self.shared is None else self.shared.to(device)
+        return self._on[device]
+
+    def replicated(self) -> list[int]:
+        """The tensors that should be the same on all ranks of U."""
+        everywhere = 1 / self.size
+        return [i for i, w in enumerate(self.weights.tolist()) if w == everywhere and self.size > 1]
+
+    def digests(self, configuration: str) -> list[int]:
+        """Two numbers below 2^20 that differ where ranks were called differently. With a `process_group` only the
+        configuration counts, not the tensors."""
+        text = configuration
+        if not self.stage_groups:
+            text += "".join(
+                f"{spec.placements if spec else None} {tuple(spec.mesh.shape) if spec else ''};" for spec in self.specs
+            )
+        digest = hashlib.sha256(text.encode()).digest()
+        return [int.from_bytes(digest[i : i + 3], "big") >> 4 for i in (0, 3)]
+
+    def fits(
+        self, specs: list[Spec | None], marks: list[Marks] | None, process_group: ProcessGroup | DeviceMesh | None
+    ) -> bool:
+        """Whether it is the plan of these."""
+        if self.process_group is not process_group or self.world is not dist.group.WORLD or self.marks != marks:
+            return False
+        if len(specs) != len(self.specs):
+            return False
+        if all(map(_is, specs, self.specs)):
+            return True
+        if all(_alike(a, b) for a, b in zip(specs, self.specs)):
+            self.specs = specs  # equal ones, anew in every step
+            return True
+        return False
+
+
+_plans: list[Plan] = []  # the latest first
+
+
+def plan_of(
+    specs: list[Spec | None], marks: list[Marks] | None, process_group: ProcessGroup | DeviceMesh | None
+) -> Plan:
+    """The plan of these tensors: one made before, if it fits."""
+    for i, plan in enumerate(_plans):
+        if plan.fits(specs, marks, process_group):
+            if i:
+                _plans.insert(0, _plans.pop(i))
+            return plan
+    plan = Plan(specs, marks, process_group)
+    _plans[:] = [plan, *(old for old in _plans if old.world is plan.world)][:CACHED]
+    return plan
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+def _alike(a: Spec | None, b: Spec | None) -> bool:
+    return a is b or (a is not None and b is not None and same_layout(a, b))
+
+
+def _product(sizes: Any) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+def warm_up(parameters: list[Tensor], process_group: ProcessGroup | DeviceMesh | None) -> None:
+    """Make the plan of `parameters`, and send a first message to each of its groups. Where a mesh has no group of all
+    its ranks, one is made first."""
+    specs, marks = specs_of(parameters), marks_of(parameters)
+    if not parameters or (process_group is None and marks is None and all(spec is None for spec in specs)):
+        return
+    plan = plan_of(specs, marks, process_group)
+    if len(plan.groups) > 1:
+        for holder in plan.holders:
+            if isinstance(holder, dist.device_mesh.DeviceMesh) and holder.ndim > 1:
+                holder._flatten()
+        _plans.remove(plan)
+        plan = plan_of(specs, marks, process_group)
+    message = torch.zeros(1, dtype=torch.float64, device=parameters[0].device)
+    for group in dict.fromkeys((*plan.groups, *plan.mesh_groups, *plan.stage_groups)):
+        groups.all_reduce(message, [group])

@@ -1,0 +1,99 @@
+"""From a DTensor to the memory that this rank holds of it. The only file that knows what DTensors look like inside."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from torch import Tensor
+
+if TYPE_CHECKING:  # torch may have been built without them
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Spec(Protocol):
+    """torch's DTensorSpec: how a DTensor lies on a mesh. One object for all steps of a parameter."""
+
+    @property
+    def mesh(self) -> DeviceMesh: ...
+    @property
+    def placements(self) -> tuple[Any, ...]: ...
+
+
+def _dtensor() -> Any:
+    """DTensor, if anything has loaded it: without that there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return None if module is None else module.DTensor
+
+
+def any_dtensor(tensors: list[Any]) -> bool:
+    cls = _dtensor()
+    return cls is not None and any(isinstance(t, cls) for t in tensors)
+
+
+def specs_of(tensors: list[Any]) -> list[Spec | None]:
+    """How each lies on its mesh; None for what is no DTensor."""
+    cls = _dtensor()
+    if cls is None:
+        return [None] * len(tensors)
+    return [t._spec if type(t) is cls or isinstance(t, cls) else None for t in tensors]
+
+
+def spec_of(tensor: Tensor) -> Spec | None:
+    return specs_of([tensor])[0]
+
+
+def is_async(tensor: Tensor) -> bool:
+    """Whether it is the result of a functional collective that may still be under way."""
+    return hasattr(tensor, "trigger_wait") and hasattr(tensor, "elem")
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The memory of this rank's part of a DTensor; of a pending collective's result, once it has come; else itself."""
+    cls = _dtensor()
+    if cls is not None and isinstance(tensor, cls):
+        tensor = cast(Any, tensor)._local_tensor
+    if type(tensor) is not Tensor and is_async(tensor):
+        return cast(Tensor, cast(Any, tensor).trigger_wait())
+    return tensor
+
+
+def locals_of(tensors: list[Tensor]) -> list[Tensor]:
+    """:func:`local_of` each."""
+    cls = _dtensor()
+    parts = [cast(Any, t)._local_tensor if type(t) is cls else t for t in tensors]
+    return parts if all(type(part) is Tensor for part in parts) else [local_of(t) for t in tensors]
+
+
+def is_shard(placement: Any) -> bool:
+    """Whether each rank of a mesh dimension has another part (Shard, a strided one too)."""
+    return not placement.is_replicate() and not placement.is_partial()
+
+
+def partial_dims(spec: Spec) -> list[int]:
+    """The mesh dimensions over which a tensor is yet to be summed."""
+    return [i for i, placement in enumerate(spec.placements) if placement.is_partial()]
+
+
+def reduction_of(spec: Spec) -> tuple[list[ProcessGroup], float]:
+    """The groups over which a Partial tensor is yet to be summed, and what that sum is to be multiplied by."""
+    groups, share = [], 1.0
+    for i in partial_dims(spec):
+        operation = spec.placements[i].reduce_op
+        if operation not in ("sum", "avg"):
+            raise NotImplementedError(
+                f"a gradient is {spec.placements[i]}: only sums and means over ranks are supported"
+            )
+        groups.append(spec.mesh.get_group(i))
+        share = share / spec.mesh.size(i) if operation == "avg" else share
+    return groups, share
+
+
+def same_layout(a: Spec, b: Spec) -> bool:
+    return a is b or (a.placements == b.placements and a.mesh == b.mesh)
+
+
+def has_whole_rows(spec: Spec, dims: int) -> bool:
+    """Whether each row (slice along dimension 0) of a tensor of so many dimensions lies on one rank."""
+    return all(p.is_replicate() or (dims > 1 and type(p).__name__ == "Shard" and p.dim == 0) for p in spec.placements)
