@@ -76,6 +76,10 @@ def _marks_of(parameter: Tensor) -> Marks:
     return cast(Marks, _marks.get(parameter, NOTHING))  # type: ignore[no-untyped-call]
 
 
+def is_marked_sharded(parameter: Tensor) -> bool:
+    return any_marked() and _marks_of(parameter).sharded is not None
+
+
 def marks_of(parameters: list[Tensor]) -> list[Marks] | None:
     """What was declared of each; None if nothing of any."""
     if not any_marked():

@@ -94,6 +94,8 @@ def same_layout(a: Spec, b: Spec) -> bool:
     return a is b or (a.placements == b.placements and a.mesh == b.mesh)
 
 
-def has_whole_rows(spec: Spec, dims: int) -> bool:
-    """Whether each row (slice along dimension 0) of a tensor of so many dimensions lies on one rank."""
-    return all(p.is_replicate() or (dims > 1 and type(p).__name__ == "Shard" and p.dim == 0) for p in spec.placements)
+def has_whole_rows(tensor: Tensor) -> bool:
+    """Whether each row of a tensor (its slices along dimension 0; of fewer than two dimensions all of it) lies whole on
+    a rank."""
+    spec, cut = spec_of(tensor), tensor.dim() > 1
+    return spec is None or all(p.is_replicate() or (cut and is_shard(p) and p.dim == 0) for p in spec.placements)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import nonnegative
+from ..distributed.declare import is_marked_sharded
+from ..distributed.unwrap import has_whole_rows
 from ..gradients.measure import measure
 from ..gradients.pack import unit_tables
 from ..gradients.table import GradTable
@@ -49,11 +51,20 @@ class AGC(InPlaceRule):
             self._but.check(parameters, names)
 
     def check_gradients(self, context: StepContext) -> None:
-        """NotImplementedError where a gradient is sparse."""
+        """NotImplementedError where a gradient is sparse, or its rows are not whole on this rank."""
         if self._but:
             self._but.check_gradients(context)
-        elif any(p.grad is not None and p.grad.layout is not torch.strided for p in context.params().parameters):
-            raise NotImplementedError("AGC does not support sparse gradients: it needs the norms of whole rows")
+            return
+        params = context.params()
+        for i, p in enumerate(params.parameters):
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise NotImplementedError("AGC does not support sparse gradients: it needs the norms of whole rows")
+            if not has_whole_rows(p if p.grad is None else p.grad) or is_marked_sharded(p):
+                name = params.names[i] if params.names else f"the parameter of shape {tuple(p.shape)}"
+                raise NotImplementedError(
+                    f"AGC needs the norms of whole rows, and those of {name} are split over ranks: leave it out by "
+                    f"exclude=, or shard it along dimension 0 (of two or more)"
+                )
 
     def apply_(self, table: GradTable, context: StepContext) -> Tensor:
         if self._but:
