@@ -1,9 +1,7 @@
-// The only file that knows Python: lists of parameters in, groups and tensors out; and the CPU kernels called with torch's
+// The Python module: lists of parameters in, groups and tensors out; and the CPU kernels called with torch's
 // threads.
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -16,6 +14,7 @@
 #include "../cpu/launch.h"
 #include "pack.h"
 #include "pack_step.h"
+#include "python_lists.h"
 
 namespace fastclip {
 namespace {
@@ -55,71 +54,6 @@ bool clamp_(const Group& group, double low, double high) {
   const auto table = group.table();
   const auto threads = threads_for(table);
   return cpu::fastclip_cpu_clamp(&table, &threads, low, high);
-}
-
-// The tensors of a Python list, or null if any item is no tensor. Good until the next call on this thread.
-// `subclass`: whether any is of another type than Tensor and Parameter.
-const std::vector<c10::TensorImpl*>* tensors_of(PyObject* list, bool* subclass = nullptr) {
-  static thread_local std::vector<c10::TensorImpl*> tensors;
-  tensors.clear();
-  if (!PyList_CheckExact(list)) return nullptr;
-  const Py_ssize_t size = PyList_GET_SIZE(list);
-  tensors.reserve(size);
-  for (Py_ssize_t i = 0; i < size; i++) {
-    PyObject* item = PyList_GET_ITEM(list, i);
-    if (!THPVariable_Check(item)) return nullptr;
-    if (subclass && !THPVariable_CheckTypeExact(Py_TYPE(item))) *subclass = true;
-    tensors.push_back(THPVariable_Unpack(item).unsafeGetTensorImpl());
-  }
-  return &tensors;
-}
-
-// Whether a mode is active that intercepts operations (fake tensors, make_fx, FlopCounterMode): it would not see these.
-bool watched() { return c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled(); }
-
-// Whether this process is one of several that train together: whether it has a default process group.
-bool has_process_group(PyObject* modules) {
-  static PyObject* const module = PyUnicode_InternFromString("torch.distributed.distributed_c10d");
-  static PyObject* const name = PyUnicode_InternFromString("GroupMember");
-  static PyObject* const world = PyUnicode_InternFromString("WORLD");
-  static PyObject* holder = nullptr;  // the class whose attribute is the group; kept for the life of the process
-  if (!holder) {
-    PyObject* loaded = PyDict_GetItem(modules, module);
-    if (!loaded || !(holder = PyObject_GetAttr(loaded, name))) return PyErr_Clear(), false;
-  }
-  PyObject* group = PyObject_GetAttr(holder, world);
-  if (!group) return PyErr_Clear(), true;  // unknown
-  Py_DECREF(group);
-  return group != Py_None;
-}
-
-// Whether a parameter is one of FSDP1's flat ones, or a view of one: each rank has another part of them. Looks at none
-// where FSDP1 is not loaded (torch.compile loads it) or has no process group, and unless `all` only at those of one
-// dimension, as flat ones are.
-bool any_flattened(PyObject* list, bool all) {
-  static PyObject* const module = PyUnicode_InternFromString("torch.distributed.fsdp._flat_param");
-  static PyObject* const mark = PyUnicode_InternFromString("_fsdp_flattened");
-  PyObject* modules = PyImport_GetModuleDict();
-  if (!modules || PyDict_Contains(modules, module) != 1 || !has_process_group(modules)) return false;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
-    PyObject* item = PyList_GET_ITEM(list, i);
-    if ((all || THPVariable_Unpack(item).dim() == 1) && PyObject_HasAttr(item, mark)) return true;
-  }
-  return false;
-}
-
-// The groups of a list of parameters' gradients, or of tensors. Packed::Odd if the list needs the general packer.
-Packed pack_items(PyObject* list, bool gradients_of, std::vector<Group>& groups) {
-  bool subclass = false, views = false;
-  const auto* tensors = tensors_of(list, &subclass);
-  // Before any address is taken, since a subclass may run Python here.
-  if (!tensors || (gradients_of && any_flattened(list, subclass))) return Packed::Odd;
-  // A DTensor counts whether or not it has a gradient: ranks that have one wait for those that have none.
-  if (subclass && gradients_of)
-    for (const auto* tensor : *tensors)
-      if (tensor->key_set().has(c10::DispatchKey::Python)) return Packed::Odd;
-  if (pack(*tensors, gradients_of, groups, &views) == Packed::Odd) return Packed::Odd;
-  return gradients_of && views && any_flattened(list, true) ? Packed::Odd : Packed::Plain;
 }
 
 // A Python float or int as a double; NaN for anything else.
@@ -226,15 +160,6 @@ py::object pack_list(const py::list& list, bool gradients_of) {
   std::vector<Group> groups;
   if (pack_items(list.ptr(), gradients_of, groups) == Packed::Odd) return py::none();
   return wrap(std::move(groups));
-}
-
-// Whether two lists hold the same objects in the same order.
-bool same_items(const py::list& a, const py::list& b) {
-  const size_t size = a.size();
-  if (size != b.size()) return false;
-  for (size_t i = 0; i < size; i++)
-    if (PyList_GET_ITEM(a.ptr(), i) != PyList_GET_ITEM(b.ptr(), i)) return false;
-  return true;
 }
 
 // The memory of the gradients: with their shapes, or flat where they have been given other memory since.
@@ -417,6 +342,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Released = py::call_guard<py::gil_scoped_release>;
   m.def("pack", &pack_list);
   m.def("same_items", &same_items);
+  m.def("unwrap", &unwrap);
+  m.def("bump_versions", &bump_versions);
   m.def("measure", &measure_group);
   m.def("apply_", &apply_tensor, Released());
   m.def("clamp_", &clamp_, Released());

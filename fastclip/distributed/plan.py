@@ -10,8 +10,11 @@ A plan depends on parameters and configuration only, never on gradients, and is 
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from typing import TYPE_CHECKING, Any
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +32,18 @@ if TYPE_CHECKING:
 CACHED = 16  # plans: one for each model and kind of call
 
 
+SameItems = Callable[[list[Any], list[Any]], bool]
+
+
+class Layouts(NamedTuple):
+    """Gradients that do not lie as their parameters do, by their position."""
+
+    specs: list[Spec | None]  # of all
+    positions: list[int] | None  # of each among the parameters; None: as they come
+    other: dict[int, Spec]
+    partial: dict[int, Spec]  # yet to be summed over some dimensions of their mesh
+
+
 class Plan:
     """The ranks of a list of N tensors.
 
@@ -37,10 +52,7 @@ class Plan:
         specs: how each lies on its mesh; None for what is no DTensor.
         weights: [N] float64, w of each in a sum over `mesh_groups`.
         shared: [N] float64, 1 / how many stages hold it; None: 1 for all.
-        mesh_groups: to be summed over one after the other for a sum over U.
-        stage_groups: for a sum over the ranks of `process_group`.
-        groups: for a sum over both: one group, where it exists.
-        has_partial: whether any of `specs` is yet to be summed over ranks.
+        all_dtensors: whether none of them is a plain tensor.
         verified: configurations (of a call) that all ranks have been seen to agree on.
         unread: an error flag on its way from the device, see :mod:`.reduce`.
     """
@@ -55,32 +67,44 @@ class Plan:
         self._weight_of: dict[Any, float] = {}
         self._on: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
-        self.has_partial = any(spec is not None and partial_dims(spec) for spec in specs)
+        self.all_dtensors = all(spec is not None for spec in specs)
+        self._layouts: Layouts | None = None  # of the gradients of the latest call
         self.holders: list[DeviceMesh | ProcessGroup] = []  # which U is the product of
         self._cover()
-        self.mesh_groups = [group for holder in self.holders for group in groups.chain(holder)]
         self.size = _product(len(ranks_of(holder)) for holder in self.holders)  # |U|
-        if len(self.mesh_groups) > 1 and self.world is not None and self.size == dist.get_world_size():
-            self.mesh_groups = [self.world]
-        self.stage_groups: list[ProcessGroup] = []
-        everybody = self.size
+        self._everybody = self.size
         if process_group is not None:
             stages = ranks_of(process_group)
-            if len(stages) > 1 and any(len(stages & ranks_of(holder)) > 1 for holder in self.holders):
+            if any(len(stages & ranks_of(holder)) > 1 for holder in self.holders):
                 raise ValueError(
                     f"process_group must be of ranks that hold other parameters, and its ranks {sorted(stages)} hold "
                     f"parts of the same ones"
                 )
-            self.stage_groups = groups.chain(process_group)
-            everybody *= len(stages)
-        self.groups = [*self.mesh_groups, *self.stage_groups]
-        if len(self.groups) > 1 and self.world is not None and everybody == dist.get_world_size():
-            self.groups = [self.world]
+            self._everybody *= len(stages)
         self.weights = torch.tensor([self._weight(i) for i in range(len(specs))], dtype=torch.float64, device="cpu")
         self.shared: Tensor | None = None
         if marks is not None and any(mark.shared is not None for mark in marks):
             counts = [1 if mark.shared is None else len(ranks_of(mark.shared)) for mark in marks]
             self.shared = torch.tensor(counts, dtype=torch.float64, device="cpu").reciprocal()
+
+    @functools.cached_property
+    def mesh_groups(self) -> list[ProcessGroup]:
+        """To be summed over one after the other for a sum over U."""
+        if len(self.holders) > 1 and self.world is not None and self.size == dist.get_world_size():
+            return [self.world]
+        return [group for holder in self.holders for group in groups.chain(holder)]
+
+    @functools.cached_property
+    def stage_groups(self) -> list[ProcessGroup]:
+        """For a sum over the ranks of `process_group`."""
+        return [] if self.process_group is None else groups.chain(self.process_group)
+
+    @functools.cached_property
+    def groups(self) -> list[ProcessGroup]:
+        """For a sum over both: one group, where it exists."""
+        if self.world is not None and self._everybody == dist.get_world_size():
+            return [self.world]
+        return [*self.mesh_groups, *self.stage_groups]
 
     def _cover(self) -> None:
         """Find meshes and groups whose ranks, multiplied, are U."""
@@ -119,6 +143,30 @@ class Plan:
             self._weight_of[key] = parts / self.size
         return self._weight_of[key]
 
+    def gradient_layouts(
+        self, specs: list[Spec | None], positions: list[int] | None, argument: str, same_items: SameItems
+    ) -> Layouts:
+        """Which gradients lie otherwise than their parameters. ValueError or TypeError if one does not fit."""
+        latest = self._layouts
+        if latest is not None and latest.positions == positions and same_items(latest.specs, specs):
+            return latest
+        layouts = Layouts(specs, positions, {}, {})
+        for position, spec in enumerate(specs):
+            i = position if positions is None else positions[position]
+            expected = self.specs[i]
+            if (spec is None) != (expected is None):
+                kinds = ["a plain tensor" if one is None else "a DTensor" for one in (expected, spec)]
+                raise TypeError(f"{argument}[{i}] is {kinds[0]}, and its gradient {kinds[1]}")
+            if spec is None or expected is None:
+                continue
+            if not same_layout(spec, expected):
+                layouts.other[position] = spec
+                self.weight_of(spec)
+            if partial_dims(spec):
+                layouts.partial[position] = spec
+        self._layouts = layouts
+        return layouts
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """`weights` and `shared`, on `device`."""
         if device not in self._on:
@@ -134,7 +182,7 @@ class Plan:
         """Two numbers below 2^20 that differ where ranks were called differently. With a `process_group` only the
         configuration counts, not the tensors."""
         text = configuration
-        if not self.stage_groups:
+        if self.process_group is None:
             text += "".join(
                 f"{spec.placements if spec else None} {tuple(spec.mesh.shape) if spec else ''};" for spec in self.specs
             )
@@ -142,14 +190,18 @@ class Plan:
         return [int.from_bytes(digest[i : i + 3], "big") >> 4 for i in (0, 3)]
 
     def fits(
-        self, specs: list[Spec | None], marks: list[Marks] | None, process_group: ProcessGroup | DeviceMesh | None
+        self,
+        specs: list[Spec | None],
+        marks: list[Marks] | None,
+        process_group: ProcessGroup | DeviceMesh | None,
+        same_items: SameItems,
     ) -> bool:
         """Whether it is the plan of these."""
         if self.process_group is not process_group or self.world is not dist.group.WORLD or self.marks != marks:
             return False
         if len(specs) != len(self.specs):
             return False
-        if all(map(_is, specs, self.specs)):
+        if same_items(specs, self.specs):
             return True
         if all(_alike(a, b) for a, b in zip(specs, self.specs)):
             self.specs = specs  # equal ones, anew in every step
@@ -161,21 +213,20 @@ _plans: list[Plan] = []  # the latest first
 
 
 def plan_of(
-    specs: list[Spec | None], marks: list[Marks] | None, process_group: ProcessGroup | DeviceMesh | None
+    specs: list[Spec | None],
+    marks: list[Marks] | None,
+    process_group: ProcessGroup | DeviceMesh | None,
+    same_items: SameItems = operator.eq,
 ) -> Plan:
-    """The plan of these tensors: one made before, if it fits."""
+    """The plan of these tensors: one made before, if it fits. `same_items`: whether lists hold the same objects."""
     for i, plan in enumerate(_plans):
-        if plan.fits(specs, marks, process_group):
+        if plan.fits(specs, marks, process_group, same_items):
             if i:
                 _plans.insert(0, _plans.pop(i))
             return plan
     plan = Plan(specs, marks, process_group)
     _plans[:] = [plan, *(old for old in _plans if old.world is plan.world)][:CACHED]
     return plan
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
 
 
 def _alike(a: Spec | None, b: Spec | None) -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends import Measurement, capturing, upload
+from ..backends import Measurement, capturing, native, upload
 from ..stats import OverRanks, Stats
 from .groups import all_reduce, gather_strings, ranks_of
 from .plan import Plan
@@ -35,13 +35,27 @@ class Shards:
         error: why this rank cannot do the call; it has no gradients then.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.index: list[int] | None = None
+    def __init__(self, plan: Plan, error: Exception | None = None) -> None:
+        self.plan, self.error = plan, error
+        self.index: list[int] | None = None if error is None else []
         self.wrappers: list[Tensor] = []
         self.partial: dict[int, Spec] = {}
         self.other_layouts: dict[int, Spec] = {}
-        self.error: Exception | None = None
+
+    def keep(self, positions: list[int]) -> None:
+        """Go on with the gradients at these positions: the others are tied to one of them."""
+        self.index = positions if self.index is None else [self.index[i] for i in positions]
+        self.wrappers = [self.wrappers[i] for i in positions]
+        moved = {old: new for new, old in enumerate(positions)}
+        self.partial = {moved[i]: spec for i, spec in self.partial.items() if i in moved}
+        self.other_layouts = {moved[i]: spec for i, spec in self.other_layouts.items() if i in moved}
+
+    def bump_versions(self) -> None:
+        """Tell autograd that the gradients were written whose parts were."""
+        if (library := native.cpp.load()) is not None:
+            library.bump_versions(self.wrappers)
+        else:
+            torch.autograd.graph.increment_version([t for t in self.wrappers if not t.is_inference()])
 
     def numels(self) -> list[int]:
         """[T] how many elements the whole tensors have. Of a declared one: as if all parts were alike."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
+from torch.nn import Parameter
+
+from ..backends.native import CppLibrary
 
 if TYPE_CHECKING:  # torch may have been built without them
     from torch.distributed import ProcessGroup
@@ -59,11 +62,33 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def locals_of(tensors: list[Tensor]) -> list[Tensor]:
-    """:func:`local_of` each."""
-    cls = _dtensor()
-    parts = [cast(Any, t)._local_tensor if type(t) is cls else t for t in tensors]
-    return parts if all(type(part) is Tensor for part in parts) else [local_of(t) for t in tensors]
+class Unwrapped(NamedTuple):
+    """Tensors, or the gradients of parameters, and this rank's parts of them."""
+
+    specs: list[Spec | None]  # how each item lies on its mesh; None: it is no DTensor
+    gradients: list[Tensor]  # those that there are
+    gradient_specs: list[Spec | None]
+    parts: list[Tensor]
+    positions: list[int] | None  # of each gradient among the items; None: all have one
+
+
+def unwrap(items: list[Any], gradients: bool, library: CppLibrary | None) -> Unwrapped | None:
+    """The parts of `items`, or unless they are `gradients` of the gradients of parameters; None if one is no tensor."""
+    if library is not None and type(items) is list:
+        unwrapped = library.unwrap(items, not gradients)
+        if unwrapped is None:
+            return None
+        found = Unwrapped(*unwrapped)
+        if set(map(type, found.parts)) <= {Tensor, Parameter}:
+            return found
+        return found._replace(parts=[local_of(part) for part in found.parts])
+    if not all(isinstance(item, Tensor) for item in items):
+        return None
+    index = [i for i, item in enumerate(items) if gradients or item.grad is not None]
+    present = [items[i] if gradients else items[i].grad for i in index]
+    specs = specs_of(items)
+    parts = [local_of(gradient) for gradient in present]
+    return Unwrapped(specs, present, specs_of(present), parts, None if len(index) == len(items) else index)
 
 
 def is_shard(placement: Any) -> bool:

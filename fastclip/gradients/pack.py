@@ -23,7 +23,7 @@ from ..backends.native import CppLibrary
 from ..distributed.declare import Marks, any_marked, marks_of
 from ..distributed.plan import plan_of
 from ..distributed.reduce import Shards
-from ..distributed.unwrap import any_dtensor, local_of, locals_of, partial_dims, same_layout, specs_of
+from ..distributed.unwrap import Unwrapped, any_dtensor, local_of, unwrap
 from .modes import check_not_traced
 from .table import GradTable
 
@@ -50,7 +50,7 @@ def flatten_params(
     items = list(parameters)
     if not items and isinstance(parameters, types.GeneratorType):  # torch's words, which people filter
         warnings.warn(f"`{argument}` is an empty generator, no gradient clipping will occur.", stacklevel=stacklevel)
-    if not any(isinstance(item, dict) for item in items):
+    if not any(issubclass(kind, dict) for kind in set(map(type, items))):
         return items
     flat: list[Any] = []
     for i, item in enumerate(items):
@@ -147,53 +147,41 @@ def _pack_sharded(
     reduces: bool,
 ) -> GradTable:
     """:func:`pack`, where some of the tensors may be parts of larger ones."""
-    for i, item in enumerate(items):
-        if not isinstance(item, Tensor):
-            raise TypeError(f"{argument}[{i}] must be a tensor, got {_shown(item)}")
-    specs, marks = specs_of(items), marks_of(items)
-    sharded = marks is not None or process_group is not None or any(spec is not None for spec in specs)
+    unwrapped = unwrap(items, gradients, library)
+    if unwrapped is None:  # an item is no tensor
+        return _pack_plain(items, gradients, write, argument, library)
+    marks = marks_of(items)
+    sharded = marks is not None or process_group is not None or any(spec is not None for spec in unwrapped.specs)
     if not sharded or not items:
         return _pack_plain(items, gradients, write, argument, library)
-    shards = Shards(plan_of(specs, marks, process_group))
+    shards = Shards(plan_of(unwrapped.specs, marks, process_group, same_items))
     try:
-        table = _pack_parts(items, gradients, write, argument, library, shards)
+        table = _pack_parts(items, unwrapped, gradients, write, argument, library, shards)
     except Exception as error:
         if not reduces:
             raise
-        shards.error = error  # which the other ranks hear of in the reduce, and raise too
-        table = _nothing(items)
+        table, shards = _nothing(items), Shards(shards.plan, error)  # of which the other ranks hear in the reduce
     table.shards = shards
     return table
 
 
 def _pack_parts(
-    items: list[Any], gradients: bool, write: bool, argument: str, library: CppLibrary | None, shards: Shards
+    items: list[Any],
+    unwrapped: Unwrapped,
+    gradients: bool,
+    write: bool,
+    argument: str,
+    library: CppLibrary | None,
+    shards: Shards,
 ) -> GradTable:
+    """The table of this rank's parts."""
     plan = shards.plan
-    wrappers = items if gradients else [p.grad for p in items]
-    index = list(range(len(items)))
-    if any(wrapper is None for wrapper in wrappers):
-        index = [i for i in index if wrappers[i] is not None]
-        wrappers = [wrappers[i] for i in index]
-        shards.index = index
-    for position, spec in enumerate(specs_of(wrappers)):
-        expected = plan.specs[index[position]]
-        if spec is expected and not plan.has_partial:
-            continue
-        if (spec is None) != (expected is None):
-            kinds = ["a plain tensor" if one is None else "a DTensor" for one in (expected, spec)]
-            raise TypeError(f"{argument}[{index[position]}] is {kinds[0]}, and its gradient {kinds[1]}")
-        if spec is None or expected is None:
-            continue
-        if not same_layout(spec, expected):
-            shards.other_layouts[position] = spec
-            plan.weight_of(spec)
-        if partial_dims(spec):
-            shards.partial[position] = spec
-    parts = locals_of(wrappers)
-    shards.wrappers = wrappers
+    parts = unwrapped.parts
+    shards.index, shards.wrappers = unwrapped.positions, unwrapped.gradients
+    layouts = plan.gradient_layouts(unwrapped.gradient_specs, unwrapped.positions, argument, same_items)
+    shards.partial, shards.other_layouts = layouts.partial, layouts.other
     packed = library.pack(parts, False) if library is not None else None
-    if packed and all(spec is not None for spec in plan.specs):
+    if packed and plan.all_dtensors:
         table = from_native(packed)
     else:
         labelled = _labelled(items, gradients, argument, plan.marks)
@@ -201,14 +189,7 @@ def _pack_parts(
         table = from_native(packed) if packed else _pack_any(relabelled, write, library) if parts else _nothing(items)
     if len(table) < len(parts):  # tied ones
         firsts = {identity(part): i for i, part in reversed(list(enumerate(parts)))}
-        kept = sorted(firsts.values())
-        at = {old: new for new, old in enumerate(kept)}
-        shards.index = [index[i] for i in kept]
-        shards.wrappers = [wrappers[i] for i in kept]
-        for layouts in (shards.partial, shards.other_layouts):
-            moved = {at[i]: spec for i, spec in layouts.items() if i in at}
-            layouts.clear()
-            layouts.update(moved)
+        shards.keep(sorted(firsts.values()))
     return table
 
 

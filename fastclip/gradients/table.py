@@ -61,7 +61,8 @@ class GradTable:
             if len(self.groups) > 1 and coef.dim() == 1:
                 group_coef = coef[upload(group.positions, torch.int64, coef.device)]
             group.backend.apply_(group, group_coef.to(group.device).contiguous())
-        self._bump_wrappers()
+        if self.shards is not None and not (coef.device.type == "cpu" and (coef == 1).all()):
+            self.shards.bump_versions()
 
     def clamp_(self, low: float, high: float) -> Tensor:
         """Limit every element to [low, high]; [] bool on the table's device, whether anything was changed."""
@@ -73,10 +74,6 @@ class GradTable:
         changed = torch.zeros((), dtype=torch.bool, device=self.device)
         for group in self.groups:
             changed = changed | group.backend.clamp_(group, low, high).to(self.device)
-        self._bump_wrappers()
+        if self.shards is not None:
+            self.shards.bump_versions()
         return changed
-
-    def _bump_wrappers(self) -> None:
-        """Tell autograd that the tensors were written whose parts these gradients are."""
-        if self.shards is not None and self.shards.wrappers:
-            torch.autograd.graph.increment_version([t for t in self.shards.wrappers if not t.is_inference()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,10 @@ from torch import Tensor
 from ..backends.base import AdamWOptions, StepBackend, StepDecision, StepTable
 from .base import ClippingOptimizer
 from .step_inputs import StepInputs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class AdamW(ClippingOptimizer):
@@ -34,6 +38,10 @@ class AdamW(ClippingOptimizer):
         stochastic_rounding: a seed. bfloat16 parameters and states are then rounded stochastically, right on
             average, so that updates too small for bfloat16 are not lost and no float32 copy is needed. The same seed
             gives the same numbers, also after a checkpoint. Other dtypes round as ever.
+        process_group: of ranks that hold other parameters, as :class:`~fastclip.Clipper`'s.
+
+    Parameters may be DTensors, whose states are DTensors too: every parameter's from the first step on, so that
+    ``torch.distributed.checkpoint`` finds the same on all ranks. Each rank steps its own parts.
 
     Raises:
         ValueError, TypeError: an argument out of range, named with its value.
@@ -58,6 +66,7 @@ class AdamW(ClippingOptimizer):
         max_norm: Any = None,
         nonfinite: str = "propagate",
         stochastic_rounding: int | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         if not eps >= 0:
             raise ValueError(f"eps must be >= 0, got {eps!r}")
@@ -68,7 +77,7 @@ class AdamW(ClippingOptimizer):
             "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
             "fused": fused, "decoupled_weight_decay": True,
         }  # fmt: skip
-        super().__init__(params, defaults, max_norm, nonfinite, stochastic_rounding)
+        super().__init__(params, defaults, max_norm, nonfinite, stochastic_rounding, process_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

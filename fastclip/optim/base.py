@@ -6,7 +6,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import backends
 from ..backends.base import StepBackend, StepDecision, StepTable
 from ..clipper import Clipper, check_names
+from ..distributed.reduce import Wanted, reduce
+from ..distributed.unwrap import any_dtensor, local_of
 from ..gradients.measure import measure
 from ..gradients.pack import has_memory, pack, pack_step, refuse_set
 from ..pipeline.amp import given_by_scaler
@@ -21,6 +23,10 @@ from ..pipeline.decide import ClipDecision
 from ..pipeline.step import TakesDecision, divisor_of, flat_params, has_divisor
 from ..stats import Stats
 from .step_inputs import StepInputs, StepPlan, for_torch, rows_of, shared_addresses, zero_
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 NUMBERS = ("eps", "momentum", "dampening", "weight_decay")  # entries of a parameter group, besides lr and betas
 OWN = ("stochastic_rounding", "rounding_step", "clipper")  # entries of a parameter group that torch's do not have
@@ -39,7 +45,13 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf, see step()
 
     def __init__(
-        self, params: Any, defaults: dict[str, Any], max_norm: Any, nonfinite: str, stochastic_rounding: int | None
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        max_norm: Any,
+        nonfinite: str,
+        stochastic_rounding: int | None,
+        process_group: ProcessGroup | DeviceMesh | None,
     ) -> None:
         refuse_set(params, "params")
         if defaults["foreach"] or defaults["fused"] is False:
@@ -60,12 +72,21 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
             raise ValueError(f"nonfinite={nonfinite!r} needs a max_norm; float('inf') only measures")
         if max_norm is not None:
             _refuse_one_rank()
-        self.clipper = None if max_norm is None else Clipper([], max_norm, nonfinite=nonfinite)
+        if max_norm is None and process_group is not None:
+            raise ValueError("process_group needs a max_norm, of a norm over its ranks")
+        self.clipper = (
+            None if max_norm is None else Clipper([], max_norm, nonfinite=nonfinite, process_group=process_group)
+        )
+        self._has_stepped = False
         self._last = _Last()
         defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "rounding_step": 0}
         _read_numbers(defaults)
         super().__init__(params, defaults)
         self._update_clipper()
+
+    @property
+    def _process_group(self) -> ProcessGroup | DeviceMesh | None:
+        return None if self.clipper is None else self.clipper.process_group
 
     @property
     def stats(self) -> Stats | None:
@@ -152,7 +173,8 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
             _read_numbers(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "clipper": self.clipper, "_last": _Last()}
+        own = {"clipper": self.clipper, "_last": _Last(), "_has_stepped": self._has_stepped}
+        return {**super().__getstate__(), **own}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
@@ -172,9 +194,13 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.decision is None and not self.state and self._is_initial():
-            self.init_state()
-            return loss
+        if not self._has_stepped and not self.state:
+            if self.decision is None and self._is_initial():
+                self.init_state()
+                return loss
+            if any_dtensor(flat_params(self)):  # a checkpoint needs the same states on all ranks
+                self.init_state()
+        self._has_stepped = True
         decision = self.decision or self._decided()
         if decision is not None and _needs_host_decision(self.param_groups) and decision.is_skipped():
             if zero_grad:
@@ -189,8 +215,11 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
         rates = [group["lr"] for group in self.param_groups]
         if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates) or any(rates):
             return False
-        table = pack(flat_params(self), gradients=False, write=False)
-        return len(table) > 0 and not measure(table, math.inf)[0].norm
+        table = pack(flat_params(self), gradients=False, write=False, process_group=self._process_group, reduces=True)
+        stats, _ = measure(table, math.inf)
+        if table.shards is not None:
+            stats = reduce(stats, table.shards, Wanted(False, False, "initial")).stats
+        return (len(table) > 0 or table.shards is not None) and not stats.norm
 
     def _decided(self) -> ClipDecision | None:
         """The decision of the optimizer's own rule, and of a GradScaler whose ``step`` called this one's."""
@@ -200,8 +229,8 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
         clipper = self.clipper
         if clipper is not None:
             self._update_clipper()
-            table = pack(clipper.parameters, gradients=False, write=True)
-            if not len(table):
+            table = clipper.pack()
+            if not len(table) and table.shards is None:
                 nothing, _ = measure(table, clipper.norm_type, repair=clipper.nonfinite == "zero")
                 nothing.record(torch.ones((), dtype=torch.float64, device=table.device))
                 nothing.names = None if clipper.names is None else ()
@@ -236,9 +265,10 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
                 table_mask = None if mask is None else rows_of(mask, inputs, positions)
                 table_decision = StepDecision(table_coef, table_mask, zero_grad and not shared, seed)
                 self._step_table(backend, table, table_decision, group, inputs)
-            if inputs.first:
-                for p, momentum in zip(inputs.params, inputs.states[0]):
-                    self.state[p]["momentum_buffer"] = momentum
+            for p, momentum in zip(inputs.owners, inputs.momenta):
+                self.state[p]["momentum_buffer"] = momentum
+            wrappers = [p for p, part in zip(inputs.owners, inputs.params) if p is not part]
+            torch.autograd.graph.increment_version([p for p in wrappers if not p.is_inference()])
         for group in self.param_groups:
             if group["stochastic_rounding"] is not None:
                 group["rounding_step"] += 1
@@ -340,11 +370,14 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
             key = (p.device, p.dtype, first)
             inputs = by_kind.get(key)
             if inputs is None:
-                inputs = by_kind[key] = StepInputs([], [], [[] for _ in states], [], first)
-            inputs.params.append(p)
-            inputs.grads.append(gradient)
+                inputs = by_kind[key] = StepInputs([], [], [], [[] for _ in states], [], [])
+            inputs.owners.append(p)
+            inputs.params.append(local_of(p))
+            inputs.grads.append(local_of(gradient))
             for column, state in zip(inputs.states, states):
-                column.append(state)
+                column.append(local_of(state))
+            if first:
+                inputs.momenta.append(states[0])
             if step is not None:
                 inputs.steps.append(step)
         return list(by_kind.values())

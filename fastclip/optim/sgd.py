@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,10 @@ from torch import Tensor
 from ..backends.base import SGDOptions, StepBackend, StepDecision, StepTable
 from .base import ClippingOptimizer
 from .step_inputs import StepInputs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class SGD(ClippingOptimizer):
@@ -24,7 +28,7 @@ class SGD(ClippingOptimizer):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as torch's.
         foreach, fused, differentiable: accepted for torch's sake; the step is always fused, never differentiable.
-        max_norm, nonfinite, stochastic_rounding: as :class:`AdamW`'s.
+        max_norm, nonfinite, stochastic_rounding, process_group: as :class:`AdamW`'s.
 
     Raises:
         ValueError, TypeError: an argument out of range, named with its value.
@@ -48,6 +52,7 @@ class SGD(ClippingOptimizer):
         max_norm: Any = None,
         nonfinite: str = "propagate",
         stochastic_rounding: int | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         if not momentum >= 0:
             raise ValueError(f"momentum must be >= 0, got {momentum!r}")
@@ -59,7 +64,7 @@ class SGD(ClippingOptimizer):
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
             "maximize": maximize, "foreach": foreach, "differentiable": differentiable, "fused": fused,
         }  # fmt: skip
-        super().__init__(params, defaults, max_norm, nonfinite, stochastic_rounding)
+        super().__init__(params, defaults, max_norm, nonfinite, stochastic_rounding, process_group)
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, bool]:
         if group["momentum"] == 0:

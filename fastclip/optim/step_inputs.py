@@ -10,21 +10,28 @@ from torch import Tensor
 
 from ..backends import upload
 from ..backends.base import StepBackend, StepTable
+from ..distributed.unwrap import local_of
 from ..gradients.pack import are_apart, clusters, may_overlap
 
 
 class StepInputs(NamedTuple):
-    """What a step works on: tensors of one device and dtype, in the same order."""
+    """What a step works on: tensors of one device and dtype, in the same order; of DTensors this rank's parts."""
 
+    owners: list[Tensor]  # the parameters themselves
     params: list[Tensor]
     grads: list[Tensor]
     states: list[list[Tensor]]
     steps: list[Tensor]  # float32 [] counters; empty for SGD
-    first: bool  # the first step of SGD with dampening, which starts from no momentum
+    momenta: list[Tensor]  # in the first step of SGD with dampening, which starts from none: what is to be kept
+
+    @property
+    def first(self) -> bool:
+        """Whether it is such a first step."""
+        return bool(self.momenta)
 
     def without(self, params: set[int]) -> StepInputs:
         """Those whose parameter's id is not among `params`."""
-        return self._at([i for i, p in enumerate(self.params) if id(p) not in params])
+        return self._at([i for i, p in enumerate(self.owners) if id(p) not in params])
 
     def one_by_one(self) -> list[StepInputs]:
         """Each tensor's by itself, in order."""
@@ -40,7 +47,8 @@ class StepInputs(NamedTuple):
             return [column[i] for i in positions] if column else []
 
         states = [only(column) for column in self.states]
-        return StepInputs(only(self.params), only(self.grads), states, only(self.steps), self.first)
+        tensors = only(self.owners), only(self.params), only(self.grads)
+        return StepInputs(*tensors, states, only(self.steps), only(self.momenta))
 
 
 class StepPlan(NamedTuple):
@@ -56,7 +64,7 @@ class StepPlan(NamedTuple):
 def rows_of(each: Tensor, inputs: StepInputs, positions: dict[int, int]) -> Tensor:
     """What [] or [T of a decision] is for the parameters of `inputs`, on their device."""
     if each.dim():
-        order = [positions[id(p)] for p in inputs.params]
+        order = [positions[id(p)] for p in inputs.owners]
         if order != list(range(len(each))):
             each = each[upload(order, torch.int64, each.device)]
     return each.to(inputs.params[0].device).contiguous()
@@ -64,7 +72,8 @@ def rows_of(each: Tensor, inputs: StepInputs, positions: dict[int, int]) -> Tens
 
 def zero_(gradients: Iterable[Tensor | None]) -> None:
     """Set those that are there to zero."""
-    plain = [torch._neg_view(g) if g.is_neg() else g for g in gradients if g is not None]  # foreach takes no negative
+    parts = [local_of(g) for g in gradients if g is not None]
+    plain = [torch._neg_view(g) if g.is_neg() else g for g in parts]  # foreach takes no negative
     if plain:
         torch._foreach_zero_(plain)
 
@@ -87,7 +96,7 @@ def for_torch(inputs: StepInputs, shared: set[int]) -> tuple[StepInputs, list[tu
     on.
     """
     copies: list[tuple[Tensor, Tensor]] = []
-    plain = StepInputs([], [], [[] for _ in inputs.states], inputs.steps, inputs.first)
+    plain = StepInputs(inputs.owners, [], [], [[] for _ in inputs.states], inputs.steps, inputs.momenta)
     for p, gradient, *states in zip(inputs.params, inputs.grads, *inputs.states):
         narrow = p.device.type == "cpu" and p.itemsize < 4
         dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)

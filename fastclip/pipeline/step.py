@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..distributed.unwrap import any_dtensor
 from ..gradients.pack import same_items
 from ..gradients.table import GradTable
 from .amp import given_by_scaler
@@ -21,6 +22,7 @@ from .decide import ClipDecision
 
 # Their fused step divides the gradients by `grad_scale` and, where `found_inf` is 1, leaves everything as it was.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+FUSED_ON_DTENSORS = (torch.optim.Adam, torch.optim.AdamW)
 
 
 class TakesDecision:
@@ -234,6 +236,8 @@ def _divides_by_scale(optimizer: torch.optim.Optimizer, table: GradTable) -> boo
         and all(group.dtype != torch.float64 for group in table.groups)  # whose coefficient float32 would round
         and not _dampens(optimizer)
         and not _tied(optimizer, table)
+        # torch has no sharding strategy for the others' fused steps
+        and (type(optimizer) in FUSED_ON_DTENSORS or not any_dtensor(flat_params(optimizer)))
     )
 
 

@@ -14,6 +14,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import fastclip
 from fastclip import rules
 
+pytestmark = pytest.mark.slow
+
 RULES = {
     "GlobalNorm": lambda: rules.GlobalNorm(lambda step: 1.0 + step),
     "TensorNorm": lambda: rules.TensorNorm(0.5),

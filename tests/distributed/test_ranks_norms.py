@@ -13,6 +13,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import fastclip
 
+pytestmark = pytest.mark.slow
+
 
 def messages(function):
     """How many collectives it takes, counted from its second call on."""
