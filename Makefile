@@ -38,6 +38,7 @@ bench: .venv/ready
 	$(BIN)/python -m bench.step --minutes 2.5 --json bench/results/$(DEVICE)-step.json
 	$(BIN)/python -m bench.rules --minutes 0.7 --json bench/results/$(DEVICE)-rules.json
 	$(BIN)/python -m bench.monitor --json bench/results/$(DEVICE)-monitor.json
+	$(BIN)/python -m bench.distributed --quick --json bench/results/cpu-distributed.json
 	$(BIN)/python -m bench.report
 
 # On a GPU machine, with the system's python3: no install, no network.

@@ -47,6 +47,9 @@ def block(runs: dict[tuple[str, str], Run]) -> str:
         parts += [f"{RULES_INTRO}:", rules_table(rules["rows"])]
     if monitor := runs.get(("monitor", "cpu")):
         parts += [monitor_words(monitor["rows"])]
+    if distributed := runs.get(("distributed", "cpu")):
+        parts += ["### Ranks", distributed_words(distributed), distributed_table(distributed["rows"])]
+        parts += [message_table(distributed["rows"])]
     parts += ["### GPU"]
     if clip := runs.get(("clip", "cuda")):
         parts += [gpu_intro(clip), picture("cuda-ratio", "how many times faster than torch, by model")]
@@ -192,6 +195,50 @@ def monitor_words(rows: list[Row]) -> str:
         f"Watching: `GradMonitor.update` takes {share['median']:.2%} of a training step of the demo's GPT "
         f"({share['p20']:.2%} – {share['p80']:.2%})."
     )
+
+
+def distributed_words(run: Run) -> str:
+    truths = [r for r in run["rows"] if r["case"] == "truth" and r["provider"] == "fastclip"]
+    ratios = " and ".join(f"{r['vs_torch']['median']:.1f}× torch on {r['model']}" for r in truths)
+    return (
+        f"What a call costs the host on one of eight ranks, as times faster than torch {run['versions']['torch']} (its "
+        f"fake process group, one thread; DTensors of 2 × 16 elements a rank), and how many messages it sends. With "
+        f"real messages of gloo between processes of one machine, and 60 DTensors, `clip_norm_` is {ratios}. *Per mesh* and "
+        f"*per sharding* are other frameworks' algorithms, written anew (`bench/distributed.py`)."
+    )
+
+
+def distributed_table(rows: list[Row]) -> str:
+    """A line for each provider; a call's nanoseconds per DTensor relative to torch, and what the first call takes."""
+    rows = [r for r in rows if r["case"] == "host"]
+    counts = list(dict.fromkeys(r["tensors"] for r in rows))
+    fastest = {r["tensors"]: r["first_s"] for r in rows if r["provider"] == "fastclip"}
+    lines = []
+    for name in dict.fromkeys(r["provider"] for r in rows):
+        cells = {r["tensors"]: r for r in rows if r["provider"] == name and r["status"] == "ok"}
+        line = [name]
+        for count in counts:
+            r = cells.get(count)
+            line.append(f"{r['vs_torch']['median']:.1f}×" if r and r["vs_torch"] else "–")
+        for count in counts:
+            r = cells.get(count)
+            line.append(f"{r['first_s'] / fastest[count]:,.1f}" if r else "–")
+        lines.append(line)
+    headers = [""] + [f"{count:,} DTensors" for count in counts]
+    headers += [f"first call, {count:,} (fastclip = 1)" for count in counts]
+    alignment = ("left", *["right"] * (2 * len(counts)))
+    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment)
+
+
+def message_table(rows: list[Row]) -> str:
+    rows = [r for r in rows if r["case"] == "messages"]
+    kinds = list(dict.fromkeys(r["model"] for r in rows))
+    lines = []
+    for name in dict.fromkeys(r["provider"] for r in rows):
+        cells = {r["model"]: r for r in rows if r["provider"] == name}
+        lines.append([name, *(str(cells[k]["messages"]) if cells[k]["status"] == "ok" else "raises" for k in kinds)])
+    headers = ["messages of a call", *kinds]
+    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * len(kinds)))
 
 
 # ---- growth ----

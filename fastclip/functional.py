@@ -13,8 +13,8 @@ Under torch.compile, make_fx, FakeTensorMode and other modes that look at every 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -77,9 +77,12 @@ def clip_norm_(
         NotImplementedError: a gradient is a wrapper subclass other than DTensor.
     """
     if is_dynamo_compiling():
-        return _global_norm_in_graph(
-            flatten_params(parameters), "parameters", max_norm, norm_type, error_if_nonfinite, process_group
-        )
+        items = flatten_params(parameters)
+        if _leaves_the_graph(items, process_group):
+            return cast(
+                Tensor, _in_python(clip_norm_, items, max_norm, norm_type, error_if_nonfinite, group=process_group)
+            )
+        return _global_norm_in_graph(items, "parameters", max_norm, norm_type, error_if_nonfinite)
     return _global_norm(parameters, "parameters", max_norm, norm_type, error_if_nonfinite, process_group)
 
 
@@ -98,9 +101,10 @@ def total_norm(
     Follows ``torch.nn.utils.get_total_norm``. Args, returns and raises as :func:`clip_norm_`.
     """
     if is_dynamo_compiling():
-        return _global_norm_in_graph(
-            flatten_params(tensors, "tensors"), "tensors", None, norm_type, error_if_nonfinite, process_group
-        )
+        items = flatten_params(tensors, "tensors")
+        if _leaves_the_graph(items, process_group):
+            return cast(Tensor, _in_python(total_norm, items, norm_type, error_if_nonfinite, group=process_group))
+        return _global_norm_in_graph(items, "tensors", None, norm_type, error_if_nonfinite)
     return _global_norm(tensors, "tensors", None, norm_type, error_if_nonfinite, process_group)
 
 
@@ -119,6 +123,9 @@ def clip_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor,
         As :func:`clip_norm_`; TypeError too where gradients were passed instead of parameters.
     """
     items = flatten_params(parameters)
+    if _leaves_the_graph(items):
+        _in_python(clip_with_norm_, items, max_norm, total_norm)
+        return
     if _in_a_graph(items):
         bound, norm = _in_graph(max_norm, "max_norm"), _in_graph(total_norm, "total_norm")
         if grads := _gradients(items):
@@ -142,6 +149,9 @@ def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None 
         As :func:`clip_norm_`.
     """
     items = flatten_params(parameters)
+    if _leaves_the_graph(items):
+        _in_python(clip_value_, items, clip_value)
+        return
     if _in_a_graph(items):
         limit = _in_graph(clip_value, "clip_value")
         if grads := _gradients(items):
@@ -170,8 +180,9 @@ def clip_tensor_norm_(
         [T] the norms before clipping, in the order of the parameters that have a gradient.
     """
     items = flatten_params(parameters)
+    if _leaves_the_graph(items, process_group):
+        return cast(Tensor, _in_python(clip_tensor_norm_, items, max_norm, norm_type, group=process_group))
     if _in_a_graph(items):
-        _refuse_in_graph(process_group)
         limit, p = _in_graph(max_norm, "max_norm"), _order(norm_type)
         grads = _gradients(items)
         return torch_ops.clip_tensor_norm_(grads, limit, p) if grads else _nothing(items, 0)
@@ -199,8 +210,9 @@ def mask_small_(
         As :func:`clip_norm_`.
     """
     items = flatten_params(parameters)
+    if _leaves_the_graph(items, process_group):
+        return cast(Tensor, _in_python(mask_small_, items, threshold, group=process_group))
     if _in_a_graph(items):
-        _refuse_in_graph(process_group)
         limit = _in_graph(threshold, "threshold")
         grads = _gradients(items)
         return torch_ops.mask_small_(grads, limit) if grads else _nothing(items, 0).bool()
@@ -233,7 +245,7 @@ def _global_norm(
             return done
         packed = done
     if not packed and alone and _in_a_graph(items := flatten_params(items, argument)):
-        return _global_norm_in_graph(items, argument, max_norm, norm_type, error_if_nonfinite, process_group)
+        return _global_norm_in_graph(items, argument, max_norm, norm_type, error_if_nonfinite)
     if process_group is not None:
         checked_group(process_group, "process_group")
     rule = GlobalNorm(checked_limit(max_norm, "max_norm") if clips else math.inf, norm_type)
@@ -258,9 +270,7 @@ def _global_norm_in_graph(
     max_norm: float | None,
     norm_type: float,
     error_if_nonfinite: bool,
-    process_group: ProcessGroup | DeviceMesh | None,
 ) -> Tensor:
-    _refuse_in_graph(process_group)
     p, refuse = _order(norm_type), bool(error_if_nonfinite)
     if argument == "tensors":
         _check_tensors(items, argument)
@@ -269,9 +279,16 @@ def _global_norm_in_graph(
     return torch_ops.clip_norm_(grads, limit, p, refuse) if grads else _nothing(items, ())
 
 
-def _refuse_in_graph(process_group: ProcessGroup | DeviceMesh | None) -> None:
-    if process_group is not None:
-        raise NotImplementedError("process_group is not supported under torch.compile: call it outside of the graph")
+def _leaves_the_graph(items: list[Tensor], process_group: ProcessGroup | DeviceMesh | None = None) -> bool:
+    """Whether torch.compile must leave the call to Python: where there are several ranks, it is a graph break."""
+    return is_dynamo_compiling() and (process_group is not None or any(type(t).__name__ == "DTensor" for t in items))
+
+
+def _in_python(function: Callable[..., Any], *arguments: Any, group: ProcessGroup | DeviceMesh | None = None) -> Any:
+    from . import graph_breaks
+
+    options = {} if group is None else {"process_group": group}
+    return graph_breaks.call(function, *arguments, **options)
 
 
 def _in_a_graph(items: list[Tensor]) -> bool:

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-from bench import clip, goals, inputs, method, models, pictures, providers, report, rules, runs, step
+from bench import clip, distributed, goals, inputs, method, models, pictures, providers, report, rules, runs, step
 
 TENSORS = {
     "resnet50": 161,
@@ -163,6 +163,21 @@ def test_rules(tmp_path, capsys):
     table = report.rules_table(rows)
     assert table.count("×") >= len(rows) and "ZClip" in table
     assert "ZClip" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_distributed(tmp_path, capsys):
+    path = tmp_path / "distributed.json"
+    distributed.main(["--quick", "--counts", "20", "--json", str(path)])
+    run = json.loads(path.read_text())
+    rows = run["rows"]
+    ours = [r for r in rows if r["provider"].startswith("fastclip")]
+    assert {r["status"] for r in ours} == {"ok"} and {r["case"] for r in ours} == {"host", "messages", "truth"}
+    assert all(r["messages"] == 1 for r in ours if r["case"] == "messages")
+    assert all(r["error"] < 1e-6 for r in ours if r["case"] == "truth")
+    assert "fastclip" in capsys.readouterr().out
+    words = report.distributed_words(run) + report.distributed_table(rows) + report.message_table(rows)
+    assert "×" in words and "per sharding" in words
 
 
 def test_readme_shows_the_committed_results():

@@ -184,6 +184,10 @@ def reduce(
         norm = torch.where(total.sum() > 0, math.nan, most_of_all if vectors else most)
     else:
         norm = _root(total.sum(), p)
+    if (
+        flags.device.type != "cpu"
+    ):  # where an error of another rank is seen only later: nothing is to be clipped until then
+        norm = torch.where(flags[ERRORS] > 0, 0.0, norm)
 
     part = _part(shards, amounts, most) if vectors else Measurement(local.power, local.absmax)
     over_stages: Callable[[Tensor, bool], Tensor] | None = None

@@ -324,3 +324,24 @@ def _dtypes(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(dtype):
     worlds.run(2, _dtypes, dtype)
+
+
+def _compiled():
+    mesh = mesh_of((2,), ("dp",))
+    parameters = on_mesh(mesh)
+    wholes = wholes_of(parameters)
+
+    @torch.compile(backend="eager")
+    def clip(limit):
+        norm = fastclip.clip_norm_(parameters, limit)
+        return norm + 1
+
+    for limit in (1e3, 0.5, 0.25):
+        norm = clip(limit) - 1
+    assert close(norm, 0.5, 1e-5)
+    assert close(clip(0.1) - 1, 0.25, 1e-5)
+    assert wholes and close(fastclip.total_norm([p.grad for p in parameters]), 0.1, 1e-5)
+
+
+def test_a_graph_break_under_torch_compile():
+    worlds.run(2, _compiled)
