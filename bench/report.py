@@ -202,9 +202,9 @@ def distributed_words(run: Run) -> str:
     ratios = " and ".join(f"{r['vs_torch']['median']:.1f}× torch on {r['model']}" for r in truths)
     return (
         f"What a call costs the host on one of eight ranks, as times faster than torch {run['versions']['torch']} (its "
-        f"fake process group, one thread; DTensors of 2 × 16 elements a rank), and how many messages it sends. With "
-        f"real messages of gloo between processes of one machine, and 60 DTensors, `clip_norm_` is {ratios}. *Per mesh* and "
-        f"*per sharding* are other frameworks' algorithms, written anew (`bench/distributed.py`)."
+        f"fake process group, one thread; DTensors of 2 × 16 elements a rank), and how many messages it sends. On "
+        f"real ranks (gloo, processes of one machine, 60 DTensors) `clip_norm_` is {ratios}. *Per mesh* "
+        f"and *per sharding* are other frameworks' algorithms, written anew (`bench/distributed.py`)."
     )
 
 

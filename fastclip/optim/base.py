@@ -77,7 +77,6 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
         self.clipper = (
             None if max_norm is None else Clipper([], max_norm, nonfinite=nonfinite, process_group=process_group)
         )
-        self._has_stepped = False
         self._last = _Last()
         defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "rounding_step": 0}
         _read_numbers(defaults)
@@ -173,8 +172,7 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
             _read_numbers(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"clipper": self.clipper, "_last": _Last(), "_has_stepped": self._has_stepped}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), "clipper": self.clipper, "_last": _Last()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
@@ -194,13 +192,12 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._has_stepped and not self.state:
+        if not self.state:
             if self.decision is None and self._is_initial():
                 self.init_state()
                 return loss
-            if any_dtensor(flat_params(self)):  # a checkpoint needs the same states on all ranks
-                self.init_state()
-        self._has_stepped = True
+            if self._process_group is not None or any_dtensor(flat_params(self)):
+                self.init_state()  # checkpoints, and the question above, need the same states on all ranks
         decision = self.decision or self._decided()
         if decision is not None and _needs_host_decision(self.param_groups) and decision.is_skipped():
             if zero_grad:

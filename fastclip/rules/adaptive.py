@@ -367,7 +367,8 @@ def _adagc(
     finite = observed < math.inf  # not NaN either
     usable = (clipped > 0) & (clipped < math.inf) & finite
     gamma = torch.where(usable, torch.where(warming, least, followed), gamma)
-    return coef, count + (warming & finite.all() & (norm > 0)), gamma
+    # The norm too must be finite: with pipeline stages it is what all of them know.
+    return coef, count + (warming & finite.all() & (norm > 0) & (norm < math.inf)), gamma
 
 
 # ---- one kernel out of a few lines ----

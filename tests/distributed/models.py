@@ -18,9 +18,9 @@ def whole(shape, seed, dtype=torch.float32, scale=1.0):
 
 def sharded(value, mesh, placements, gradient=None):
     """A DTensor parameter with this gradient, both cut as `placements` say."""
-    p = torch.nn.Parameter(distribute_tensor(value, mesh, placements))
+    p = torch.nn.Parameter(distribute_tensor(value, mesh, placements, src_data_rank=None))
     if gradient is not None:
-        p.grad = distribute_tensor(gradient, mesh, placements)
+        p.grad = distribute_tensor(gradient, mesh, placements, src_data_rank=None)
         p.whole_gradient = gradient.double()
     return p
 

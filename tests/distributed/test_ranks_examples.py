@@ -21,7 +21,7 @@ def _example(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes"), [("fsdp2", (2, 3)), ("tensor_parallel", (2, 4)), ("pipeline", (2,)), ("experts", (2, 4))]
+    ("name", "sizes"), [("fsdp2", (2, 4)), ("tensor_parallel", (2, 4)), ("pipeline", (2,)), ("experts", (2, 4))]
 )
 def test_the_losses_are_those_of_one_process(name, sizes):
     (alone,) = worlds.run(1, _example, name)

@@ -300,6 +300,20 @@ def test_tied_gradients_count_once():
     worlds.run(2, _tied)
 
 
+def _without_a_compiler():
+    from fastclip.backends import native
+
+    native.cpp.opened, native.cpp._failure = None, "there is no compiler"
+    mesh = mesh_of((2, 2), ("dp", "tp"))
+    check([*on_mesh(mesh, 0, [Shard(0), Replicate()]), plain(whole((3,), 40), whole((3,), 41))], collectives=1)
+    with fastclip.use_backend("reference"):
+        check(on_mesh(mesh["dp"], 20))
+
+
+def test_without_the_native_packer():
+    worlds.run(4, _without_a_compiler)
+
+
 def _versions():
     mesh = mesh_of((2,), ("dp",))
     parameters = on_mesh(mesh)

@@ -56,14 +56,14 @@ def pair(mesh, placements):
 
 def set_gradients(cut, alone, mesh, placements, step):
     for i, (p, q) in enumerate(zip(cut.values(), alone.values())):
-        p.grad = distribute_tensor(gradient(step, i), mesh, placements[i])
+        p.grad = distribute_tensor(gradient(step, i), mesh, placements[i], src_data_rank=None)
         q.grad = gradient(step, i)
 
 
 def assert_same(cut, alone, mesh, placements, what="grad"):
     for i, (p, q) in enumerate(zip(cut.values(), alone.values())):
         a, b = (p.grad, q.grad) if what == "grad" else (p.detach(), q.detach())
-        expected = distribute_tensor(b, mesh, placements[i])
+        expected = distribute_tensor(b, mesh, placements[i], src_data_rank=None)
         torch.testing.assert_close(local(a), local(expected), rtol=1e-12, atol=1e-14, equal_nan=True)
 
 

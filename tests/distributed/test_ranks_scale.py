@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import worlds
-from models import mesh_of, whole
+from models import whole
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -25,9 +26,13 @@ def _become(rank, size):
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
 
 
-def _stage(mesh, expert, stage):
+def _mesh(ranks):
+    """Without groups for its dimensions, hundreds in such a world, which nothing here is sent to."""
+    return DeviceMesh("cpu", ranks, mesh_dim_names=tuple("abc"[: ranks.dim()]), _init_backend=False)
+
+
+def _stage(dp, tp, expert, stage):
     """(what a tensor of this stage is, its parts on its mesh) of uneven, strided, replicated and small ones."""
-    dp, tp = mesh["dp"], mesh["dp", "tp"]
     return [
         (whole((70, 9), 10 * stage), tp, [Shard(0), Shard(1)]),
         (whole((300, 4), 10 * stage + 1), tp, [_StridedShard(0, split_factor=TP), Shard(0)]),
@@ -52,7 +57,7 @@ def _part(value, mesh, placements):
         if placement.is_replicate():
             continue
         chunks = local.chunk(mesh.size(dim), placement.dim)
-        rank = mesh.get_local_rank(dim)
+        rank = (mesh.mesh == dist.get_rank()).nonzero()[0, dim].item()
         local = chunks[rank] if rank < len(chunks) else local.narrow(placement.dim, 0, 0)
     return torch.nn.Parameter(
         DTensor.from_local(
@@ -67,12 +72,12 @@ def _thousand_ranks():
     total, exact = 0.0, 0.0
     for rank in range(size):
         _become(rank, size)
-        mesh = mesh_of((PP, DP, TP), ("pp", "dp", "tp"))
-        expert = mesh_of((PP, DP // 4, 4 * TP), ("pp", "edp", "ep"))["edp", "ep"]
-        stage = mesh.get_local_rank("pp")
-        tensors = _stage(mesh, expert, stage)
+        ranks = torch.arange(size).reshape(PP, DP, TP)
+        stage, row, column = (ranks == rank).nonzero()[0].tolist()
+        own = ranks[stage]
+        tensors = _stage(_mesh(own[:, column]), _mesh(own), _mesh(own.reshape(DP // 4, 4 * TP)), stage)
         parameters = [_part(*tensor) for tensor in tensors]
-        plan = plan_of(specs_of(parameters), None, mesh.get_group("pp"))
+        plan = plan_of(specs_of(parameters), None, _mesh(ranks[:, row, column]))
         assert plan.groups == [dist.group.WORLD]
         powers = [p.detach()._local_tensor if isinstance(p, DTensor) else p.detach() for p in parameters]
         powers = torch.tensor([t.double().square().sum().item() for t in powers], dtype=torch.float64)

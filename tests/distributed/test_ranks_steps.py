@@ -28,14 +28,17 @@ def pair(mesh):
 def set_gradients(cut, alone, mesh, step):
     for i, (p, q) in enumerate(zip(cut, alone)):
         gradient = whole(SHAPES[i], 100 * step + i)
-        p.grad, q.grad = distribute_tensor(gradient, mesh, PLACEMENTS[i]), gradient.clone()
+        p.grad, q.grad = distribute_tensor(gradient, mesh, PLACEMENTS[i], src_data_rank=None), gradient.clone()
 
 
 def assert_same(cut, alone, mesh):
     """To the rounding of float32, of the norm and of three steps."""
     for p, q, place in zip(cut, alone, PLACEMENTS):
         torch.testing.assert_close(
-            local(p.detach()), local(distribute_tensor(q.detach(), mesh, place)), rtol=2e-6, atol=2e-7
+            local(p.detach()),
+            local(distribute_tensor(q.detach(), mesh, place, src_data_rank=None)),
+            rtol=2e-6,
+            atol=2e-7,
         )
 
 

@@ -10,7 +10,15 @@ import traceback
 TIMEOUT = 120  # seconds, for all ranks together
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "fastclip", "numpy"])
+_context.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch.distributed.checkpoint",
+        "fastclip",
+    ]
+)
 
 
 def run(size, function, *arguments):
