@@ -178,11 +178,11 @@ class Plan:
         everywhere = 1 / self.size
         return [i for i, w in enumerate(self.weights.tolist()) if w == everywhere and self.size > 1]
 
-    def digests(self, configuration: str) -> list[int]:
-        """Two numbers below 2^20 that differ where ranks were called differently. With a `process_group` only the
-        configuration counts, not the tensors."""
+    def digests(self, configuration: str, vectors: bool) -> list[int]:
+        """Two numbers below 2^20 that differ where ranks were called differently: with other tensors too, but for
+        stages, and for declared parts of which nothing but their sum is wanted: ranks may have more or fewer."""
         text = configuration
-        if self.process_group is None:
+        if self.process_group is None and (vectors or self.marks is None):
             text += "".join(
                 f"{spec.placements if spec else None} {tuple(spec.mesh.shape) if spec else ''};" for spec in self.specs
             )

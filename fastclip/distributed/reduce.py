@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import Measurement, capturing, native, upload
+from ..host_stats import root
 from ..stats import OverRanks, Stats
 from .groups import all_reduce, gather_strings, ranks_of
 from .plan import Plan
@@ -144,7 +145,7 @@ def reduce(
     configuration = f"{p} {wanted} {skip is None} {found_inf is None} {local.zeroed is None}"
     first = configuration not in plan.verified
     if first:
-        _check_agreement(plan, configuration, device)
+        _check_agreement(plan, configuration, vectors, device)
     error = torch.full((), float(shards.error is not None), dtype=torch.float64, device=device)
     flags = torch.stack(
         [(weights * broken).sum(), _flag(skip, device), _flag(found_inf, device), (weights * zeroed).sum(), error]
@@ -183,10 +184,8 @@ def reduce(
             most_of_all = all_reduce(most_of_all.reshape(1), plan.stage_groups, dist.ReduceOp.MAX)[0]
         norm = torch.where(total.sum() > 0, math.nan, most_of_all if vectors else most)
     else:
-        norm = _root(total.sum(), p)
-    if (
-        flags.device.type != "cpu"
-    ):  # where an error of another rank is seen only later: nothing is to be clipped until then
+        norm = root(total.sum(), p)
+    if flags.device.type != "cpu":  # an error of another rank is seen only later, so clip nothing now
         norm = torch.where(flags[ERRORS] > 0, 0.0, norm)
 
     part = _part(shards, amounts, most) if vectors else Measurement(local.power, local.absmax)
@@ -212,12 +211,6 @@ def _part(shards: Shards, amounts: Tensor, most: Tensor | None) -> Measurement:
     return Measurement(power, power if most is None else shards.select(most))
 
 
-def _root(power: Tensor, p: float) -> Tensor:
-    from ..host_stats import root
-
-    return root(power, p)
-
-
 def _flag(flag: Tensor | None, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=device) if flag is None else flag.to(device, torch.float64)
 
@@ -235,10 +228,10 @@ class _OverStages:
 # ---- errors ----
 
 
-def _check_agreement(plan: Plan, configuration: str, device: torch.device) -> None:
+def _check_agreement(plan: Plan, configuration: str, vectors: bool, device: torch.device) -> None:
     """Before the first call of a configuration: RuntimeError on all ranks if they do not make the same call, whose
     messages might not even be of one length."""
-    digests = plan.digests(configuration)
+    digests = plan.digests(configuration, vectors)
     # All are equal if the mean square is the square of the mean; below 2^53 these sums are exact.
     message = torch.tensor([1, *digests, *(d * d for d in digests)], dtype=torch.float64, device="cpu").to(device)
     ranks, *sums = all_reduce(message, plan.groups).tolist()

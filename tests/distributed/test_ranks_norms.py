@@ -359,3 +359,18 @@ def _compiled():
 
 def test_a_graph_break_under_torch_compile():
     worlds.run(2, _compiled)
+
+
+def _experts_of_different_number():
+    rank = dist.get_rank()
+    experts = [plain(whole((2, i + 1), i), whole((2, i + 1), 10 * rank + i)) for i in range(2 + rank)]
+    fastclip.distributed.mark_sharded(experts, dist.group.WORLD)
+    wholes = [whole((2, i + 1), 10 * rank + i) for rank in range(2) for i in range(2 + rank)]
+    for p in (1.0, 2.0, math.inf):
+        assert close(fastclip.clip_norm_(experts, math.inf, p), norm_of(wholes, p))
+    texts = models.raised(lambda: fastclip.clip_tensor_norm_(experts, 1.0))
+    assert all("the ranks do not make the same call" in text for text in texts)
+
+
+def test_ranks_may_have_more_or_fewer_declared_parts():
+    worlds.run(2, _experts_of_different_number)

@@ -10,15 +10,10 @@ import traceback
 TIMEOUT = 120  # seconds, for all ranks together
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        "torch.distributed.checkpoint",
-        "fastclip",
-    ]
-)
+_context.set_forkserver_preload([
+    "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel", "sklearn.datasets", "fastclip",
+])  # fmt: skip
 
 
 def run(size, function, *arguments):
