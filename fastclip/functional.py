@@ -244,12 +244,13 @@ def _global_norm(
         if isinstance(done, Tensor):
             return done
         packed = done
-    if not packed and alone and _in_a_graph(items := flatten_params(items, argument)):
-        return _global_norm_in_graph(items, argument, max_norm, norm_type, error_if_nonfinite)
+    if not packed and not (type(items) is list and any_dtensor(items[:1])):  # thousands of which take their time
+        items = flatten_params(items, argument)
+        if alone and _in_a_graph(items):
+            return _global_norm_in_graph(items, argument, max_norm, norm_type, error_if_nonfinite)
     if process_group is not None:
         checked_group(process_group, "process_group")
     rule = GlobalNorm(checked_limit(max_norm, "max_norm") if clips else math.inf, norm_type)
-    items = flatten_params(items, argument)
     if packed:
         table = from_native(packed)
     else:

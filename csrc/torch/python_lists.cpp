@@ -3,7 +3,10 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <structmember.h>
 #include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
 
 namespace fastclip {
 
@@ -73,42 +76,115 @@ Packed pack_items(PyObject* list, bool gradients_of, std::vector<Group>& groups)
 
 namespace {
 
-// `object.name`, or None.
-py::object attribute(PyObject* object, PyObject* name) {
-  PyObject* value = PyObject_GetAttr(object, name);
-  if (!value) PyErr_Clear();
-  return value ? py::reinterpret_steal<py::object>(value) : py::none();
+// One of the __slots__ of DTensor, read from where it lies in the object: getattr() would take longer than all else.
+class Slot {
+ public:
+  explicit Slot(const char* name) : name_(PyUnicode_InternFromString(name)) {}
+
+  // The value, borrowed; null if there is none.
+  PyObject* of(PyObject* object) {
+    if (Py_TYPE(object) != type_) find(Py_TYPE(object));
+    return offset_ ? *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_) : attribute(object);
+  }
+
+ private:
+  void find(PyTypeObject* type) {
+    type_ = type;
+    offset_ = 0;
+    PyObject* descriptor = PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name_);
+    if (!descriptor) return PyErr_Clear();
+    if (Py_TYPE(descriptor) == &PyMemberDescr_Type)
+      offset_ = reinterpret_cast<PyMemberDescrObject*>(descriptor)->d_member->offset;
+    Py_DECREF(descriptor);
+  }
+
+  PyObject* attribute(PyObject* object) {  // of a wrapper that keeps it elsewhere, alive as long as that does
+    PyObject* value = PyObject_GetAttr(object, name_);
+    if (!value) return PyErr_Clear(), nullptr;
+    Py_DECREF(value);
+    return value;
+  }
+
+  PyObject* const name_;
+  PyTypeObject* type_ = nullptr;  // of the object before
+  Py_ssize_t offset_ = 0;         // in objects of that type; 0: the slot is not in them
+};
+
+constexpr size_t BLOCK = 16;  // tensors whose cache misses overlap, as in pack.cpp
+
+bool is_wrapper(const at::Tensor& tensor) { return tensor.key_set().has(c10::DispatchKey::Python); }
+
+void prefetch(const at::Tensor& tensor) {
+  const auto* impl = reinterpret_cast<const char*>(tensor.unsafeGetTensorImpl());
+  for (size_t line : {0, 64, 128}) __builtin_prefetch(impl + line);
+}
+
+// The objects as a list, or None if `expected` is a list of the same ones.
+py::object list_unless(const std::vector<PyObject*>& objects, const py::object& expected) {
+  if (PyList_CheckExact(expected.ptr()) && size_t(PyList_GET_SIZE(expected.ptr())) == objects.size()) {
+    size_t i = 0;
+    while (i < objects.size() && PyList_GET_ITEM(expected.ptr(), i) == objects[i]) i++;
+    if (i == objects.size()) return py::none();
+  }
+  py::list list(objects.size());
+  for (size_t i = 0; i < objects.size(); i++) PyList_SET_ITEM(list.ptr(), i, (Py_INCREF(objects[i]), objects[i]));
+  return list;
 }
 
 }  // namespace
 
-py::object unwrap(const py::list& list, bool gradients_of) {
-  static PyObject* const spec_name = PyUnicode_InternFromString("_spec");
-  static PyObject* const local_name = PyUnicode_InternFromString("_local_tensor");
+py::object unwrap(const py::list& list, bool gradients_of, const py::object& expected_specs,
+                  const py::object& expected_gradient_specs) {
+  static Slot spec_slot("_spec"), part_slot("_local_tensor");
   const size_t size = list.size();
-  py::list specs, gradients, gradient_specs, parts, index;
-  for (size_t i = 0; i < size; i++) {
-    PyObject* item = PyList_GET_ITEM(list.ptr(), i);
-    if (!THPVariable_Check(item)) return py::none();
-    const auto& tensor = THPVariable_Unpack(item);
-    const bool wrapper = tensor.key_set().has(c10::DispatchKey::Python);
-    specs.append(wrapper ? attribute(item, spec_name) : py::none());
-    py::object gradient;
-    if (!gradients_of) gradient = py::reinterpret_borrow<py::object>(item);
-    else if (tensor.grad().defined()) gradient = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.grad()));
-    else continue;
-    py::object spec = py::none(), part = gradient;
-    if (THPVariable_Unpack(gradient.ptr()).key_set().has(c10::DispatchKey::Python)) {
-      spec = attribute(gradient.ptr(), spec_name);
-      if (!spec.is_none()) part = attribute(gradient.ptr(), local_name);
+  std::vector<PyObject*> specs(size, Py_None), gradient_specs;
+  gradient_specs.reserve(size);
+  py::list gradients, parts;
+  std::vector<size_t> index;
+  PyObject* block[BLOCK];
+  for (size_t start = 0; start < size; start += BLOCK) {
+    const size_t count = std::min(BLOCK, size - start);
+    PyObject** items = &PyList_GET_ITEM(list.ptr(), start);
+    for (size_t i = 0; i < count; i++) __builtin_prefetch(items[i]);
+    for (size_t i = 0; i < count; i++) {
+      if (!THPVariable_Check(items[i])) return py::none();
+      prefetch(THPVariable_Unpack(items[i]));
     }
-    gradients.append(gradient);
-    gradient_specs.append(spec);
-    parts.append(part);
-    index.append(i);
+    if (gradients_of)
+      for (size_t i = 0; i < count; i++)
+        __builtin_prefetch(THPVariable_Unpack(items[i]).unsafeGetTensorImpl()->autograd_meta());
+    for (size_t i = 0; i < count; i++) {
+      const auto& tensor = THPVariable_Unpack(items[i]);
+      if (is_wrapper(tensor))
+        if (PyObject* spec = spec_slot.of(items[i])) specs[start + i] = spec;
+      if (gradients_of && tensor.grad().defined()) prefetch(tensor.grad());
+    }
+    for (size_t i = 0; i < count; i++) {
+      const auto& tensor = THPVariable_Unpack(items[i]);
+      block[i] = nullptr;
+      if (!gradients_of) block[i] = (Py_INCREF(items[i]), items[i]);
+      else if (tensor.grad().defined()) block[i] = THPVariable_Wrap(tensor.grad());
+    }
+    for (size_t i = 0; i < count; i++) {
+      if (!block[i]) continue;
+      const auto gradient = py::reinterpret_steal<py::object>(block[i]);
+      PyObject *spec = Py_None, *part = block[i];
+      if (is_wrapper(THPVariable_Unpack(block[i]))) {
+        if (PyObject* found = spec_slot.of(block[i])) {
+          spec = found;
+          part = part_slot.of(block[i]);
+        }
+      }
+      gradients.append(gradient);
+      gradient_specs.push_back(spec);
+      parts.append(py::reinterpret_borrow<py::object>(part));
+      index.push_back(start + i);
+    }
   }
-  if (gradients.size() == size) return py::make_tuple(specs, gradients, gradient_specs, parts, py::none());
-  return py::make_tuple(specs, gradients, gradient_specs, parts, index);
+  py::object positions = py::none();
+  if (index.size() < size) positions = py::cast(index);
+  return py::make_tuple(list_unless(specs, expected_specs), gradients,
+                        list_unless(gradient_specs, expected_gradient_specs), parts, positions);
 }
 
 void bump_versions(const py::list& list) {

@@ -22,8 +22,9 @@ Packed pack_items(PyObject* list, bool gradients_of, std::vector<Group>& groups)
 
 // From tensors, or the gradients of parameters, to this rank's parts of those that are DTensors: (the _spec of each item,
 // gradients, the _spec of each, parts, and the index of each gradient among the items or None if all have one). A _spec is
-// None for what is no DTensor. None if an item is no tensor.
-py::object unwrap(const py::list& list, bool gradients_of);
+// None for what is no DTensor; in place of a list of specs None, if they are the expected ones. None if an item is no tensor.
+py::object unwrap(const py::list& list, bool gradients_of, const py::object& expected_specs,
+                  const py::object& expected_gradient_specs);
 
 // Tell autograd that tensors were written.
 void bump_versions(const py::list& list);

@@ -64,11 +64,12 @@ def device_for(groups: list[ProcessGroup], local: torch.device) -> torch.device:
     return local
 
 
-def all_reduce(message: Tensor, groups: list[ProcessGroup], op: Any = None) -> Tensor:
-    """`message`, summed (or `op`) over these groups one after the other, on its device."""
-    if not groups:
-        return message
-    sent = message.to(device_for(groups, message.device), copy=True)
+def all_reduce(
+    message: Tensor, groups: list[ProcessGroup], op: Any = None, device: torch.device | None = None
+) -> Tensor:
+    """`message`, summed (or `op`) over these groups one after the other, on its device; sent from `device`, and from
+    where it is in its own memory."""
+    sent = message if device in (None, message.device) else message.to(device)
     for group in groups:
         dist.all_reduce(sent, dist.ReduceOp.SUM if op is None else op, group)
     return sent.to(message.device)

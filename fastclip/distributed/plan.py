@@ -23,7 +23,7 @@ from torch import Tensor
 from . import groups
 from .declare import NOTHING, Marks, marks_of
 from .groups import ranks_of
-from .unwrap import Spec, is_shard, partial_dims, same_layout, specs_of
+from .unwrap import Expected, Spec, is_shard, partial_dims, same_layout, specs_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,10 +65,12 @@ class Plan:
         self.verified: set[Any] = set()
         self.unread: tuple[Tensor, Any] | None = None
         self._weight_of: dict[Any, float] = {}
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._sent_from: dict[torch.device, torch.device] = {}
         self._on: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
         self.all_dtensors = all(spec is not None for spec in specs)
-        self._layouts: Layouts | None = None  # of the gradients of the latest call
+        self.layouts: Layouts | None = None  # of the gradients of the latest call
         self.holders: list[DeviceMesh | ProcessGroup] = []  # which U is the product of
         self._cover()
         self.size = _product(len(ranks_of(holder)) for holder in self.holders)  # |U|
@@ -147,8 +149,8 @@ class Plan:
         self, specs: list[Spec | None], positions: list[int] | None, argument: str, same_items: SameItems
     ) -> Layouts:
         """Which gradients lie otherwise than their parameters. ValueError or TypeError if one does not fit."""
-        latest = self._layouts
-        if latest is not None and latest.positions == positions and same_items(latest.specs, specs):
+        latest = self.layouts
+        if latest is not None and latest.positions == positions and _same(latest.specs, specs, same_items):
             return latest
         layouts = Layouts(specs, positions, {}, {})
         for position, spec in enumerate(specs):
@@ -164,7 +166,7 @@ class Plan:
                 self.weight_of(spec)
             if partial_dims(spec):
                 layouts.partial[position] = spec
-        self._layouts = layouts
+        self.layouts = layouts
         return layouts
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -172,6 +174,19 @@ class Plan:
         if device not in self._on:
             self._on[device] = self.weights.to(device), None if self.shared is None else self.shared.to(device)
         return self._on[device]
+
+    def constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """0 and 1, [] float64 on `device`."""
+        if device not in self._constants:
+            zero = torch.zeros((), dtype=torch.float64, device=device)
+            self._constants[device] = zero, zero + 1
+        return self._constants[device]
+
+    def all_reduce(self, message: Tensor, over: list[ProcessGroup], op: Any = None) -> Tensor:
+        """`message`, summed (or `op`) over these groups, in its own memory where they can take it."""
+        if message.device not in self._sent_from:
+            self._sent_from[message.device] = groups.device_for(self.groups, message.device)
+        return groups.all_reduce(message, over, op, self._sent_from[message.device])
 
     def replicated(self) -> list[int]:
         """The tensors that should be the same on all ranks of U."""
@@ -201,7 +216,7 @@ class Plan:
             return False
         if len(specs) != len(self.specs):
             return False
-        if same_items(specs, self.specs):
+        if _same(specs, self.specs, same_items):
             return True
         if all(_alike(a, b) for a, b in zip(specs, self.specs)):
             self.specs = specs  # equal ones, anew in every step
@@ -227,6 +242,18 @@ def plan_of(
     plan = Plan(specs, marks, process_group)
     _plans[:] = [plan, *(old for old in _plans if old.world is plan.world)][:CACHED]
     return plan
+
+
+def latest_specs() -> Expected:
+    """What the specs of a call's items and gradients are, if it is like the latest one."""
+    if not _plans:
+        return None, None
+    layouts = _plans[0].layouts
+    return _plans[0].specs, None if layouts is None else layouts.specs
+
+
+def _same(a: list[Spec | None], b: list[Spec | None], same_items: SameItems) -> bool:
+    return a is b or same_items(a, b)
 
 
 def _alike(a: Spec | None, b: Spec | None) -> bool:
@@ -255,4 +282,4 @@ def warm_up(parameters: list[Tensor], process_group: ProcessGroup | DeviceMesh |
         plan = plan_of(specs, marks, process_group)
     message = torch.zeros(1, dtype=torch.float64, device=parameters[0].device)
     for group in dict.fromkeys((*plan.groups, *plan.mesh_groups, *plan.stage_groups)):
-        groups.all_reduce(message, [group])
+        plan.all_reduce(message, [group])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends import Measurement, capturing, native, upload
 from ..host_stats import root
 from ..stats import OverRanks, Stats
-from .groups import all_reduce, gather_strings, ranks_of
+from .groups import gather_strings, ranks_of
 from .plan import Plan
 from .unwrap import Spec
 
@@ -140,27 +140,31 @@ def reduce(
     amounts = absmax.isnan().double() if as_maximum else local.power
     if counts and wanted.absmax:
         amounts = torch.where(absmax.isnan(), math.nan, amounts)  # as other powers have it
-    zeroed = torch.zeros_like(amounts) if local.zeroed is None else local.zeroed.double()
-    broken = (zeroed > 0 if local.zeroed is not None else ~absmax.isfinite()).double()
+    broken = ~absmax.isfinite() if local.zeroed is None else local.zeroed > 0
     configuration = f"{p} {wanted} {skip is None} {found_inf is None} {local.zeroed is None}"
     first = configuration not in plan.verified
     if first:
         _check_agreement(plan, configuration, vectors, device)
-    error = torch.full((), float(shards.error is not None), dtype=torch.float64, device=device)
-    flags = torch.stack(
-        [(weights * broken).sum(), _flag(skip, device), _flag(found_inf, device), (weights * zeroed).sum(), error]
-    )
+    zero, one = plan.constants(device)
+    slots = [
+        weights.dot(broken.double()),
+        zero if skip is None else skip.to(device, torch.float64),
+        zero if found_inf is None else found_inf.to(device, torch.float64),
+        zero if local.zeroed is None else weights.dot(local.zeroed.double()),
+        zero if shards.error is None else one,
+    ]
     shared = plan.on(device)[1]
     if vectors:
-        message = all_reduce(torch.cat([shards.scatter(weights * amounts), flags]), plan.mesh_groups)
+        message = torch.cat([shards.scatter(weights * amounts), torch.stack(slots)])
+        message = plan.all_reduce(message, plan.mesh_groups)
         amounts, flags = message[: len(plan.specs)], message[len(plan.specs) :]
         total = ((amounts != 0).double() if counts else amounts) * (1 if shared is None else shared)
         if plan.stage_groups:
-            message = all_reduce(torch.cat([total.sum().reshape(1), flags]), plan.stage_groups)
+            message = plan.all_reduce(torch.cat([total.sum().reshape(1), flags]), plan.stage_groups)
             total, flags = message[0], message[1:]
     else:
-        amounts = weights * amounts if shared is None else weights * amounts * shards.select(shared)
-        message = all_reduce(torch.cat([amounts.sum().reshape(1), flags]), plan.groups)
+        factors = weights if shared is None else weights * shards.select(shared)
+        message = plan.all_reduce(torch.stack([factors.dot(amounts), *slots]), plan.groups)
         total, flags = message[0], message[1:]
 
     _check_errors(shards, flags, first)
@@ -172,16 +176,16 @@ def reduce(
     if maxima:
         sendable = torch.where(absmax.isnan(), math.inf, absmax)  # NaN does not travel by MAX
         if vectors:
-            most = all_reduce(shards.scatter(sendable), plan.mesh_groups, dist.ReduceOp.MAX)
+            most = plan.all_reduce(shards.scatter(sendable), plan.mesh_groups, dist.ReduceOp.MAX)
             most = torch.where(amounts > 0 if as_maximum else amounts.isnan(), math.nan, most)
         elif as_maximum:
             most = sendable.max() if len(sendable) else sendable.sum()
-            most = all_reduce(most.reshape(1), plan.groups, dist.ReduceOp.MAX)[0]
+            most = plan.all_reduce(most.reshape(1), plan.groups, dist.ReduceOp.MAX)[0]
     if as_maximum:
         assert most is not None
         if vectors:
             most_of_all = torch.where(most.isnan(), math.inf, most).max()
-            most_of_all = all_reduce(most_of_all.reshape(1), plan.stage_groups, dist.ReduceOp.MAX)[0]
+            most_of_all = plan.all_reduce(most_of_all.reshape(1), plan.stage_groups, dist.ReduceOp.MAX)[0]
         norm = torch.where(total.sum() > 0, math.nan, most_of_all if vectors else most)
     else:
         norm = root(total.sum(), p)
@@ -191,7 +195,7 @@ def reduce(
     part = _part(shards, amounts, most) if vectors else Measurement(local.power, local.absmax)
     over_stages: Callable[[Tensor, bool], Tensor] | None = None
     if plan.stage_groups:
-        over_stages = _OverStages(plan.stage_groups)
+        over_stages = _OverStages(plan)
     ranks = OverRanks(
         nonfinite=flags[NONFINITE],
         zeroed=None if local.zeroed is None else flags[ZEROED],
@@ -211,18 +215,15 @@ def _part(shards: Shards, amounts: Tensor, most: Tensor | None) -> Measurement:
     return Measurement(power, power if most is None else shards.select(most))
 
 
-def _flag(flag: Tensor | None, device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device=device) if flag is None else flag.to(device, torch.float64)
-
-
 class _OverStages:
     """A sum or a maximum of one number over the pipeline stages."""
 
-    def __init__(self, groups: list[Any]) -> None:
-        self._groups = groups
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
 
     def __call__(self, value: Tensor, maximum: bool) -> Tensor:
-        return all_reduce(value.reshape(1), self._groups, dist.ReduceOp.MAX if maximum else None)[0]
+        operation = dist.ReduceOp.MAX if maximum else None
+        return self._plan.all_reduce(value.reshape(1), self._plan.stage_groups, operation)[0]
 
 
 # ---- errors ----
@@ -234,7 +235,7 @@ def _check_agreement(plan: Plan, configuration: str, vectors: bool, device: torc
     digests = plan.digests(configuration, vectors)
     # All are equal if the mean square is the square of the mean; below 2^53 these sums are exact.
     message = torch.tensor([1, *digests, *(d * d for d in digests)], dtype=torch.float64, device="cpu").to(device)
-    ranks, *sums = all_reduce(message, plan.groups).tolist()
+    ranks, *sums = plan.all_reduce(message, plan.groups).tolist()
     if any(ranks * square != total * total for total, square in zip(sums, sums[len(digests) :])):
         raise RuntimeError(
             "the ranks do not make the same call: their parameters, placements, rules or arguments differ. (Ranks that "
@@ -282,7 +283,7 @@ def _check_replicas(plan: Plan, power: Tensor) -> None:
         return
     power = power[upload(replicated, torch.int64, power.device)]
     power = torch.where(power.isfinite(), power, -1.0)
-    least, most = all_reduce(torch.stack([-power, power]), plan.mesh_groups, dist.ReduceOp.MAX)
+    least, most = plan.all_reduce(torch.stack([-power, power]), plan.mesh_groups, dist.ReduceOp.MAX)
     differ = ((most + least) > TOLERANCE * most.abs()).nonzero().flatten().tolist()
     if differ:
         i = replicated[differ[0]]

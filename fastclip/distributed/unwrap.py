@@ -62,6 +62,9 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor
 
 
+Expected = tuple["list[Spec | None] | None", "list[Spec | None] | None"]
+
+
 class Unwrapped(NamedTuple):
     """Tensors, or the gradients of parameters, and this rank's parts of them."""
 
@@ -72,16 +75,24 @@ class Unwrapped(NamedTuple):
     positions: list[int] | None  # of each gradient among the items; None: all have one
 
 
-def unwrap(items: list[Any], gradients: bool, library: CppLibrary | None) -> Unwrapped | None:
-    """The parts of `items`, or unless they are `gradients` of the gradients of parameters; None if one is no tensor."""
+def unwrap(
+    items: list[Any], gradients: bool, library: CppLibrary | None, expected: Expected = (None, None)
+) -> Unwrapped | None:
+    """The parts of `items`, or unless they are `gradients` of the gradients of parameters; None if one is no tensor.
+
+    `expected`: specs of items and of gradients, as they were in an earlier call; the same lists where they still are.
+    """
     if library is not None and type(items) is list:
-        unwrapped = library.unwrap(items, not gradients)
+        unwrapped = library.unwrap(items, not gradients, *expected)
         if unwrapped is None:
             return None
-        found = Unwrapped(*unwrapped)
-        if set(map(type, found.parts)) <= {Tensor, Parameter}:
-            return found
-        return found._replace(parts=[local_of(part) for part in found.parts])
+        specs, present, gradient_specs, parts, positions = unwrapped
+        specs = expected[0] if specs is None else specs
+        gradient_specs = expected[1] if gradient_specs is None else gradient_specs
+        assert specs is not None and gradient_specs is not None
+        if not set(map(type, parts)) <= {Tensor, Parameter}:
+            parts = [local_of(part) for part in parts]
+        return Unwrapped(specs, present, gradient_specs, parts, positions)
     if not all(isinstance(item, Tensor) for item in items):
         return None
     index = [i for i, item in enumerate(items) if gradients or item.grad is not None]

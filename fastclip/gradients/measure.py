@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Measurement
-from ..distributed.groups import all_reduce
+from ..distributed.groups import all_reduce, device_for
 from ..distributed.unwrap import reduction_of
 from ..stats import Stats
 from .pack import pack
@@ -69,7 +69,8 @@ def _measure_partial(table: GradTable, norm_type: float, power: Tensor, absmax: 
             while listed and sum(len(piece) for _, piece in taken) + len(listed[0][1]) <= PIECE:
                 taken.append(listed.pop(0))
             flat = torch.cat([piece for _, piece in taken]).to(torch.promote_types(dtype, torch.float32))
-            sums = torch.split_with_sizes(all_reduce(flat, list(groups)) * share, [len(piece) for _, piece in taken])
+            flat = all_reduce(flat, list(groups), None, device_for(list(groups), flat.device)) * share
+            sums = torch.split_with_sizes(flat, [len(piece) for _, piece in taken])
             (group,) = pack(list(sums), gradients=True, write=False).groups
             measured = group.backend.measure(group, norm_type)
             index = torch.tensor([i for i, _ in taken], device=power.device)

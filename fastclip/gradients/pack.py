@@ -21,7 +21,7 @@ from ..backends import GradGroup, NativeGroup, native
 from ..backends.base import StepTable
 from ..backends.native import CppLibrary
 from ..distributed.declare import Marks, any_marked, marks_of
-from ..distributed.plan import plan_of
+from ..distributed.plan import latest_specs, plan_of
 from ..distributed.reduce import Shards
 from ..distributed.unwrap import Unwrapped, any_dtensor, local_of, unwrap
 from .modes import check_not_traced
@@ -147,9 +147,12 @@ def _pack_sharded(
     reduces: bool,
 ) -> GradTable:
     """:func:`pack`, where some of the tensors may be parts of larger ones."""
-    unwrapped = unwrap(items, gradients, library)
-    if unwrapped is None:  # an item is no tensor
-        return _pack_plain(items, gradients, write, argument, library)
+    unwrapped = unwrap(items, gradients, library, latest_specs())
+    if unwrapped is None:  # an item is no tensor, but perhaps a parameter group
+        flat = flatten_params(items, argument)
+        if len(flat) == len(items):
+            return _pack_plain(flat, gradients, write, argument, library)
+        return _pack_sharded(flat, gradients, write, argument, library, process_group, reduces)
     marks = marks_of(items)
     sharded = marks is not None or process_group is not None or any(spec is not None for spec in unwrapped.specs)
     if not sharded or not items:
