@@ -65,7 +65,6 @@ class Plan:
         self.verified: set[Any] = set()
         self.unread: tuple[Tensor, Any] | None = None
         self._weight_of: dict[Any, float] = {}
-        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._sent_from: dict[torch.device, torch.device] = {}
         self._on: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
@@ -174,13 +173,6 @@ class Plan:
         if device not in self._on:
             self._on[device] = self.weights.to(device), None if self.shared is None else self.shared.to(device)
         return self._on[device]
-
-    def constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """0 and 1, [] float64 on `device`."""
-        if device not in self._constants:
-            zero = torch.zeros((), dtype=torch.float64, device=device)
-            self._constants[device] = zero, zero + 1
-        return self._constants[device]
 
     def all_reduce(self, message: Tensor, over: list[ProcessGroup], op: Any = None) -> Tensor:
         """`message`, summed (or `op`) over these groups, in its own memory where they can take it."""

@@ -117,8 +117,9 @@ class Wanted(NamedTuple):
     purpose: str  # what else of the configuration ranks must agree on
 
 
-# Slots of the message behind the amounts of the norm.
-NONFINITE, SKIP, FOUND_INF, ZEROED, ERRORS = range(5)
+# What a rank that cannot do the call adds to the count of gradients that are not finite, which is less. Two numbers in
+# one, since a short message of gloo's takes as long as it has numbers: bench/NOTES.md.
+CANNOT = 2.0**40
 
 
 def reduce(
@@ -145,14 +146,11 @@ def reduce(
     first = configuration not in plan.verified
     if first:
         _check_agreement(plan, configuration, vectors, device)
-    zero, one = plan.constants(device)
-    slots = [
-        weights.dot(broken.double()),
-        zero if skip is None else skip.to(device, torch.float64),
-        zero if found_inf is None else found_inf.to(device, torch.float64),
-        zero if local.zeroed is None else weights.dot(local.zeroed.double()),
-        zero if shards.error is None else one,
-    ]
+    # Behind the amounts of the norm: the count of broken gradients, and what else the configuration has.
+    slots = [weights.dot(broken.double()) if shards.error is None else weights.new_tensor(CANNOT)]
+    slots += [flag.to(device, torch.float64) for flag in (skip, found_inf) if flag is not None]
+    if local.zeroed is not None:
+        slots.append(weights.dot(local.zeroed.double()))
     shared = plan.on(device)[1]
     if vectors:
         message = torch.cat([shards.scatter(weights * amounts), torch.stack(slots)])
@@ -190,24 +188,24 @@ def reduce(
     else:
         norm = root(total.sum(), p)
     if flags.device.type != "cpu":  # an error of another rank is seen only later, so clip nothing now
-        norm = torch.where(flags[ERRORS] > 0, 0.0, norm)
+        norm = torch.where(flags[0] >= CANNOT, 0.0, norm)
 
     part = _part(shards, amounts, most) if vectors else Measurement(local.power, local.absmax)
     over_stages: Callable[[Tensor, bool], Tensor] | None = None
     if plan.stage_groups:
         over_stages = _OverStages(plan)
+    nonfinite, *others = flags.unbind()
+    any_skip = None if skip is None else others.pop(0) > 0
+    any_inf = None if found_inf is None else others.pop(0) > 0
     ranks = OverRanks(
-        nonfinite=flags[NONFINITE],
-        zeroed=None if local.zeroed is None else flags[ZEROED],
+        nonfinite=nonfinite,
+        zeroed=None if local.zeroed is None else others.pop(0),
         power=vectors and not as_maximum,
         absmax=vectors and maxima,
         shared=None if shared is None else shards.select(shared),
         over_stages=over_stages,
     )
-    stats = local.reduced(part, norm, ranks)
-    return Reduced(
-        stats, None if skip is None else flags[SKIP] > 0, None if found_inf is None else flags[FOUND_INF] > 0
-    )
+    return Reduced(local.reduced(part, norm, ranks), any_skip, any_inf)
 
 
 def _part(shards: Shards, amounts: Tensor, most: Tensor | None) -> Measurement:
@@ -253,7 +251,7 @@ def _check_errors(shards: Shards, flags: Tensor, first: bool) -> None:
     if capturing(flags.device):
         pass
     elif flags.device.type == "cpu" or first:
-        if flags[ERRORS].item() > 0:
+        if flags[0].item() >= CANNOT:
             texts = shards.texts(str(error or ""))
             if error is None:
                 raise RuntimeError(f"the gradients cannot be clipped; nothing was changed. {'; '.join(texts)}")
@@ -272,7 +270,7 @@ def _check_unread(plan: Plan) -> None:
     if plan.unread is not None:
         (host, event), plan.unread = plan.unread, None
         event.synchronize()
-        if host[ERRORS] > 0:
+        if host[0] >= CANNOT:
             raise RuntimeError("another rank could not clip its gradients in the call before this one, and has raised")
 
 
