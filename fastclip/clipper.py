@@ -13,7 +13,7 @@ from torch import Tensor, compiler
 from . import backends
 from .arguments import is_bool
 from .backends import Measurement, NativeGroup, capturing, upload
-from .distributed.declare import any_marked
+from .distributed.declare import MARKED
 from .distributed.groups import checked_group
 from .distributed.plan import warm_up
 from .gradients.pack import flatten_params, from_native, pack, same_items
@@ -172,7 +172,7 @@ class Clipper:
 
         Returns the packed gradients where it is another case, or None where they want the general packer.
         """
-        if len(self.rules) > 1 or self.nonfinite != "propagate" or self.process_group is not None or any_marked():
+        if len(self.rules) > 1 or self.nonfinite != "propagate" or self.process_group is not None or MARKED:
             return None
         limit = self.rules[0].static_limit(self.steps)
         fused = backends.choose_fused() if limit is not None else None

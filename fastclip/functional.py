@@ -22,7 +22,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import backends, torch_ops
 from .arguments import checked_limit, checked_norm, nonnegative, number, one_number
-from .distributed.declare import any_marked
+from .distributed.declare import MARKED
 from .distributed.groups import checked_group
 from .distributed.unwrap import any_dtensor
 from .gradients.modes import is_watched
@@ -83,7 +83,7 @@ def clip_norm_(
                 Tensor, _in_python(clip_norm_, items, max_norm, norm_type, error_if_nonfinite, group=process_group)
             )
         return _global_norm_in_graph(items, "parameters", max_norm, norm_type, error_if_nonfinite)
-    return _global_norm(parameters, "parameters", max_norm, norm_type, error_if_nonfinite, process_group)
+    return _global_norm(parameters, True, max_norm, norm_type, error_if_nonfinite, process_group)
 
 
 def total_norm(
@@ -105,7 +105,7 @@ def total_norm(
         if _leaves_the_graph(items, process_group):
             return cast(Tensor, _in_python(total_norm, items, norm_type, error_if_nonfinite, group=process_group))
         return _global_norm_in_graph(items, "tensors", None, norm_type, error_if_nonfinite)
-    return _global_norm(tensors, "tensors", None, norm_type, error_if_nonfinite, process_group)
+    return _global_norm(tensors, False, None, norm_type, error_if_nonfinite, process_group)
 
 
 def clip_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
@@ -227,23 +227,26 @@ def _pack_parameters(items: list[Tensor], process_group: ProcessGroup | DeviceMe
     return pack(items, gradients=False, write=True, process_group=process_group, reduces=True)
 
 
+_ARGUMENT = {True: "parameters", False: "tensors"}
+
+
 def _global_norm(
     tensors: Parameters,
-    argument: str,
+    clips: bool,
     max_norm: float | None,
     norm_type: float,
     error_if_nonfinite: bool,
     process_group: ProcessGroup | DeviceMesh | None,
 ) -> Tensor:
-    items = tensors if type(tensors) is list else flatten_params(tensors, argument, stacklevel=4)
-    clips = argument == "parameters"
     packed: list[backends.NativeGroup] | None = None
-    alone = process_group is None and not any_marked()
+    alone = process_group is None and not MARKED
+    items = tensors if type(tensors) is list else flatten_params(tensors, _ARGUMENT[clips], stacklevel=4)
     if alone and (fused := backends.choose_fused()) is not None:
         done = fused.clip_norm_fused(items, clips, max_norm, norm_type, error_if_nonfinite, False)
         if isinstance(done, Tensor):
             return done
         packed = done
+    argument = _ARGUMENT[clips]
     if not packed and not (type(items) is list and any_dtensor(items[:1])):  # thousands of which take their time
         items = flatten_params(items, argument)
         if alone and _in_a_graph(items):

@@ -20,7 +20,7 @@ from .. import backends
 from ..backends import GradGroup, NativeGroup, native
 from ..backends.base import StepTable
 from ..backends.native import CppLibrary
-from ..distributed.declare import Marks, any_marked, marks_of
+from ..distributed.declare import MARKED, Marks, marks_of
 from ..distributed.plan import latest_specs, plan_of
 from ..distributed.reduce import Shards
 from ..distributed.unwrap import Unwrapped, any_dtensor, local_of, unwrap
@@ -88,7 +88,7 @@ def pack(
     """
     check_not_traced()
     library = native.cpp.load()
-    plain = process_group is None and not any_marked()
+    plain = process_group is None and not MARKED
     packed = library.pack(items, not gradients) if plain and library is not None else None
     if packed:
         return from_native(packed)
