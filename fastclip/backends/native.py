@@ -120,9 +120,11 @@ class Library(Generic[Opened]):
         return self.opened
 
     def get(self) -> Opened:
-        """The library, where :meth:`load` has given it before."""
-        assert self.opened is not None
-        return self.opened
+        """The library, where it can be had: whoever asks knows that from :meth:`load`, or is told why not."""
+        library = self.opened if self.opened is not None else self.load()
+        if library is None:
+            raise RuntimeError(f"the {self.name} backend could not be built: {self._failure}")
+        return library
 
     def failure(self) -> str | None:
         """Why :meth:`load` returned None, in one sentence."""

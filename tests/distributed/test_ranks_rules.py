@@ -320,3 +320,45 @@ def test_the_monitor_has_global_numbers(tmp_path):
         exact = models.norm_of([gradient(line["step"], i) for i in range(len(SHAPES))], 2.0)
         assert math.isclose(line["total_norm"], exact, rel_tol=1e-6)
     assert len(steps) == 6
+
+
+# ---- the functions ----
+
+
+def _functions():
+    mesh = mesh_of((2,), ("dp",))
+    placements = [[Shard(0)], [Shard(0)], [Shard(0)], [Replicate()]]
+    for call in (
+        lambda ps: fastclip.clip_value_(ps, 0.3),
+        lambda ps: fastclip.clip_with_norm_(ps, 0.5, torch.tensor(2.0)),
+        lambda ps: fastclip.clip_tensor_norm_(ps, 0.5),
+        lambda ps: fastclip.clip_tensor_norm_(ps, 0.5, math.inf),
+        lambda ps: fastclip.mask_small_(ps, 1.5),
+        lambda ps: fastclip.clip_norm_([{"params": ps}], 0.5),
+        lambda ps: fastclip.clip_norm_(iter(ps), 0.5),
+        lambda ps: fastclip.clip_norm_([*ps[:2], {"params": ps[2:]}], 0.5),
+    ):
+        cut, alone = pair(mesh, placements)
+        set_gradients(cut, alone, mesh, placements, 0)
+        ours, theirs = call(list(cut.values())), call(list(alone.values()))
+        assert_same(cut, alone, mesh, placements)
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_the_functions():
+    worlds.run(2, _functions)
+
+
+def test_messages_go_where_the_group_can_take_them(monkeypatch):
+    """Gradients on the CPU whose group is NCCL's: the message is sent from the GPU."""
+    from types import SimpleNamespace
+
+    from fastclip.distributed.groups import device_for
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    nccl = SimpleNamespace(_device_types=[torch.device("cuda")])
+    both = SimpleNamespace(_device_types=[torch.device("cpu"), torch.device("cuda")])
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
+    assert device_for([nccl], cpu) == torch.device("cuda", 3) and device_for([both, nccl], cuda) == cuda
+    assert device_for([both], cpu) == cpu and device_for([], cpu) == cpu
