@@ -124,8 +124,9 @@ class Clipper:
 
     def _check_rules(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
         """ValueError if a rule names a parameter that is not among these."""
-        for rule in self.rules:
-            rule.check(parameters, names)
+        if self.process_group is None:  # else another stage may have it
+            for rule in self.rules:
+                rule.check(parameters, names)
 
     def init_state(self) -> None:
         """Make what the rules will remember, as a first step would."""
@@ -279,6 +280,8 @@ class Clipper:
             )
         skip = None if when is None else ~_flag(when, table.device)
         found_inf = scaler_state.found_inf
+        if found_inf is None and scaler_state.unscaled and table.shards is not None:  # no gradient here, but elsewhere
+            found_inf = torch.zeros((), dtype=torch.bool, device=table.device)
         if found_inf is not None:
             skip = found_inf if skip is None else skip | found_inf
         scaled = scaler_state.active or scaler_state.by_wrapper

@@ -22,6 +22,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import backends, torch_ops
 from .arguments import checked_limit, checked_norm, nonnegative, number, one_number
+from .distributed import declare
 from .distributed.declare import MARKED
 from .distributed.groups import checked_group
 from .distributed.unwrap import any_dtensor
@@ -182,7 +183,7 @@ def clip_tensor_norm_(
     items = flatten_params(parameters)
     if _leaves_the_graph(items, process_group):
         return cast(Tensor, _in_python(clip_tensor_norm_, items, max_norm, norm_type, group=process_group))
-    if _in_a_graph(items):
+    if process_group is None and not MARKED and _in_a_graph(items):
         limit, p = _in_graph(max_norm, "max_norm"), _order(norm_type)
         grads = _gradients(items)
         return torch_ops.clip_tensor_norm_(grads, limit, p) if grads else _nothing(items, 0)
@@ -212,7 +213,7 @@ def mask_small_(
     items = flatten_params(parameters)
     if _leaves_the_graph(items, process_group):
         return cast(Tensor, _in_python(mask_small_, items, threshold, group=process_group))
-    if _in_a_graph(items):
+    if process_group is None and not MARKED and _in_a_graph(items):
         limit = _in_graph(threshold, "threshold")
         grads = _gradients(items)
         return torch_ops.mask_small_(grads, limit) if grads else _nothing(items, 0).bool()
@@ -285,7 +286,9 @@ def _global_norm_in_graph(
 
 def _leaves_the_graph(items: list[Tensor], process_group: ProcessGroup | DeviceMesh | None = None) -> bool:
     """Whether torch.compile must leave the call to Python: where there are several ranks, it is a graph break."""
-    return is_dynamo_compiling() and (process_group is not None or any(type(t).__name__ == "DTensor" for t in items))
+    if not is_dynamo_compiling():
+        return False
+    return process_group is not None or declare.ever_marked or any(type(t).__name__ == "DTensor" for t in items)
 
 
 def _in_python(function: Callable[..., Any], *arguments: Any, group: ProcessGroup | DeviceMesh | None = None) -> Any:

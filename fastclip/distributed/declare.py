@@ -25,6 +25,7 @@ class Marks(NamedTuple):
 
 NOTHING = Marks()
 _marks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+ever_marked = False  # for torch.compile, which cannot look into that
 MARKED = _marks.data  # true while anything is declared of a tensor that lives: one look, in calls of a microsecond
 
 
@@ -36,7 +37,8 @@ def mark_sharded(parameters: Tensor | Iterable[Tensor], process_group: ProcessGr
     once each in every norm, which is one over all ranks of the group. Where the norm of each tensor is wanted
     (``TensorNorm``, ``AdaGC``), what has the same place in the list of parameters on all ranks is one tensor.
 
-    Holds for the tensor object, while it lives: mark again what was copied or loaded from a pickle.
+    Holds for the tensor object, while it lives: mark again what was copied or loaded from a pickle, and for
+    :func:`fastclip.total_norm` the gradients themselves.
 
     Raises:
         TypeError: an argument of another kind, or a DTensor.
@@ -64,6 +66,8 @@ def _mark(parameters: Tensor | Iterable[Tensor], process_group: ProcessGroup | D
             raise TypeError(f"parameters[{i}] must be a tensor, got {type(item).__name__} {item!r}")
         if kind == "sharded" and spec_of(item) is not None:
             raise TypeError(f"parameters[{i}] is a DTensor, whose placements say how it is sharded: leave it out")
+    global ever_marked
+    ever_marked = ever_marked or len(items) > 0
     for item in items:
         _marks[item] = _marks_of(item)._replace(**{kind: process_group})
 

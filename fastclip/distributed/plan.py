@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -53,7 +53,6 @@ class Plan:
         weights: [N] float64, w of each in a sum over `mesh_groups`.
         shared: [N] float64, 1 / how many stages hold it; None: 1 for all.
         all_dtensors: whether none of them is a plain tensor.
-        verified: configurations (of a call) that all ranks have been seen to agree on.
         unread: an error flag on its way from the device, see :mod:`.reduce`.
     """
 
@@ -62,9 +61,9 @@ class Plan:
     ) -> None:
         self.specs, self.marks, self.process_group = specs, marks, process_group
         self.world = dist.group.WORLD
-        self.verified: set[Any] = set()
         self.unread: tuple[Tensor, Any] | None = None
         self._weight_of: dict[Any, float] = {}
+        self._agreements: dict[tuple[str, bool], Hashable] = {}
         self._sent_from: dict[torch.device, torch.device] = {}
         self._on: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
@@ -73,19 +72,19 @@ class Plan:
         self.holders: list[DeviceMesh | ProcessGroup] = []  # which U is the product of
         self._cover()
         self.size = _product(len(ranks_of(holder)) for holder in self.holders)  # |U|
-        self._everybody = self.size
+        self.everybody = self.size
+        self._stages = stages = frozenset() if process_group is None else ranks_of(process_group)
         if process_group is not None:
-            stages = ranks_of(process_group)
             if any(len(stages & ranks_of(holder)) > 1 for holder in self.holders):
                 raise ValueError(
                     f"process_group must be of ranks that hold other parameters, and its ranks {sorted(stages)} hold "
                     f"parts of the same ones"
                 )
-            self._everybody *= len(stages)
+            self.everybody *= len(stages)
         self.weights = torch.tensor([self._weight(i) for i in range(len(specs))], dtype=torch.float64, device="cpu")
         self.shared: Tensor | None = None
         if marks is not None and any(mark.shared is not None for mark in marks):
-            counts = [1 if mark.shared is None else len(ranks_of(mark.shared)) for mark in marks]
+            counts = [1 if mark.shared is None else max(1, len(ranks_of(mark.shared) & stages)) for mark in marks]
             self.shared = torch.tensor(counts, dtype=torch.float64, device="cpu").reciprocal()
 
     @functools.cached_property
@@ -102,10 +101,19 @@ class Plan:
 
     @functools.cached_property
     def groups(self) -> list[ProcessGroup]:
-        """For a sum over both: one group, where it exists."""
-        if self.world is not None and self._everybody == dist.get_world_size():
-            return [self.world]
+        """For a sum over both."""
         return [*self.mesh_groups, *self.stage_groups]
+
+    def is_everybody(self) -> bool:
+        """Whether both together are the whole world, as far as this stage knows: others may lie on fewer ranks."""
+        return self.world is not None and self.everybody == dist.get_world_size()
+
+    def agreement(self, configuration: str, vectors: bool) -> Hashable:
+        """What is the same on all ranks that make the same call."""
+        key = configuration, vectors
+        if key not in self._agreements:
+            self._agreements[key] = self._stages, *self.digests(configuration, vectors)
+        return self._agreements[key]
 
     def _cover(self) -> None:
         """Find meshes and groups whose ranks, multiplied, are U."""
@@ -204,7 +212,7 @@ class Plan:
         same_items: SameItems,
     ) -> bool:
         """Whether it is the plan of these."""
-        if self.process_group is not process_group or self.world is not dist.group.WORLD or self.marks != marks:
+        if self.process_group != process_group or self.world is not dist.group.WORLD or self.marks != marks:
             return False
         if len(specs) != len(self.specs):
             return False
@@ -217,6 +225,9 @@ class Plan:
 
 
 _plans: list[Plan] = []  # the latest first
+# What all ranks were seen to agree on, and whether all of them found themselves in a sum over the whole world. Never
+# forgotten, and the same on all ranks, since they must know alike whether a call is a first one.
+agreed: dict[Hashable, bool] = {}
 
 
 def plan_of(
@@ -232,6 +243,8 @@ def plan_of(
                 _plans.insert(0, _plans.pop(i))
             return plan
     plan = Plan(specs, marks, process_group)
+    if any(old.world is not plan.world for old in _plans):
+        agreed.clear()
     _plans[:] = [plan, *(old for old in _plans if old.world is plan.world)][:CACHED]
     return plan
 
@@ -263,15 +276,15 @@ def warm_up(parameters: list[Tensor], process_group: ProcessGroup | DeviceMesh |
     """Make the plan of `parameters`, and send a first message to each of its groups. Where a mesh has no group of all
     its ranks, one is made first."""
     specs, marks = specs_of(parameters), marks_of(parameters)
-    if not parameters or (process_group is None and marks is None and all(spec is None for spec in specs)):
+    if process_group is None and marks is None and all(spec is None for spec in specs):
         return
     plan = plan_of(specs, marks, process_group)
-    if len(plan.groups) > 1:
+    if len(plan.mesh_groups) > 1:
         for holder in plan.holders:
             if isinstance(holder, dist.device_mesh.DeviceMesh) and holder.ndim > 1:
                 holder._flatten()
         _plans.remove(plan)
         plan = plan_of(specs, marks, process_group)
-    message = torch.zeros(1, dtype=torch.float64, device=parameters[0].device)
+    message = torch.zeros(1, dtype=torch.float64, device=parameters[0].device if parameters else "cpu")
     for group in dict.fromkeys((*plan.groups, *plan.mesh_groups, *plan.stage_groups)):
         plan.all_reduce(message, [group])

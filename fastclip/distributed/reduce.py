@@ -18,7 +18,7 @@ from ..backends import Measurement, capturing, native, upload
 from ..host_stats import root
 from ..stats import OverRanks, Stats
 from .groups import gather_strings, ranks_of
-from .plan import Plan
+from .plan import Plan, agreed
 from .unwrap import Spec
 
 TOLERANCE = 0.01  # by which power sums of what should be the same on all ranks may differ, relatively
@@ -143,9 +143,11 @@ def reduce(
         amounts = torch.where(absmax.isnan(), math.nan, amounts)  # as other powers have it
     broken = ~absmax.isfinite() if local.zeroed is None else local.zeroed > 0
     configuration = f"{p} {wanted} {skip is None} {found_inf is None} {local.zeroed is None}"
-    first = configuration not in plan.verified
+    agreement = plan.agreement(configuration, vectors)
+    first = agreement not in agreed
     if first:
-        _check_agreement(plan, configuration, vectors, device)
+        agreed[agreement] = _check_agreement(plan, configuration, vectors, device)
+    everybody = [plan.world] if agreed[agreement] and plan.world is not None else plan.groups
     # Behind the amounts of the norm: the count of broken gradients, and what else the configuration has.
     slots = [weights.dot(broken.double()) if shards.error is None else weights.new_tensor(CANNOT)]
     slots += [flag.to(device, torch.float64) for flag in (skip, found_inf) if flag is not None]
@@ -162,13 +164,12 @@ def reduce(
             total, flags = message[0], message[1:]
     else:
         factors = weights if shared is None else weights * shards.select(shared)
-        message = plan.all_reduce(torch.stack([factors.dot(amounts), *slots]), plan.groups)
+        message = plan.all_reduce(torch.stack([factors.dot(amounts), *slots]), everybody)
         total, flags = message[0], message[1:]
 
     _check_errors(shards, flags, first)
     if first:
-        _check_replicas(plan, shards.scatter(local.absmax if as_maximum else local.power))
-        plan.verified.add(configuration)
+        _check_replicas(shards, shards.scatter(local.absmax if as_maximum else local.power))
 
     most = None
     if maxima:
@@ -178,11 +179,12 @@ def reduce(
             most = torch.where(amounts > 0 if as_maximum else amounts.isnan(), math.nan, most)
         elif as_maximum:
             most = sendable.max() if len(sendable) else sendable.sum()
-            most = plan.all_reduce(most.reshape(1), plan.groups, dist.ReduceOp.MAX)[0]
+            most = plan.all_reduce(most.reshape(1), everybody, dist.ReduceOp.MAX)[0]
     if as_maximum:
         assert most is not None
         if vectors:
-            most_of_all = torch.where(most.isnan(), math.inf, most).max()
+            most_of_all = torch.where(most.isnan(), math.inf, most)
+            most_of_all = most_of_all.max() if len(most) else most_of_all.sum()
             most_of_all = plan.all_reduce(most_of_all.reshape(1), plan.stage_groups, dist.ReduceOp.MAX)[0]
         norm = torch.where(total.sum() > 0, math.nan, most_of_all if vectors else most)
     else:
@@ -195,6 +197,8 @@ def reduce(
     if plan.stage_groups:
         over_stages = _OverStages(plan)
     nonfinite, *others = flags.unbind()
+    if flags.device.type != "cpu":
+        nonfinite = torch.where(nonfinite >= CANNOT, 0.0, nonfinite)
     any_skip = None if skip is None else others.pop(0) > 0
     any_inf = None if found_inf is None else others.pop(0) > 0
     ranks = OverRanks(
@@ -227,18 +231,20 @@ class _OverStages:
 # ---- errors ----
 
 
-def _check_agreement(plan: Plan, configuration: str, vectors: bool, device: torch.device) -> None:
+def _check_agreement(plan: Plan, configuration: str, vectors: bool, device: torch.device) -> bool:
     """Before the first call of a configuration: RuntimeError on all ranks if they do not make the same call, whose
-    messages might not even be of one length."""
+    messages might not even be of one length. Returns whether all of them may sum over the whole world instead."""
     digests = plan.digests(configuration, vectors)
     # All are equal if the mean square is the square of the mean; below 2^53 these sums are exact.
-    message = torch.tensor([1, *digests, *(d * d for d in digests)], dtype=torch.float64, device="cpu").to(device)
-    ranks, *sums = plan.all_reduce(message, plan.groups).tolist()
+    numbers = [1, plan.is_everybody(), *digests, *(d * d for d in digests)]
+    message = torch.tensor(numbers, dtype=torch.float64, device="cpu").to(device)
+    ranks, in_world, *sums = plan.all_reduce(message, plan.groups).tolist()
     if any(ranks * square != total * total for total, square in zip(sums, sums[len(digests) :])):
         raise RuntimeError(
             "the ranks do not make the same call: their parameters, placements, rules or arguments differ. (Ranks that "
             "hold other parameters, such as pipeline stages, must be told by process_group=.)"
         )
+    return bool(in_world == ranks == plan.everybody)
 
 
 def _check_errors(shards: Shards, flags: Tensor, first: bool) -> None:
@@ -274,15 +280,20 @@ def _check_unread(plan: Plan) -> None:
             raise RuntimeError("another rank could not clip its gradients in the call before this one, and has raised")
 
 
-def _check_replicas(plan: Plan, power: Tensor) -> None:
-    """In the first call: RuntimeError if gradients that should be the same on all ranks are not."""
-    replicated = plan.replicated()
-    if not replicated:
-        return
+def _check_replicas(shards: Shards, power: Tensor) -> None:
+    """In the first call: RuntimeError, on all ranks, if gradients that should be the same on all of them are not."""
+    plan = shards.plan
+    otherwise = {i if shards.index is None else shards.index[i] for i in shards.other_layouts}
+    replicated = [i for i in plan.replicated() if i not in otherwise]
     power = power[upload(replicated, torch.int64, power.device)]
     power = torch.where(power.isfinite(), power, -1.0)
-    least, most = plan.all_reduce(torch.stack([-power, power]), plan.mesh_groups, dist.ReduceOp.MAX)
+    least, most = -power, power
+    if replicated:
+        least, most = plan.all_reduce(torch.stack([-power, power]), plan.mesh_groups, dist.ReduceOp.MAX)
     differ = ((most + least) > TOLERANCE * most.abs()).nonzero().flatten().tolist()
+    anywhere = torch.full((1,), float(len(differ)), dtype=torch.float64, device=power.device)
+    if plan.stage_groups:
+        anywhere = plan.all_reduce(anywhere, plan.stage_groups)
     if differ:
         i = replicated[differ[0]]
         more = f", and {len(differ) - 1} others" if len(differ) > 1 else ""
@@ -291,4 +302,8 @@ def _check_replicas(plan: Plan, power: Tensor) -> None:
             f"{-least[differ[0]].item():.6g} to {most[differ[0]].item():.6g}). If each rank has a parameter of its own "
             f"there, such as an expert or a flat shard, declare that by fastclip.distributed.mark_sharded; if it is a "
             f"copy, sum its gradients over the ranks first. Nothing was changed"
+        )
+    if plan.stage_groups and anywhere > 0:
+        raise RuntimeError(
+            "gradients of another stage that should be the same on all ranks are not. Nothing was changed"
         )

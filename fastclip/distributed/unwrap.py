@@ -130,6 +130,19 @@ def same_layout(a: Spec, b: Spec) -> bool:
     return a is b or (a.placements == b.placements and a.mesh == b.mesh)
 
 
+def laid_out_as(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """`gradient`, laid out over the mesh as its parameter is: summed, say, where it was Partial."""
+    spec, expected = spec_of(gradient), spec_of(parameter)
+    if spec is None or expected is None or same_layout(spec, expected):
+        return gradient
+    return cast(Tensor, cast(Any, gradient).redistribute(placements=expected.placements))
+
+
+def is_copy(gradient: Tensor | None, part: Tensor) -> bool:
+    """Whether `part` is not this rank's part of `gradient`."""
+    return gradient is not None and spec_of(gradient) is not None and local_of(gradient) is not part
+
+
 def has_whole_rows(tensor: Tensor) -> bool:
     """Whether each row of a tensor (its slices along dimension 0; of fewer than two dimensions all of it) lies whole on
     a rank."""

@@ -23,7 +23,7 @@ from ..backends.native import CppLibrary
 from ..distributed.declare import MARKED, Marks, marks_of
 from ..distributed.plan import latest_specs, plan_of
 from ..distributed.reduce import Shards
-from ..distributed.unwrap import Unwrapped, any_dtensor, local_of, unwrap
+from ..distributed.unwrap import Unwrapped, any_dtensor, local_of, spec_of, unwrap
 from .modes import check_not_traced
 from .table import GradTable
 
@@ -150,12 +150,12 @@ def _pack_sharded(
     unwrapped = unwrap(items, gradients, library, latest_specs())
     if unwrapped is None:  # an item is no tensor, but perhaps a parameter group
         flat = flatten_params(items, argument)
-        if len(flat) == len(items):
+        if not any(isinstance(item, dict) for item in items):
             return _pack_plain(flat, gradients, write, argument, library)
         return _pack_sharded(flat, gradients, write, argument, library, process_group, reduces)
     marks = marks_of(items)
     sharded = marks is not None or process_group is not None or any(spec is not None for spec in unwrapped.specs)
-    if not sharded or not items:
+    if not sharded:
         return _pack_plain(items, gradients, write, argument, library)
     shards = Shards(plan_of(unwrapped.specs, marks, process_group, same_items))
     try:
@@ -204,7 +204,7 @@ def _pack_any(labelled: list[tuple[str, Tensor]], write: bool, library: CppLibra
     seen: set[Any] = set()
     uncoalesced: list[tuple[int, Tensor, Tensor]] = []
     for label, gradient in labelled:
-        gradient = local_of(gradient)
+        gradient = gradient if spec_of(gradient) is not None else local_of(gradient)
         if (same := identity(gradient)) in seen:
             continue
         seen.add(same)

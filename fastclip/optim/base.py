@@ -15,14 +15,14 @@ from .. import backends
 from ..backends.base import StepBackend, StepDecision, StepTable
 from ..clipper import Clipper, check_names
 from ..distributed.reduce import Wanted, reduce
-from ..distributed.unwrap import any_dtensor, local_of
+from ..distributed.unwrap import any_dtensor, is_copy, laid_out_as, local_of
 from ..gradients.measure import measure
 from ..gradients.pack import has_memory, pack, pack_step, refuse_set
 from ..pipeline.amp import given_by_scaler
 from ..pipeline.decide import ClipDecision
 from ..pipeline.step import TakesDecision, divisor_of, flat_params, has_divisor
 from ..stats import Stats
-from .step_inputs import StepInputs, StepPlan, for_torch, rows_of, shared_addresses, zero_
+from .step_inputs import StepInputs, StepPlan, for_torch, rows_of, seed_of, shared_addresses, zero_
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -123,6 +123,8 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
             for p in group["params"]:
                 if p.requires_grad:
                     self._state_of(p, group)
+                elif self._process_group is not None and group.get("momentum") != 0:
+                    self.state[p]  # empty: whether there are states must not differ between stages
         self._update_clipper()
         if self.clipper is not None:
             self.clipper.init_state()
@@ -262,6 +264,7 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
                 table_mask = None if mask is None else rows_of(mask, inputs, positions)
                 table_decision = StepDecision(table_coef, table_mask, zero_grad and not shared, seed)
                 self._step_table(backend, table, table_decision, group, inputs)
+            zero_later += [p.grad for p, g in zip(inputs.owners, inputs.grads) if zero_grad and is_copy(p.grad, g)]
             for p, momentum in zip(inputs.owners, inputs.momenta):
                 self.state[p]["momentum_buffer"] = momentum
             wrappers = [p for p, part in zip(inputs.owners, inputs.params) if p is not part]
@@ -284,7 +287,7 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
                     if inputs.overlap():  # each sees what those before it wrote, as in torch
                         parts += inputs.one_by_one()
                         continue
-                seed = _seed(group, number, part) if inputs.params[0].dtype == torch.bfloat16 else None
+                seed = seed_of(group, number, part) if inputs.params[0].dtype == torch.bfloat16 else None
                 if seed is not None and table is None:
                     raise NotImplementedError(
                         "stochastic_rounding needs a backend with kernels, a C++ compiler, and gradients laid out as "
@@ -357,6 +360,7 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
     def _step_inputs(self, group: dict[str, Any], left_out: set[int]) -> list[StepInputs]:
         """The group's parameters that have a gradient and are not left out, by device and dtype."""
         by_kind: dict[Any, StepInputs] = {}
+        cut = any_dtensor(group["params"])
         for p in group["params"]:
             gradient = p.grad
             if gradient is None or id(p) in left_out:
@@ -369,10 +373,10 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
             if inputs is None:
                 inputs = by_kind[key] = StepInputs([], [], [], [[] for _ in states], [], [])
             inputs.owners.append(p)
-            inputs.params.append(local_of(p))
-            inputs.grads.append(local_of(gradient))
+            inputs.params.append(local_of(p) if cut else p)
+            inputs.grads.append(gradient if type(gradient) is Tensor else local_of(laid_out_as(gradient, p)))
             for column, state in zip(inputs.states, states):
-                column.append(local_of(state))
+                column.append(local_of(state) if cut else state)
             if first:
                 inputs.momenta.append(states[0])
             if step is not None:
@@ -427,15 +431,6 @@ def _read_numbers(group: dict[str, Any]) -> None:
     group.update({name: group[name].item() for name in NUMBERS if isinstance(group.get(name), Tensor)})
     if "betas" in group:
         group["betas"] = tuple(map(float, group["betas"]))
-
-
-def _seed(group: dict[str, Any], number: int, part: int) -> int | None:
-    """32 bits for the random numbers of this step of a part of the group, from the seed and the count of steps."""
-    if group["stochastic_rounding"] is None:
-        return None
-    mixed = group["stochastic_rounding"] * 0x9E3779B97F4A7C15 + group["rounding_step"] * 0xD1B54A32D192ED03
-    mixed = (mixed + number * 0x8CB92BA72F3D8DD7 + part * 0xABC98388FB8FAC03) % 2**64
-    return (mixed ^ mixed >> 32) % 2**32
 
 
 def _pairs(group: dict[str, Any]) -> list[tuple[str, Tensor]]:

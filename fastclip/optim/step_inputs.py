@@ -111,3 +111,12 @@ def for_torch(inputs: StepInputs, shared: set[int]) -> tuple[StepInputs, list[tu
         for column, state in zip(plain.states, tensors[2:]):
             column.append(state)
     return plain, copies
+
+
+def seed_of(group: dict[str, Any], number: int, part: int) -> int | None:
+    """32 bits for the random numbers of this step of a part of the group, from the seed and the count of steps."""
+    if group["stochastic_rounding"] is None:
+        return None
+    mixed = group["stochastic_rounding"] * 0x9E3779B97F4A7C15 + group["rounding_step"] * 0xD1B54A32D192ED03
+    mixed = (mixed + number * 0x8CB92BA72F3D8DD7 + part * 0xABC98388FB8FAC03) % 2**64
+    return (mixed ^ mixed >> 32) % 2**32

@@ -23,6 +23,7 @@ class GradScalerState:
         self.active = scaler is not None and scaler.is_enabled()
         self.by_wrapper = False  # whether a GradScaler outside calls the optimizer's step, and keeps its own books
         self.found_inf: Tensor | None = None
+        self.unscaled = False  # whether unscale_() was called before
         self._scale: Tensor | None = None
         self._state: dict[str, Any] = {}
         scale, found_inf = given_by_scaler(optimizer)
@@ -44,6 +45,7 @@ class GradScalerState:
         if self._state["stage"] is OptState.UNSCALED:
             flags = [f.to(device, non_blocking=True) for f in self._state["found_inf_per_device"].values()]
             self.found_inf = torch.stack(flags).sum() > 0 if flags else None
+            self.unscaled = True
         else:
             self._scale = scaler._scale.to(device, torch.float64)
 
@@ -92,4 +94,6 @@ class GradScalerState:
 
 def given_by_scaler(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, Tensor | None]:
     """What a GradScaler whose ``step`` calls this optimizer's has set: its scale, and whether it found an inf (> 0)."""
-    return getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    found_inf = getattr(optimizer, "found_inf", None)  # without gradients a sum of nothing, an int
+    found_inf = found_inf if found_inf is None or isinstance(found_inf, Tensor) else torch.tensor(float(found_inf))
+    return getattr(optimizer, "grad_scale", None), found_inf

@@ -374,3 +374,54 @@ def _experts_of_different_number():
 
 def test_ranks_may_have_more_or_fewer_declared_parts():
     worlds.run(2, _experts_of_different_number)
+
+
+def _uneven_stages():
+    """Stages of other meshes, of no parameters at all, and of another number of them in a second model."""
+    mesh = mesh_of((2, 2), ("pp", "dp"))
+    stage, group = mesh.get_local_rank("pp"), mesh.get_group("pp")
+    own = on_mesh(mesh["dp"], 0) if stage else [plain(whole((3,), 1), whole((3,), 2))]
+    wholes = [whole((3,), 2), *(whole(shape, 100 + i) for i, shape in enumerate(models.SHAPES))]
+    for p in models.NORMS:
+        for which in (group, mesh["pp"]):
+            assert close(fastclip.clip_norm_(own, math.inf, p, process_group=which), norm_of(wholes, p)), p
+
+    frozen = own if stage else []
+    for p in models.NORMS:
+        norm = fastclip.clip_norm_(frozen, math.inf, p, process_group=group)
+        assert close(norm, norm_of(wholes[1:], p)), p
+    clipper = fastclip.Clipper(frozen, 1e9, process_group=group)
+    clipper.warm_up()
+    assert close(clipper.clip_().total_norm, norm_of(wholes[1:], 2.0))
+
+    for count in (3, 4):  # of which stage 0 sees one plan and stage 1 two
+        number = count if stage else 3
+        second = [plain(whole((2,), i), whole((2,), 10 * stage + i)) for i in range(number)]
+        grads = [whole((2,), i) for i in range(3)] + [whole((2,), 10 + i) for i in range(count)]
+        assert close(fastclip.clip_norm_(second, math.inf, process_group=group), norm_of(grads, 2.0))
+
+
+def test_stages_that_differ():
+    worlds.run(4, _uneven_stages)
+
+
+def _marks_elsewhere():
+    rank = dist.get_rank()
+    embedding = plain(whole((6, 2), 90), whole((6, 2), 91))
+    fastclip.distributed.mark_shared(embedding, dist.group.WORLD)
+    assert close(fastclip.clip_norm_([embedding], math.inf), norm_of([whole((6, 2), 91)], 2.0))  # of this stage alone
+    part = plain(whole((4,), 0), whole((4,), 1 + rank))
+    fastclip.distributed.mark_sharded(part, dist.group.WORLD)
+    exact = norm_of([whole((4,), 1), whole((4,), 2)], 2.0)
+    clip = torch.compile(lambda: fastclip.clip_norm_([part], 1e9), backend="eager")
+    assert close(clip(), exact)
+    with CommDebugMode():  # a mode that looks, on all ranks or on one
+        assert close(fastclip.clip_tensor_norm_([part], 1e9)[0], exact)
+    mesh = mesh_of((2,), ("dp",))
+    first, second = (sharded(whole((4,), i), mesh, [Shard(0)], whole((4,), 5 + i)) for i in range(2))
+    exact = norm_of([whole((4,), 5), whole((4,), 6)], 2.0)
+    assert close(fastclip.clip_norm_([first, {"params": [second]}], 1e9), exact)
+
+
+def test_declarations_reach_every_path():
+    worlds.run(2, _marks_elsewhere)

@@ -78,7 +78,7 @@ def _thousand_ranks():
         tensors = _stage(_mesh(own[:, column]), _mesh(own), _mesh(own.reshape(DP // 4, 4 * TP)), stage)
         parameters = [_part(*tensor) for tensor in tensors]
         plan = plan_of(specs_of(parameters), None, _mesh(ranks[:, row, column]))
-        assert plan.groups == [dist.group.WORLD]
+        assert plan.is_everybody()
         powers = [p.detach()._local_tensor if isinstance(p, DTensor) else p.detach() for p in parameters]
         powers = torch.tensor([t.double().square().sum().item() for t in powers], dtype=torch.float64)
         total += (plan.weights * powers).sum().item()

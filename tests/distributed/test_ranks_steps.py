@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import worlds
 from models import full, local, mesh_of, norm_of, raised, sharded, whole
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fastclip
 
@@ -135,6 +135,65 @@ def _initial_step():
 
 def test_the_step_that_makes_the_states():
     worlds.run(2, _initial_step)
+
+
+def _partial_steps():
+    """Gradients that are yet to be summed, as tensor parallelism leaves those of norms."""
+    mesh = mesh_of((2,), ("tp",))
+    for make, make_other in OURS.values():
+        ours_p, theirs_p = sharded(whole((4, 3), 0), mesh, [Replicate()]), torch.nn.Parameter(whole((4, 3), 0))
+        ours, theirs = make([ours_p], max_norm=0.5), make_other([theirs_p])
+        for step in range(3):
+            parts = [whole((4, 3), 10 * step + rank) for rank in range(2)]
+            ours_p.grad = DTensor.from_local(parts[dist.get_rank()], mesh, [Partial()], run_check=False)
+            theirs_p.grad = sum(parts)
+            torch.nn.utils.clip_grad_norm_([theirs_p], 0.5)
+            theirs.step()
+            ours.step(zero_grad=True)
+            assert not local(ours_p.grad).any()
+            torch.testing.assert_close(local(ours_p.detach()), theirs_p.detach(), rtol=2e-6, atol=2e-7)
+
+
+def test_a_step_sums_what_is_partial():
+    worlds.run(2, _partial_steps)
+
+
+def _frozen_stage():
+    """A stage without states takes part in what the other asks, also where the learning rate is 0."""
+    stage = dist.get_rank()
+    p = torch.nn.Parameter(whole((3,), 0), requires_grad=stage == 0)
+    optimizer = fastclip.optim.AdamW([p], lr=0.1, max_norm=1.0, process_group=dist.group.WORLD)
+    for step, lr in enumerate((0.1, 0.0, 0.1)):
+        optimizer.param_groups[0]["lr"] = lr
+        if stage == 0:
+            p.grad = whole((3,), step)
+        optimizer.step()
+        assert math.isclose(optimizer.stats.total_norm.item(), norm_of([whole((3,), step)], 2.0), rel_tol=1e-6)
+
+
+def test_a_stage_without_states():
+    worlds.run(2, _frozen_stage)
+
+
+def _scaler_without_gradients():
+    stage = dist.get_rank()
+    p = torch.nn.Parameter(whole((3,), 0))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    clipper = fastclip.Clipper([p], 0.5, process_group=dist.group.WORLD)
+    for broken in (False, True):
+        if stage == 0:
+            p.grad = whole((3,), 1) * 8.0
+            p.grad[0] = math.inf if broken else 8.0
+        scaler.unscale_(optimizer)
+        stats = clipper.step(optimizer, scaler)
+        scaler.update()
+        assert bool(stats.skipped) == broken and scaler.get_scale() == (4.0 if broken else 8.0)
+
+
+def test_a_scaler_on_a_rank_without_gradients():
+    worlds.run(2, _scaler_without_gradients)
 
 
 # ---- 15: checkpoints ----
