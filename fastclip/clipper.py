@@ -234,8 +234,8 @@ class Clipper:
             As :meth:`clip_`.
 
         A skip is decided on the device and read back to the host only for optimizers that are not fused (torch's SGD
-        with dampening counts as such) and where the rules have a ``Value``. ``Mask(hold=True)`` reads which are held,
-        but not with :mod:`fastclip.optim`, where only SGD with dampening reads either.
+        with dampening counts as such) and where the rules have a ``Value``. ``Mask(freeze=True)`` reads which are
+        frozen, but not with :mod:`fastclip.optim`, where only SGD with dampening reads either.
         """
         if compiler.is_dynamo_compiling():
             from . import graph_breaks
