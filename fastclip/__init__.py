@@ -4,10 +4,11 @@
 
 takes the place of ``torch.nn.utils.clip_grad_norm_``. See :mod:`fastclip.functional` for the functions,
 :class:`fastclip.Clipper` for the object, :mod:`fastclip.rules` for what it can do, :mod:`fastclip.optim` for optimizers
-that clip as they step, :mod:`fastclip.monitor` to watch a run.
+that clip as they step, :mod:`fastclip.monitor` to watch a run, :func:`fastclip.patch_torch` and
+:mod:`fastclip.integrations` where a framework does the clipping.
 """
 
-from . import monitor, optim, rules
+from . import integrations, monitor, optim, rules
 from .backends import use_backend
 from .clipper import Clipper
 from .functional import (
@@ -22,6 +23,7 @@ from .functional import (
     mask_small_,
     total_norm,
 )
+from .integrations.torch_patch import patch_torch, unpatch_torch
 from .stats import Stats
 from .version import __version__
 
@@ -37,10 +39,13 @@ __all__ = [
     "clip_value_",
     "clip_with_norm_",
     "get_total_norm",
+    "integrations",
     "mask_small_",
     "monitor",
     "optim",
+    "patch_torch",
     "rules",
     "total_norm",
+    "unpatch_torch",
     "use_backend",
 ]

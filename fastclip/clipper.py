@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, compiler
 
 from . import backends
-from .arguments import is_bool
+from .arguments import checked_norm, is_bool
 from .backends import Measurement, NativeGroup, capturing, upload
 from .distributed.declare import MARKED
 from .distributed.groups import checked_group
 from .distributed.plan import warm_up
 from .gradients.pack import flatten_params, from_native, pack, same_items
-from .gradients.param_index import ParamIndex
+from .gradients.param_index import ParamIndex, check_names, named
 from .gradients.table import GradTable
 from .pipeline.amp import GradScalerState
 from .pipeline.decide import ClipDecision, decide
@@ -30,7 +30,7 @@ from .pipeline.step import (
     undo_after_step,
     unwrapped,
 )
-from .rules.base import StepContext, norm_type_of
+from .rules.base import Needs, StepContext, norm_type_of
 from .rules.fixed import as_rule
 from .rules.subset import bare_rule
 from .stats import Stats
@@ -87,7 +87,7 @@ class Clipper:
         process_group: ProcessGroup | DeviceMesh | None = None,
         tensor_stats: bool = False,
     ) -> None:
-        self.parameters, self.names = _named(flatten_params(parameters, ordered=True))
+        self.parameters, self.names = named(flatten_params(parameters, ordered=True))
         self.rules = [as_rule(r) for r in rule] if isinstance(rule, (list, tuple)) else [as_rule(rule)]
         if not self.rules:
             raise ValueError(f"rule must not be an empty list, got {rule!r}")
@@ -122,6 +122,10 @@ class Clipper:
                 rule.reorder(came_from)
         self.parameters, self.names, self._params = list(parameters), names, None
 
+    def release_parameters(self) -> None:
+        """Hold no parameters until :meth:`set_parameters`, and keep what rules remember of each, by position."""
+        self.parameters, self.names, self._params = [], None, None
+
     def _check_rules(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
         """ValueError if a rule names a parameter that is not among these."""
         if self.process_group is None:  # else another stage may have it
@@ -153,6 +157,31 @@ class Clipper:
         stats, decision = self.decide(table)
         decision.apply_(table)
         return stats
+
+    def clip_with_norm_(self, total_norm: Tensor | float) -> Stats:
+        """Clip the gradients in place as the rule has it for a norm that was measured elsewhere, over more parameters
+        than these, say: :func:`fastclip.clip_with_norm_` by a rule. No gradient is read to decide.
+
+        Args:
+            total_norm: one number >= 0 or NaN, a tensor on any device or a float, of the rule's norm type.
+
+        Raises:
+            ValueError: the rule looks at more than the norm of all gradients; see :attr:`goes_by_total_norm`.
+            As :meth:`clip_`.
+        """
+        if not self.goes_by_total_norm:
+            raise ValueError(f"rule must go by the total norm alone, which {self.rules} do not: use clip_()")
+        norm = checked_norm(total_norm)
+        table = self.pack()
+        stats, decision, _ = self._decide(table, None, None, False, None, norm)
+        decision.apply_(table)
+        return stats
+
+    @property
+    def goes_by_total_norm(self) -> bool:
+        """Whether the rules decide from the norm of all gradients and nothing else."""
+        alone = all(not rule.in_place and rule.needs == Needs.TOTAL_NORM for rule in self.rules)
+        return alone and self.nonfinite != "zero"
 
     def pack(self) -> GradTable:
         """The table of the gradients that there are now."""
@@ -250,7 +279,7 @@ class Clipper:
             nonlocal stats
             if stats is not None and (isinstance(divide_by, Tensor) or divide_by != 1):
                 raise RuntimeError("divide_by: the optimizer's wrapper took a second step, which would divide again")
-            stats, steps = self._begin_step(optimizers, scaler, when, divide_by, undo)
+            stats, steps = self.begin_step(optimizers, scaler, when, divide_by, undo)
             return steps
 
         if inner is not optimizer:
@@ -263,7 +292,7 @@ class Clipper:
                 optimizer.step()
         return stats
 
-    def _begin_step(
+    def begin_step(
         self, optimizers: list[Any], scaler: Any, when: Any, divide_by: Any, undo: ExitStack
     ) -> tuple[Stats, bool]:
         """Decide, and make the next step of the innermost optimizer carry it out; False if there must be none, see
@@ -300,7 +329,13 @@ class Clipper:
         return stats, decision
 
     def _decide(
-        self, table: GradTable, inv_scale: Tensor | None, skip: Tensor | None, scaled: bool, found_inf: Tensor | None
+        self,
+        table: GradTable,
+        inv_scale: Tensor | None,
+        skip: Tensor | None,
+        scaled: bool,
+        found_inf: Tensor | None,
+        norm: Tensor | None = None,
     ) -> tuple[Stats, ClipDecision, Tensor | None]:
         """:meth:`decide`; and whether a GradScaler has found an inf, on any rank."""
         policy = "skip" if scaled else self.nonfinite
@@ -312,6 +347,7 @@ class Clipper:
         stats, decision = decide(
             *(table, self.rules, self.norm_type, context, check, policy, lambda: self._param_index(count).owners),
             self.tensor_stats,
+            norm,
         )
         if self.names is not None:
             stats.names = params().names
@@ -407,31 +443,3 @@ def _loaded(mine: Tensor | None, saved: int) -> Tensor | None:
         with torch.inference_mode(False):
             return torch.tensor(saved, dtype=torch.int64, device="cpu") if saved else None
     return mine.fill_(saved)
-
-
-def _named(items: list[Any]) -> tuple[list[Tensor], tuple[str, ...] | None]:
-    pairs = [isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in items]
-    if any(pairs) and not all(pairs):
-        raise ValueError(f"parameters must be all named or all unnamed; parameters[{pairs.index(False)}] is not a pair")
-    names = tuple(item[0] for item in items) if items and all(pairs) else None
-    tensors = [item[1] for item in items] if names else items
-    for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"parameters[{i}] must be a tensor, got {type(tensor).__name__} {tensor!r}")
-    check_names(zip(names or (), tensors))
-    return tensors, names
-
-
-def check_names(pairs: Iterable[tuple[str, Tensor]]) -> None:
-    """ValueError if two different parameters have one name: whatever goes by names would show only one of them.
-
-    A parameter may come twice under one name, and (tied weights) under several.
-    """
-    first: dict[str, tuple[int, Tensor]] = {}
-    for i, (name, parameter) in enumerate(pairs):
-        before, other = first.setdefault(name, (i, parameter))
-        if other is not parameter:
-            raise ValueError(
-                f"parameters[{before}] and parameters[{i}] are different parameters of one name, {name!r}: give each "
-                f"a name of its own"
-            )

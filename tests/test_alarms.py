@@ -7,6 +7,7 @@ import pytest
 import torch
 from watching import INF, NAN, Model, late, lines, steps_of, watch
 
+import fastclip
 from fastclip.monitor import GradientWarning, GradMonitor, alarms, load
 
 
@@ -197,3 +198,15 @@ def test_warnings_as_errors_leave_the_record_whole(tmp_path):
             monitor.update(Model("a").step(NAN))
         monitor.update(Model("a").step(0.5))
     assert [line["step"] for line in steps_of(path)] == [0, 1]
+
+
+def test_gradients_of_which_only_the_norm_is_known_do_not_swallow_anything():
+    """As sharded ones without tensor_stats: how large their elements are nobody knows."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+    clipper = fastclip.Clipper([parameter], 1e-12)
+    with GradMonitor(window=10) as monitor:
+        for _ in range(30):
+            monitor.update(clipper.clip_with_norm_(5.0))
+    assert {notice.kind for notice in monitor.warnings} == {"clipping"}
+    assert monitor.last["total_norm"] == 5 and monitor.top_norms == {}

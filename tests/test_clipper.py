@@ -1,5 +1,6 @@
 """Clipper, rules and Stats."""
 
+import copy
 import math
 
 import pytest
@@ -18,6 +19,7 @@ from cases import (
 )
 
 import fastclip
+from fastclip import rules
 from fastclip.rules import GlobalNorm, Mask, TensorNorm, Value
 
 pytestmark = pytest.mark.isa
@@ -288,3 +290,50 @@ def test_a_count_that_is_none_is_an_error_before_rules_take_their_state(name):
     with pytest.raises((TypeError, ValueError)):
         fresh.load_state_dict({**saved, name: "many"})
     assert fresh.state_dict()["rules"] == [{}]
+
+
+# ---- a norm measured elsewhere ----
+
+
+@pytest.mark.parametrize("rule", [1.0, rules.ZClip(warmup=2), [rules.AutoClip(), 2.0]], ids=["number", "ZClip", "list"])
+def test_a_clip_by_a_norm_measured_elsewhere(rule):
+    """As :meth:`clip_`, where the norm given is that of these gradients; no gradient is read."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        grads = [torch.randn(5) * 3, torch.randn(2, 3)]
+        one, other = [parameter(g.clone()) for g in grads], [parameter(g.clone()) for g in grads]
+        if seed == 0:
+            measures, given = fastclip.Clipper(one, rule), fastclip.Clipper(other, copy.deepcopy(rule))
+        measures.set_parameters(one, None)
+        given.set_parameters(other, None)
+        expected = measures.clip_()
+        stats = given.clip_with_norm_(expected.norm)
+        assert stats.total_norm == expected.total_norm and stats.coef == expected.coef
+        assert stats.clipped == expected.clipped and given.steps == measures.steps
+        for a, b in zip(one, other):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
+        with pytest.raises(RuntimeError, match="tensor_stats"):
+            stats.tensor_norms  # noqa: B018 - which nobody has measured
+
+
+def test_a_norm_measured_elsewhere_is_not_measured_again():
+    p = parameter(torch.tensor([3.0, 4.0]))
+    stats = fastclip.Clipper([p], 1.0).clip_with_norm_(torch.tensor(10.0))
+    assert stats.total_norm == 10
+    torch.testing.assert_close(p.grad, torch.tensor([0.3, 0.4]), rtol=1e-6, atol=0)
+    assert fastclip.Clipper([p], 1.0, nonfinite="skip").clip_with_norm_(math.nan).skipped
+    torch.testing.assert_close(p.grad, torch.tensor([0.3, 0.4]), rtol=1e-6, atol=0)
+    fastclip.Clipper([p], 1.0).clip_with_norm_(math.nan)
+    assert p.grad.isnan().all()
+
+
+@pytest.mark.parametrize("rule", [rules.TensorNorm(1.0), rules.Value(1.0), [rules.Mask(1.0), 1.0], rules.AGC()])
+def test_a_rule_that_looks_at_more_than_the_norm_is_refused(rule):
+    p = parameter(torch.ones(2))
+    clipper = fastclip.Clipper([p], rule)
+    assert not clipper.goes_by_total_norm
+    with pytest.raises(ValueError, match="total norm alone"):
+        clipper.clip_with_norm_(10.0)
+    with pytest.raises(ValueError, match="total_norm must be >= 0"):
+        fastclip.Clipper([p], 1.0).clip_with_norm_(-1.0)
+    assert p.grad.tolist() == [1, 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -93,3 +93,33 @@ class ParamIndex:
         """:meth:`cached`, of something on `device`: in a CUDA graph made anew, since every replay copies it."""
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0  # which it is ready on
         return make() if capturing(device) else self.cached((key, device, stream), make)
+
+
+def named(items: list[Any]) -> tuple[list[Tensor], tuple[str, ...] | None]:
+    """The tensors of a flat list of parameters or of (name, parameter) pairs, and the names; an error that names what
+    is neither."""
+    pairs = [isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in items]
+    if any(pairs) and not all(pairs):
+        raise ValueError(f"parameters must be all named or all unnamed; parameters[{pairs.index(False)}] is not a pair")
+    names = tuple(item[0] for item in items) if items and all(pairs) else None
+    tensors = [item[1] for item in items] if names else items
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"parameters[{i}] must be a tensor, got {type(tensor).__name__} {tensor!r}")
+    check_names(zip(names or (), tensors))
+    return tensors, names
+
+
+def check_names(pairs: Iterable[tuple[str, Tensor]]) -> None:
+    """ValueError if two different parameters have one name: whatever goes by names would show only one of them.
+
+    A parameter may come twice under one name, and (tied weights) under several.
+    """
+    first: dict[str, tuple[int, Tensor]] = {}
+    for i, (name, parameter) in enumerate(pairs):
+        before, other = first.setdefault(name, (i, parameter))
+        if other is not parameter:
+            raise ValueError(
+                f"parameters[{before}] and parameters[{i}] are different parameters of one name, {name!r}: give each "
+                f"a name of its own"
+            )

@@ -107,9 +107,11 @@ class Swallowed:
         return self._share.full and self._share.yes > 0.5 * len(self._share) and not self._announced
 
     def _left(self, numbers: HostStats) -> float:
-        """How large the elements of the clipped gradients are."""
+        """How large the elements of the clipped gradients are; inf: not known."""
         coef = numbers.coef
         if not self._typical(numbers):
+            if not numbers.absmax:  # sharded gradients, whose Clipper has no tensor_stats
+                return math.inf
             if isinstance(coef, Tensor):
                 return float((numbers.vector("absmax") * coef).max())
             return max(numbers.absmax) * coef

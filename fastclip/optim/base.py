@@ -13,11 +13,12 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.base import StepBackend, StepDecision, StepTable
-from ..clipper import Clipper, check_names
+from ..clipper import Clipper
 from ..distributed.reduce import Wanted, reduce
 from ..distributed.unwrap import any_dtensor, is_copy, laid_out_as, local_of
 from ..gradients.measure import measure
 from ..gradients.pack import has_memory, pack, pack_step, refuse_set
+from ..gradients.param_index import check_names
 from ..pipeline.amp import given_by_scaler
 from ..pipeline.decide import ClipDecision
 from ..pipeline.step import TakesDecision, divisor_of, flat_params, has_divisor

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import capturing, upload
+from ..backends import Measurement, capturing, upload
 from ..distributed.reduce import Wanted, reduce
 from ..gradients.measure import measure
 from ..gradients.table import GradTable
 from ..rules.base import Needs, Rule, StepContext
 from ..rules.coefficients import checked, clip_coefficient, combined
-from ..stats import Stats, is_zero
+from ..stats import OverRanks, Stats, is_zero
 
 
 class ClipDecision:
@@ -132,9 +132,11 @@ def decide(
     nonfinite: str = "propagate",
     owners: Callable[[], list[list[Tensor]]] = list,
     tensor_stats: bool = False,
+    norm: Tensor | None = None,
 ) -> tuple[Stats, ClipDecision]:
     """Read the gradients once and let the rules decide. Only what comes before the last rule that works in place is
-    written. The statistics are those of the gradients times ``context.inv_scale``, as they were before any rule."""
+    written. The statistics are those of the gradients times ``context.inv_scale``, as they were before any rule.
+    `norm`: the norm of all gradients, measured elsewhere, for rules that need nothing else; nothing is read then."""
     shards = table.shards
     if context.knows_params and any(rule.in_place for rule in rules):
         try:
@@ -154,8 +156,12 @@ def decide(
         f"{[type(rule).__name__ for rule in rules]} {nonfinite} {inv_scale is None}",
     )
     limit = rules[0].static_limit(context.step) if len(rules) == 1 and inv_scale is None and shards is None else None
-    before, coef = measure(table, norm_type, limit, repair=nonfinite == "zero")
-    if shards is not None:
+    coef: Tensor | None
+    if norm is not None:
+        before, coef = stats_of_norm(table, norm, norm_type), None
+    else:
+        before, coef = measure(table, norm_type, limit, repair=nonfinite == "zero")
+    if shards is not None and norm is None:
         before, skip, context.found_inf = reduce(before, shards, wanted, skip, context.found_inf)
     if inv_scale is not None:
         zeroed, before = before.zeroed, before.scaled(inv_scale)
@@ -206,12 +212,23 @@ def decide(
     return before.record(overall, context.limit, changed, skip), decision
 
 
+def stats_of_norm(table: GradTable, norm: Tensor, norm_type: float) -> Stats:
+    """The statistics of the table's gradients where only the norm is known, which was measured elsewhere."""
+    norm = _on(table.device, norm)
+    unknown = torch.zeros(len(table), dtype=torch.float64, device=table.device)
+    nothing = Stats(norm_type, table.dtype, table.device, [])
+    known = OverRanks((~norm.isfinite()).double(), None, power=False, absmax=False)
+    return nothing.reduced(Measurement(unknown, unknown), norm, known)
+
+
 def clip_by_norm(table: GradTable, norm: Tensor, max_norm: float | Tensor) -> None:
     """Scale every gradient by the clip coefficient of a norm measured elsewhere."""
-    if norm.device.type == "cpu":
-        norm = upload(norm, torch.float64, table.device)
     limit = max_norm.to(table.device, torch.float64) if isinstance(max_norm, Tensor) else max_norm
-    table.apply_(clip_coefficient(norm.to(table.device, torch.float64), limit))
+    table.apply_(clip_coefficient(_on(table.device, norm), limit))
+
+
+def _on(device: torch.device, norm: Tensor) -> Tensor:
+    return upload(norm, torch.float64, device) if norm.device.type == "cpu" else norm.to(device, torch.float64)
 
 
 def refuse_nonfinite(stats: Stats) -> None:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -101,6 +102,16 @@ def covers(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> bool:
     return same_items(theirs, parameters) or set(map(id, theirs)) == set(map(id, parameters))
 
 
+def takes_decision(optimizer: torch.optim.Optimizer, table: GradTable, decision: ClipDecision) -> bool:
+    """Whether the optimizer's own pass over its gradients, those of `table`, can carry `decision` out."""
+    inner = getattr(optimizer, "optimizer", None)  # which steps a part, see _wraps()
+    if _has_step_hooks(optimizer) or isinstance(inner, torch.optim.Optimizer):
+        return False
+    return isinstance(optimizer, TakesDecision) or (
+        _divides_by_scale(optimizer, table) and has_divisor(decision.common)
+    )
+
+
 def prepare(
     optimizer: torch.optim.Optimizer,
     table: GradTable,
@@ -114,14 +125,13 @@ def prepare(
     those of the table. `undo` takes what must be undone after the step. Returns False if there must be no step: it is
     skipped, and the host knows.
     """
-    inner = getattr(optimizer, "optimizer", None)  # which steps a part, see _wraps()
-    hands_over = complete and not _has_step_hooks(optimizer) and not isinstance(inner, torch.optim.Optimizer)
+    hands_over = complete and takes_decision(optimizer, table, decision)
     if hands_over and isinstance(optimizer, TakesDecision):
         undo.enter_context(optimizer.step_with(decision))
         return True
     frozen = [(p, p.grad) for p in decision.frozen_params()]
     scale, found_inf = given_by_scaler(optimizer)
-    if hands_over and _divides_by_scale(optimizer, table) and has_divisor(decision.common):
+    if hands_over:
         on_host = all(group.device.type == "cpu" for group in table.groups)
         if on_host and decision.is_skipped():
             return False
@@ -149,6 +159,58 @@ def prepare(
     return True
 
 
+class StepHooks:
+    """Calls ``begin(undo)`` whenever a step of `optimizer` begins, before all others look at the gradients.
+
+    `begin` makes the step carry out a decision, and returns False if there must be none; ``undo``, which takes what
+    must be undone, is closed as the step ends. A closure that the step evaluates may ask for it: :meth:`begin_now`.
+
+    Attributes:
+        began: whether a step has begun since this was made.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, begin: Callable[[contextlib.ExitStack], bool]) -> None:
+        self._optimizer, self._begin = optimizer, begin
+        self._undo = contextlib.ExitStack()
+        self.began = self._within = False
+        self._handles = [
+            _register_first(optimizer, _Hook(optimizer, self._started)),
+            optimizer.register_step_post_hook(_Hook(optimizer, self._ended)),
+        ]
+        # Gradients that others set to None as the step ends must stay None.
+        _move_first(optimizer._optimizer_step_post_hooks, self._handles[1].id)
+
+    def begin_now(self) -> None:
+        """If a step is under way, in a closure of which this is called: begin as if it began now."""
+        if self._within:
+            self._started()
+
+    def _started(self) -> None:
+        self._undo.close()  # of a step that failed
+        self.began = self._within = True
+        if not self._begin(self._undo):
+            self._undo.enter_context(_without_gradients([(p, p.grad) for p in flat_params(self._optimizer)]))
+
+    def _ended(self) -> None:
+        self._within = False
+        self._undo.close()
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was; what a failed step has left is undone."""
+        for handle in self._handles:
+            handle.remove()
+        self._undo.close()
+
+    def __enter__(self) -> StepHooks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo.__exit__(kind, error, trace)
+        self.remove()
+
+
 def step_inside(outer: Any, inner: torch.optim.Optimizer, begin: Callable[[contextlib.ExitStack], bool]) -> None:
     """``outer.step()``, in which ``begin(undo)`` is called as a step of the optimizer `inner` begins.
 
@@ -161,17 +223,9 @@ def step_inside(outer: Any, inner: torch.optim.Optimizer, begin: Callable[[conte
     """
     params = list(flat_params(inner))
     versions = [p._version for p in params]
-    with contextlib.ExitStack() as hooks, contextlib.ExitStack() as undo:
-
-        def start() -> None:
-            if not begin(undo):
-                undo.enter_context(_without_gradients([(p, p.grad) for p in flat_params(inner)]))
-
-        hook = _Hook(inner, start)
-        hooks.callback(_register_first(inner, hook).remove)
-        undo_after_step(inner, undo, hooks)
+    with StepHooks(inner, begin) as hooks:
         outer.step()
-    if not hook.called and versions != [p._version for p in params]:
+    if not hooks.began and versions != [p._version for p in params]:
         raise RuntimeError(
             f"optimizer ({type(outer).__name__}) changed parameters without a step of the {type(inner).__name__} "
             f"inside, so their gradients were not clipped: clip with clip_() before its step() instead"
@@ -194,11 +248,10 @@ class _Hook:
     """A step hook of `optimizer` that calls `function`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, function: Callable[[], Any]) -> None:
-        self._optimizer, self._function, self.called = optimizer, function, False
+        self._optimizer, self._function = optimizer, function
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer is self._optimizer:
-            self.called = True
             self._function()
 
 
