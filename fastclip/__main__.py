@@ -1,4 +1,4 @@
-"""python -m fastclip info | build | plot"""
+"""python -m fastclip info | build | plot | run"""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import torch
 from . import backends
 from .backends import native
 from .backends.choice import checked
+from .integrations import launch
 from .version import __version__
 
 
@@ -135,17 +136,20 @@ def _lines(command: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastclip")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="verb", required=True)
     commands.add_parser("info", help=info.__doc__)
     builder = commands.add_parser("build", help=build.__doc__)
     builder.add_argument("--force", action="store_true", help="even if there is a build already")
     plotter = commands.add_parser("plot", help=plot.__doc__)
     plotter.add_argument("record", type=Path, help="the JSON lines of a fastclip.monitor.GradMonitor")
     plotter.add_argument("-o", "--out", type=Path, help=".png, .pdf or .svg; the record's name with .png unless told")
+    launch.add_arguments(commands.add_parser("run", help=launch.run.__doc__))
     arguments = parser.parse_args(argv)
-    if arguments.command == "plot":
+    if arguments.verb == "run":
+        return launch.run(arguments)
+    if arguments.verb == "plot":
         return plot(arguments.record, arguments.out)
-    return info() if arguments.command == "info" else build(arguments.force)
+    return info() if arguments.verb == "info" else build(arguments.force)
 
 
 if __name__ == "__main__":

@@ -250,6 +250,11 @@ class patch_torch:
                 by_backend[backends.choose(device).name] += count
         return {"fastclip": dict(by_backend), "torch": {self._reasons[kind]: n for kind, n in by_torch.items()}}
 
+    def reset_counts(self) -> None:
+        """Begin to count anew, in a fork."""
+        self._counting = threading.Lock()
+        self._clips, self._by_torch = Counter(), Counter()
+
 
 def unpatch_torch() -> None:
     """Make torch's functions what they were; nothing, where they are. Records are closed."""
@@ -261,16 +266,22 @@ def unpatch_torch() -> None:
         patch = patch._before
 
 
+def record_path(target: str | os.PathLike[str]) -> Path:
+    """`target` as the path of a file that can be made; OSError if it cannot."""
+    path = Path(target)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"record: there is no folder {str(path.parent)!r} to write {path.name!r} in")
+    if path.is_dir():
+        raise IsADirectoryError(f"record must be a file, {str(path)!r} is a folder")
+    return path
+
+
 class _Record:
     """The GradMonitors of a patch, one for each set of parameters."""
 
     def __init__(self, target: str | os.PathLike[str] | GradMonitor | None) -> None:
         self._given = target if isinstance(target, GradMonitor) else None
-        self._path = None if target is None or isinstance(target, GradMonitor) else Path(target)
-        if self._path is not None and not self._path.parent.is_dir():
-            raise FileNotFoundError(f"record: there is no folder {str(self._path.parent)!r} to write {target!r} in")
-        if self._path is not None and self._path.is_dir():
-            raise IsADirectoryError(f"record must be a file, {str(self._path)!r} is a folder")
+        self._path = None if target is None or isinstance(target, GradMonitor) else record_path(target)
         self._monitors: weakref.WeakKeyDictionary[ParameterSet, GradMonitor] = weakref.WeakKeyDictionary()
         self._count = 0
 

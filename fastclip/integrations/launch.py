@@ -1,0 +1,201 @@
+"""``python -m fastclip run``: a script, or any command and its children, with torch patched in every process.
+
+The command runs as it would without, in an environment that has the folder ``startup`` on PYTHONPATH: its
+``sitecustomize.py``, which Python runs at its start, waits for torch and calls :func:`begin`. So processes that a
+command spawns are reached too, whatever spawns them, unless they are told to ignore PYTHONPATH (``python -I``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import json
+import math
+import multiprocessing.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .. import rules
+from .clippers import Rules, checked_rules
+from .torch_patch import patch_torch, record_path
+
+STARTUP = Path(__file__).parent / "startup"
+RULE, RECORD, REPORT, MAIN = (f"FASTCLIP_RUN_{name}" for name in ("RULE", "RECORD", "REPORT", "MAIN"))
+_RULES = {
+    name: getattr(rules, name) for name in rules.__all__ if name not in ("InPlaceRule", "Needs", "Rule", "StepContext")
+}
+
+USAGE = """\
+python -m fastclip run [--rule RULE] [--record FILE] SCRIPT [ARGS]
+       python -m fastclip run [--rule RULE] [--record FILE] -m MODULE [ARGS]
+       python -m fastclip run [--rule RULE] [--record FILE] -- COMMAND [ARGS]"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = USAGE
+    parser.add_argument(
+        "--rule",
+        help="takes the place of the limit that the program passes: a number, a rule such as ZClip or "
+        "'ZClip(z_max=3)', or a list, '[Mask(1e-8), GlobalNorm(max_norm)]', in which max_norm is that limit",
+    )
+    parser.add_argument("--record", metavar="FILE", help="keep a record of all clips, for python -m fastclip plot")
+    parser.add_argument("-m", dest="module", action="store_true", help="what follows is a module, as python -m has it")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the script, or after -- any command")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run a script, a module or any command, unchanged, with fastclip in the place of torch's clipping functions."""
+    any_command = arguments.command[:1] == ["--"]
+    command = arguments.command[any_command:]
+    try:
+        if not command or (any_command and arguments.module):
+            raise ValueError(f"nothing to run\nusage: {USAGE}")
+        if sys.flags.ignore_environment or sys.flags.no_site:
+            raise ValueError(
+                "python -I, -E and -S leave PYTHONPATH or sitecustomize out, by which children are reached"
+            )
+        environment = {**os.environ, "PYTHONPATH": _joined(str(STARTUP), os.environ.get("PYTHONPATH"))}
+        for name in (RULE, RECORD, MAIN):
+            environment.pop(name, None)
+        environment[REPORT] = str(Path(tempfile.gettempdir()) / f"fastclip-run-{os.getpid()}-{os.urandom(4).hex()}")
+        if arguments.rule is not None:
+            rule_of(arguments.rule)
+            environment[RULE] = arguments.rule
+        if arguments.record is not None:
+            environment[RECORD] = os.path.abspath(record_path(arguments.record))
+        if not any_command:
+            if not arguments.module and not os.path.exists(command[0]):
+                raise FileNotFoundError(f"there is no script {command[0]!r}")
+            flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+            command = [sys.executable, *flags, *(["-m"] if arguments.module else []), *command]
+            environment[MAIN] = str(os.getpid())
+    except (OSError, TypeError, ValueError) as error:
+        print(f"fastclip run: {error}", file=sys.stderr)
+        return 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not any_command and os.name == "posix":
+        os.execve(command[0], command, environment)  # the process stays the one that a launcher watches
+    return _supervised(command, environment)
+
+
+def _joined(folder: str, others: str | None) -> str:
+    return os.pathsep.join([folder, others]) if others else folder
+
+
+def _supervised(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command, and report for all of its processes. Returns its exit status as a shell has it."""
+    environment.pop(MAIN, None)
+    try:
+        process = subprocess.Popen(command, env=environment)
+    except OSError as error:
+        print(f"fastclip run: {command[0]!r} cannot be run: {error.strerror}", file=sys.stderr)
+        return 127
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command too
+    signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    status = process.wait()
+    _print_report(environment[REPORT], {})
+    return status if status >= 0 else 128 - status
+
+
+def rule_of(text: str) -> Rules:
+    """What ``--rule`` says: a rule, a number or a list; or a function from ``max_norm`` to one, if it has that word.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    try:
+        code = compile(text.strip(), "--rule", "eval")
+
+        def made(max_norm: Any) -> Any:
+            value = eval(code, {"__builtins__": {}}, {**_RULES, "inf": math.inf, "max_norm": max_norm})
+            items = value if isinstance(value, (list, tuple)) else [value]
+            items = [item() if isinstance(item, type) else item for item in items]  # ZClip is ZClip()
+            return items if isinstance(value, (list, tuple)) else items[0]
+
+        rule = made(1.0)
+        checked_rules(rule)
+    except Exception as error:
+        raise ValueError(
+            f"--rule {text!r} is neither a number nor made of fastclip's rules ({', '.join(_RULES)}): {error}"
+        ) from error
+    return made if "max_norm" in code.co_names else rule
+
+
+def begin() -> None:
+    """Patch torch as the environment of ``run`` has it, and report when this process ends. Called once torch is
+    imported, by ``startup/sitecustomize.py``."""
+    rule = os.environ.get(RULE)
+    patch = patch_torch(None if rule is None else rule_of(rule), record=os.environ.get(RECORD))
+    report = _Report(patch, os.environ.get(REPORT))
+    atexit.register(report.at_exit)
+    # Children that multiprocessing forks end without atexit, and with the counts that their parent had.
+    multiprocessing.util.register_after_fork(report, _Report.after_fork)
+
+
+class _Report:
+    """What this process tells at its end: the one that ``run`` became tells the user, others tell that one."""
+
+    def __init__(self, patch: patch_torch, folder: str | None) -> None:
+        self._patch, self._folder = patch, folder
+        self._main = os.environ.get(MAIN) == str(os.getpid())
+
+    def at_exit(self) -> None:
+        if self._folder is None:
+            return
+        counts = self._patch.counts()
+        if self._main:
+            _print_report(self._folder, counts)
+        elif any(counts.values()):
+            os.makedirs(self._folder, exist_ok=True)
+            name = f"{os.getpid()}-{os.urandom(4).hex()}.json"
+            Path(self._folder, name).write_text(json.dumps(counts))
+
+    def after_fork(self) -> None:
+        self._main = False
+        self._patch.reset_counts()
+        multiprocessing.util.Finalize(None, self.at_exit, exitpriority=0)
+
+
+def _print_report(folder: str, counts: dict[str, dict[str, int]]) -> None:
+    """One line on stderr for this process and those that have left their counts in `folder`; of several ranks, the
+    first one's, and others only if calls went on to torch."""
+    reports = [counts] if any(counts.values()) else []
+    for path in sorted(Path(folder).glob("*.json")):
+        reports.append(json.loads(path.read_text()))
+    shutil.rmtree(folder, ignore_errors=True)
+    ours: Counter[str] = Counter()
+    torchs: Counter[str] = Counter()
+    for report in reports:
+        ours.update(report["fastclip"])
+        torchs.update(report["torch"])
+    if os.environ.get("RANK", "0") != "0" and not torchs:
+        return
+    sys.stdout.flush()
+    print(f"fastclip: {_sentence(ours, torchs, len(reports))}", file=sys.stderr)
+
+
+def _sentence(ours: Counter[str], torchs: Counter[str], processes: int) -> str:
+    if not ours and not torchs:
+        return "nothing was clipped: none of torch.nn.utils' clipping functions was called"
+    parts = [f"{_times(ours.total(), 'clip')} by {_listed(ours)}"] if ours else []
+    for reason, count in torchs.most_common():
+        parts.append(f"{_times(count, 'call')} left to torch ({reason})")
+    return "; ".join(parts) + (f"; in {processes} processes" if processes > 1 else "")
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _listed(counts: Counter[str]) -> str:
+    if len(counts) == 1:
+        return next(iter(counts))
+    return " and ".join(f"{name} ({count:,})" for name, count in counts.most_common())
