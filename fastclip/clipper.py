@@ -5,21 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, compiler
 
 from . import backends
-from .arguments import checked_norm, is_bool
-from .backends import Measurement, NativeGroup, capturing, upload
+from .arguments import checked_norm
+from .backends import Measurement, NativeGroup, added, loaded
 from .distributed.declare import MARKED
 from .distributed.groups import checked_group
 from .distributed.plan import warm_up
 from .gradients.pack import flatten_params, from_native, pack, same_items
 from .gradients.param_index import ParamIndex, check_names, named
 from .gradients.table import GradTable
-from .pipeline.amp import GradScalerState
+from .pipeline.amp import GradScalerState, flag
 from .pipeline.decide import ClipDecision, decide
 from .pipeline.step import (
     check_optimizer,
@@ -38,6 +38,17 @@ from .stats import Stats
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+
+class DecidedStep(NamedTuple):
+    """What was decided of the gradients of a step that an optimizer is yet to take."""
+
+    table: GradTable
+    stats: Stats
+    decision: ClipDecision
+    complete: bool  # whether the optimizer's gradients are those of the table
+    scaler_state: GradScalerState
+
 
 NONFINITE = ("propagate", "skip", "zero", "raise")
 
@@ -297,8 +308,14 @@ class Clipper:
     ) -> tuple[Stats, bool]:
         """Decide, and make the next step of the innermost optimizer carry it out; False if there must be none, see
         :func:`prepare`."""
-        optimizer = optimizers[-1]
-        complete = covers(optimizer, self.parameters)
+        step = self.decide_step(optimizers, scaler, when, divide_by)
+        steps = prepare(optimizers[-1], step.table, step.decision, step.complete, undo)
+        undo.push(step.scaler_state.done)
+        return step.stats, steps
+
+    def decide_step(self, optimizers: list[Any], scaler: Any, when: Any = None, divide_by: Any = 1) -> DecidedStep:
+        """What the rules say of a step of the last of `optimizers`, which the others wrap; see :meth:`step`."""
+        complete = covers(optimizers[-1], self.parameters)
         table = self.pack()
         scaler_state = GradScalerState.of(scaler, optimizers, table.device)
         inv_scale = scaler_state.inv_scale(divide_by)
@@ -307,7 +324,7 @@ class Clipper:
                 "optimizer must hold exactly the parameters of this Clipper where a scaler or divide_by is given: "
                 "the other gradients would be left unscaled"
             )
-        skip = None if when is None else ~_flag(when, table.device)
+        skip = None if when is None else ~flag(when, table.device)
         found_inf = scaler_state.found_inf
         if found_inf is None and scaler_state.unscaled and table.shards is not None:  # no gradient here, but elsewhere
             found_inf = torch.zeros((), dtype=torch.bool, device=table.device)
@@ -316,9 +333,7 @@ class Clipper:
         scaled = scaler_state.active or scaler_state.by_wrapper
         stats, decision, found_inf = self._decide(table, inv_scale, skip, scaled, found_inf)
         scaler_state.record(stats, found_inf)
-        steps = prepare(optimizer, table, decision, complete, undo)
-        undo.push(scaler_state.done)
-        return stats, steps
+        return DecidedStep(table, stats, decision, complete, scaler_state)
 
     def decide(
         self, table: GradTable, inv_scale: Tensor | None = None, skip: Tensor | None = None, scaled: bool = False
@@ -353,9 +368,9 @@ class Clipper:
             stats.names = params().names
         self.steps += 1
         if decision.skip is not None:
-            self.skips = _added(self.skips, decision.skip)
+            self.skips = added(self.skips, decision.skip)
         if stats.zeroed is not None:
-            self.zeroed = _added(self.zeroed, stats.zeroed_count().round().long())
+            self.zeroed = added(self.zeroed, stats.zeroed_count().round().long())
         return stats, decision, context.found_inf
 
     def state_dict(self) -> dict[str, Any]:
@@ -377,7 +392,7 @@ class Clipper:
             rule.check_state_dict(state)
         for rule, state in zip(self.rules, saved):
             rule.load_state_dict(state)
-        self.steps, self.skips, self.zeroed = steps, _loaded(self.skips, skips), _loaded(self.zeroed, zeroed)
+        self.steps, self.skips, self.zeroed = steps, loaded(self.skips, skips), loaded(self.zeroed, zeroed)
 
     def _refuse(self, stats: Stats) -> None:
         """RuntimeError if a gradient is not finite; on all ranks, if one on any of them is not."""
@@ -413,33 +428,3 @@ class Clipper:
 
     def __repr__(self) -> str:
         return f"Clipper({len(self.parameters)} parameters, {self.rules})"
-
-
-def _flag(when: Any, device: torch.device) -> Tensor:
-    if is_bool(when):
-        when = bool(when)
-    if not (isinstance(when, bool) or (isinstance(when, Tensor) and when.dtype == torch.bool and when.numel() == 1)):
-        got = f"a {when.dtype} tensor of shape {tuple(when.shape)}" if isinstance(when, Tensor) else repr(when)
-        raise TypeError(f"when must be a bool or a bool tensor of one element, got {got}")
-    if isinstance(when, bool) or when.device.type == "cpu":
-        return upload(when, torch.bool, device).reshape(())
-    return when.detach().reshape(()).to(device)
-
-
-def _added(total: Tensor | None, more: Tensor) -> Tensor:
-    """`total` and `more`, in the memory of `total`, which a CUDA graph may know."""
-    if total is None or total.device != more.device:
-        if capturing(more.device):
-            raise RuntimeError(
-                "call the Clipper once before it is captured in a CUDA graph: it has nothing to count in yet"
-            )
-        with torch.inference_mode(False):  # a tensor made in inference mode could not be changed outside of it
-            total = torch.zeros((), dtype=torch.int64, device=more.device) if total is None else total.to(more.device)
-    return total.add_(more)
-
-
-def _loaded(mine: Tensor | None, saved: int) -> Tensor | None:
-    if mine is None:
-        with torch.inference_mode(False):
-            return torch.tensor(saved, dtype=torch.int64, device="cpu") if saved else None
-    return mine.fill_(saved)

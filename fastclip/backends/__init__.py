@@ -10,7 +10,7 @@ import torch
 from . import choice, native
 from .base import Backend, FusedBackend, GradGroup, Measurement, NativeGroup, StepBackend
 from .choice import BACKENDS, checked, current, use_backend
-from .transfer import UploadCache, capturing, upload
+from .transfer import UploadCache, added, capturing, loaded, upload
 
 if TYPE_CHECKING:  # so that mypy holds the modules to the interface
     from . import cpu, cuda, reference, triton
@@ -25,12 +25,14 @@ __all__ = [
     "Measurement",
     "NativeGroup",
     "UploadCache",
+    "added",
     "capturing",
     "choose",
     "choose_fused",
     "choose_step",
     "current",
     "get",
+    "loaded",
     "upload",
     "use_backend",
 ]

@@ -1,4 +1,5 @@
-"""From the host to a device without waiting for it, and without doing so again for what is there already."""
+"""From the host to a device without waiting for it, and without doing so again for what is there already; and counts
+that stay there."""
 
 from __future__ import annotations
 
@@ -34,6 +35,26 @@ def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     if capturing(device):
         _captured.append(host)
     return host.to(device, non_blocking=True)
+
+
+def added(total: Tensor | None, more: Tensor) -> Tensor:
+    """`total` and `more`, in the memory of `total`, which a CUDA graph may know."""
+    if total is None or total.device != more.device:
+        if capturing(more.device):
+            raise RuntimeError(
+                "call the Clipper once before it is captured in a CUDA graph: it has nothing to count in yet"
+            )
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be changed outside of it
+            total = torch.zeros((), dtype=torch.int64, device=more.device) if total is None else total.to(more.device)
+    return total.add_(more)
+
+
+def loaded(total: Tensor | None, saved: int) -> Tensor | None:
+    """`saved` in the memory of `total`; None: it was 0 and still is."""
+    if total is None:
+        with torch.inference_mode(False):
+            return torch.tensor(saved, dtype=torch.int64, device="cpu") if saved else None
+    return total.fill_(saved)
 
 
 Made = TypeVar("Made")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
@@ -29,6 +30,7 @@ class ParameterSet:
 
     def __init__(self, clipper: Clipper, ids: list[int], asked: tuple[Any, ...], number: int) -> None:
         self.clipper, self.ids, self.asked, self.number = clipper, ids, asked, number
+        self.names = clipper.names
 
 
 class Clippers:
@@ -50,7 +52,8 @@ class Clippers:
         if rule is not None and not _is_function(rule):
             checked_rules(rule)
         self._sets = WeakTensorKeyDictionary()  # first parameter -> its ParameterSets; they hold no parameters
-        self._count = 0
+        self._made: list[weakref.ref[ParameterSet]] = []
+        self._saved: dict[int, dict[str, Any]] = {}  # number of a set that is yet to come -> what it remembers
 
     def get(self, parameters: list[Tensor], max_norm: Any, norm_type: float) -> ParameterSet:
         """The set of these `parameters`, with rules for this limit. What they remember is carried over to the rules of
@@ -58,24 +61,48 @@ class Clippers:
         ids = list(map(id, parameters))
         sets: list[ParameterSet] = self._sets.setdefault(parameters[0], [])  # type: ignore[no-untyped-call]
         found = next((each for each in sets if each.ids == ids), None)
-        names = self._names(parameters)
         asked = (max_norm, norm_type)
         if found is None:
+            names, number = self._names(parameters), len(self._made)
             clipper = Clipper(list(zip(names, parameters)) if names else parameters, self._rules(max_norm, norm_type))
-            found = ParameterSet(clipper, ids, asked, self._count)
-            self._count += 1
+            if number in self._saved:
+                clipper.load_state_dict(self._saved.pop(number))
+            found = ParameterSet(clipper, ids, asked, number)
+            self._made.append(weakref.ref(found))
             sets.append(found)
             return found
         clipper = found.clipper
-        clipper.set_parameters(parameters, names)
+        clipper.set_parameters(parameters, found.names)
         if (self.rule is None or _is_function(self.rule)) and not _same(asked, found.asked):
             rules = checked_rules(self._rules(max_norm, norm_type))
-            norm_type_of(rules)
             if [type(rule) for rule in rules] == [type(rule) for rule in clipper.rules]:
                 for rule, before in zip(rules, clipper.rules):
                     rule.load_state_dict(before.state_dict())
             clipper.rules, clipper.norm_type, found.asked = rules, norm_type_of(rules), asked
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rules of each set remember, in the order in which the sets came."""
+        states = {str(number): state for number, state in self._saved.items()}
+        for reference in self._made:
+            if (found := reference()) is not None:
+                states[str(found.number)] = found.clipper.state_dict()
+        return states
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state; sets that are yet to come take theirs when they do.
+
+        Raises:
+            ValueError, KeyError: it was saved with another rule.
+        """
+        saved = {int(number): state for number, state in state_dict.items()}
+        if not _is_function(self.rule):
+            for state in saved.values():
+                Clipper([], self._rules(1.0, 2.0)).load_state_dict(state)
+        for reference in self._made:
+            if (found := reference()) is not None and found.number in saved:
+                found.clipper.load_state_dict(saved.pop(found.number))
+        self._saved = saved
 
     def only_measures(self, max_norm: Any) -> bool:
         """Whether a call with this limit is one that only wants the norm, in which no rule takes the limit's place."""

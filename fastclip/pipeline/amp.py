@@ -97,3 +97,15 @@ def given_by_scaler(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, Te
     found_inf = getattr(optimizer, "found_inf", None)  # without gradients a sum of nothing, an int
     found_inf = found_inf if found_inf is None or isinstance(found_inf, Tensor) else torch.tensor(float(found_inf))
     return getattr(optimizer, "grad_scale", None), found_inf
+
+
+def flag(when: Any, device: torch.device) -> Tensor:
+    """The argument `when` of a step as a [] bool on `device`."""
+    if is_bool(when):
+        when = bool(when)
+    if not (isinstance(when, bool) or (isinstance(when, Tensor) and when.dtype == torch.bool and when.numel() == 1)):
+        got = f"a {when.dtype} tensor of shape {tuple(when.shape)}" if isinstance(when, Tensor) else repr(when)
+        raise TypeError(f"when must be a bool or a bool tensor of one element, got {got}")
+    if isinstance(when, bool) or when.device.type == "cpu":
+        return upload(when, torch.bool, device).reshape(())
+    return when.detach().reshape(()).to(device)

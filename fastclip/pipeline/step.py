@@ -97,9 +97,12 @@ def flat_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def covers(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> bool:
-    """Whether the optimizer's parameters are `parameters`, in any order."""
+    """Whether the gradients of the optimizer's parameters are those of `parameters`, in any order."""
     theirs = flat_params(optimizer)
-    return same_items(theirs, parameters) or set(map(id, theirs)) == set(map(id, parameters))
+    if same_items(theirs, parameters):
+        return True
+    one, other = ({id(p): p for p in params} for params in (theirs, parameters))
+    return all((one if key in one else other)[key].grad is None for key in one.keys() ^ other.keys())
 
 
 def takes_decision(optimizer: torch.optim.Optimizer, table: GradTable, decision: ClipDecision) -> bool:
