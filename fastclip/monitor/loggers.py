@@ -1,4 +1,4 @@
-"""Where scalars go besides the file: TensorBoard, Weights & Biases, or any function."""
+"""Where scalars go besides the file: TensorBoard, Weights & Biases, the loggers of frameworks, or any function."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def loggers(log: list[Any]) -> tuple[list[Logger], list[Any]]:
             own.append(target)
         if hasattr(target, "add_scalar"):
             functions.append(partial(_add_scalars, target))
+        elif callable(getattr(target, "log_metrics", None)):  # Lightning's loggers, MLflow
+            functions.append(partial(_log_metrics, target))
         elif callable(getattr(target, "log", None)) and callable(getattr(target, "define_metric", None)):
             functions.append(Wandb(target))
         elif callable(getattr(target, "log", None)):
@@ -35,8 +37,9 @@ def loggers(log: list[Any]) -> tuple[list[Logger], list[Any]]:
             functions.append(target)
         else:
             raise TypeError(
-                f"log must be a SummaryWriter, a wandb run, a function of a dict and a step, a folder, or a list of "
-                f"such, got {type(target).__name__} {target!r}"
+                f"log must be a SummaryWriter, a wandb run, something with log_metrics() (Lightning, MLflow) or log() "
+                f"(Accelerate), a function of a dict and a step, a folder, or a list of such, got "
+                f"{type(target).__name__} {target!r}"
             )
     return functions, own
 
@@ -54,6 +57,10 @@ def _tensorboard(folder: str | os.PathLike[str]) -> Any:
 def _add_scalars(writer: Any, scalars: dict[str, float], step: int) -> None:
     for name, value in scalars.items():
         writer.add_scalar(name, value, step)
+
+
+def _log_metrics(logger: Any, scalars: dict[str, float], step: int) -> None:
+    logger.log_metrics(scalars, step=step)
 
 
 class Wandb:
