@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-isas lint format bench gpu clean
+.PHONY: demo test test-integrations test-isas lint format bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# With the frameworks that fastclip goes into, in an environment of their own. timm without torchvision, which this torch
+# has none for.
+test-integrations: .venv-integrations/ready
+	.venv-integrations/bin/python -m pytest -q -n 2 tests/integrations tests/test_wrapped.py tests/test_rules_agc.py
 
 # What depends on the instructions of the CPU, with those that other CPUs have: torch's, then ours.
 ISAS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 FASTCLIP_CPU_ISA=portable FASTCLIP_CPU_ISA=avx2
@@ -46,9 +51,15 @@ gpu:
 	python3 -m bench.gpu
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-integrations build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-integrations/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test-integrations]'
+	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm
 	touch $@

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -176,16 +177,32 @@ def train_fabric(clipper=None):
     return losses
 
 
-def train_timm(clip=None):
-    from timm.utils import dispatch_clip_grad
+@functools.cache
+def timm_dispatch_clip_grad():
+    try:
+        from timm.utils import dispatch_clip_grad
+    except ImportError:  # timm's models import torchvision; the file that clips needs none of them
+        import importlib
+        import importlib.util
+        import types
 
+        folder = os.path.dirname(importlib.util.find_spec("timm").origin)
+        for name, path in {"timm": folder, "timm.utils": os.path.join(folder, "utils")}.items():
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__path__ = [path]
+        return importlib.import_module("timm.utils.clip_grad").dispatch_clip_grad
+    return dispatch_clip_grad
+
+
+def train_timm(clip=None):
+    clip = clip or timm_dispatch_clip_grad()
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []
     for x in batches():
         loss = loss_of(model, x)
         loss.backward()
-        (clip or dispatch_clip_grad)(model.parameters(), LIMIT)
+        clip(model.parameters(), LIMIT)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
