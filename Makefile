@@ -11,7 +11,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # With the frameworks that fastclip goes into, in an environment of their own. timm without torchvision, which this torch
-# has none for.
+# has none for, and torchtitan without what only its trainer needs.
 test-integrations: .venv-integrations/ready
 	.venv-integrations/bin/python -m pytest -q -n 2 tests/integrations tests/test_wrapped.py tests/test_rules_agc.py
 
@@ -61,5 +61,5 @@ clean:
 .venv-integrations/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test-integrations]'
-	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm
+	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm torchtitan spmd_types
 	touch $@

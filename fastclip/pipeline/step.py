@@ -43,15 +43,22 @@ class TakesDecision:
 
 def unwrapped(optimizer: Any) -> list[Any]:
     """The optimizer, and what is inside of it one in the other, where it is a wrapper such as Accelerate's, Fabric's or
-    Lightning's. The last one is the optimizer that steps in the end."""
+    Lightning's, or torchtitan's container of one. The last one is the optimizer that steps in the end."""
     chain = [optimizer]
-    inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, torch.optim.Optimizer) and all(inner is not one for one in chain):
-        if not _wraps(optimizer, inner):
-            break
+    inner = _inner(optimizer)
+    while inner is not None and all(inner is not one for one in chain) and _wraps(chain[-1], inner):
         chain.append(inner)
-        inner = getattr(inner, "optimizer", None)
+        inner = _inner(inner)
     return chain
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer that another one has, if it has one."""
+    inner = getattr(optimizer, "optimizer", None)
+    several = getattr(optimizer, "optimizers", None)
+    if inner is None and isinstance(several, (list, tuple)) and len(several) == 1:
+        inner = several[0]
+    return inner if isinstance(inner, torch.optim.Optimizer) else None
 
 
 def _wraps(outer: Any, inner: torch.optim.Optimizer) -> bool:
@@ -73,7 +80,9 @@ def check_optimizer(optimizer: Any) -> None:
             f"optimizer must step without a closure; {type(optimizer).__name__} evaluates one several times a step, so "
             f"call clip_() inside the closure instead"
         )
-    if any(getattr(one, "clipper", None) is not None for one in (optimizer, getattr(optimizer, "optimizer", None))):
+    several = getattr(optimizer, "optimizers", ())
+    parts = (optimizer, getattr(optimizer, "optimizer", None), *(several if isinstance(several, (list, tuple)) else ()))
+    if any(getattr(part, "clipper", None) is not None for part in parts):
         raise ValueError(
             "optimizer has a max_norm of its own, so its gradients would be clipped twice: call its step()"
         )
@@ -107,8 +116,7 @@ def covers(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> bool:
 
 def takes_decision(optimizer: torch.optim.Optimizer, table: GradTable, decision: ClipDecision) -> bool:
     """Whether the optimizer's own pass over its gradients, those of `table`, can carry `decision` out."""
-    inner = getattr(optimizer, "optimizer", None)  # which steps a part, see _wraps()
-    if _has_step_hooks(optimizer) or isinstance(inner, torch.optim.Optimizer):
+    if _has_step_hooks(optimizer) or _inner(optimizer) is not None:  # which steps a part, see _wraps()
         return False
     return isinstance(optimizer, TakesDecision) or (
         _divides_by_scale(optimizer, table) and has_divisor(decision.common)

@@ -14,6 +14,7 @@ NEEDED = {
     "test_accelerate.py": ["accelerate"],
     "test_transformers.py": ["transformers", "accelerate"],
     "test_lightning.py": ["lightning"],
+    "test_torchtitan.py": ["torchtitan"],
     "test_frameworks.py": ["accelerate", "lightning", "peft", "timm", "transformers"],
 }
 collect_ignore = [
