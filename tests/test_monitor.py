@@ -554,11 +554,20 @@ class Run:
         self.logged.append((scalars, step))
 
 
+class Metrics(Run):
+    """A logger of Lightning's, or the module mlflow."""
+
+    def log_metrics(self, metrics, step=None):
+        super().log(metrics, step)
+
+    log = None
+
+
 def test_loggers():
-    writer, run, called = Writer(), Run(), []
-    with GradMonitor(log=[writer, run, lambda *args: called.append(args)], log_every=2) as monitor:
+    writer, run, metrics, called = Writer(), Run(), Metrics(), []
+    with GradMonitor(log=[writer, run, metrics, lambda *args: called.append(args)], log_every=2) as monitor:
         watch(monitor, [(0.3, 0.4), (1, 1), (3.0, 4.0), (1, 1)], [1.0, 2.0, 3.0, 4.0])
-    assert called == run.logged and [step for _, step in called] == [0, 2]
+    assert called == run.logged == metrics.logged and [step for _, step in called] == [0, 2]
     assert called[1][0] == pytest.approx(
         {"loss": 3.0, "grad/norm": 5.0, "grad/limit": 1.0, "grad/coef": 0.2, "grad/clip_rate": 2 / 3, "grad/skips": 0,
          "grad/nonfinite": 0}, rel=1e-6,

@@ -370,16 +370,22 @@ def test_a_fork_writes_nothing(tmp_path):
     assert [line["step"] for line in steps_of(path)] == [*range(6)]
 
 
+@pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_only_rank_0_writes(tmp_path, monkeypatch, rank):
+def test_only_rank_0_writes_unless_asked(tmp_path, monkeypatch, rank, asked):
     path, called = tmp_path / "run.jsonl", []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
-    with GradMonitor(path, log=[lambda *given: called.append(given), *[tmp_path / "events"] * rank]) as monitor:
+    writes = asked or rank == 0
+    folders = [] if writes else [tmp_path / "events"]  # which TensorBoard, if there is one, would make
+    with GradMonitor(path, log=[lambda *given: called.append(given), *folders], every_rank=asked) as monitor:
         monitor.update(Model("a").step(1))
-    assert path.exists() == (rank == 0) and not (tmp_path / "events").exists()
-    assert monitor.history.last == 0 and len(called) == 1
-    if rank:
+        copied = copy.deepcopy(monitor)
+    copied.update(Model("a").step(2))
+    copied.close()
+    assert path.exists() == writes and not (tmp_path / "events").exists()
+    assert monitor.history.last == 0 and len(called) == (1 if writes else 0)
+    if not writes:
         with GradMonitor(path), GradMonitor(path):
             pass
 

@@ -36,13 +36,15 @@ def attach(
     Args:
         accelerator: whose method is replaced, on this instance; before or after ``prepare()``.
         rule: takes the place of the limit that is passed to ``clip_grad_norm_``: a rule, a number, a list of such, or a
-            function from the passed `max_norm` to one of these. A call with ``inf`` only measures. What rules remember
-            is saved and loaded by ``accelerator.save_state`` and ``load_state``.
-        monitor: is given the statistics of each clip.
+            function from the passed `max_norm` to one of these. A call with ``inf`` only measures.
+        monitor: is given the statistics of each clip; of several sets of parameters, those of the first.
         in_step: leave the gradients as they are, and have the next step of their optimizer multiply by the coefficient
             as it reads them, where it can: torch's ``fused=True`` Adam, AdamW, SGD and Adagrad, and
             :mod:`fastclip.optim`. Between the clip and that step gradients are not clipped yet, and changing them is an
             error. False: they are clipped at once, as with other optimizers, and where step hooks are registered.
+
+    Where there is a `rule` or a `monitor`, ``accelerator.save_state`` saves what rules remember and the number of steps,
+    and ``load_state`` goes on from there.
 
     Raises:
         TypeError, ValueError: an argument of another kind; an accelerator whose engine clips by itself (DeepSpeed,
@@ -94,7 +96,7 @@ class Attached:
             self.detach()
         self.accelerator = accelerator
         accelerator.clip_grad_norm_ = self.clip_grad_norm_
-        if self._clippers.rule is not None:
+        if self._clippers.rule is not None or self.monitor is not None:
             accelerator.register_for_checkpointing(self)
         _attached.add(self)
 
@@ -109,7 +111,8 @@ class Attached:
             waiting.settle()
         if self._clippers.only_measures(max_norm):
             return functional.clip_norm_(items, max_norm, norm_type)
-        clipper = self._clippers.get(items, max_norm, norm_type).clipper
+        parameter_set = self._clippers.get(items, max_norm, norm_type)
+        clipper = parameter_set.clipper
         chain = self._optimizers_of(clipper) if accelerator.sync_gradients else None
         waits = False
         if chain is None:
@@ -124,8 +127,8 @@ class Attached:
         if not waits:
             clipper.release_parameters()
         self.stats = stats
-        if self.monitor is not None:
-            self.monitor.update(stats)
+        if self.monitor is not None and parameter_set.number == 0:
+            self.monitor.update(stats, step=stats.step)
         return stats.total_norm
 
     def _optimizers_of(self, clipper: Clipper) -> list[Any] | None:

@@ -53,7 +53,7 @@ class GradMonitor:
 
     A run that ends without :meth:`close`, and a monitor that is collected without it, take up the steps on their way
     too. Once a torch.distributed process group is initialized, every rank keeps and judges what it is given, but only
-    rank 0 writes `path` and folders of `log`.
+    rank 0 writes `path` and calls what `log` names, unless `every_rank` says otherwise.
 
     A copy (by pickle, which a checkpoint may hold, or by copy.deepcopy) has all settings, the history and what the
     warnings go by; the steps on their way are waited for and taken up before. It opens `path` again at the next step it
@@ -65,8 +65,9 @@ class GradMonitor:
     Args:
         path: a file to append JSON lines to, one a step; :mod:`fastclip.monitor.lines` says what is in them. If it
             cannot be written any more (a full disk), training goes on without, after a warning.
-        log: where scalars go: a ``SummaryWriter``, a wandb run, a function of a dict and a step, a folder for
-            TensorBoard to read, or a list of such. In wandb, they are drawn over ``grad/step``; do not pass ``step=``
+        log: where scalars go: a ``SummaryWriter``, a wandb run, something with ``log_metrics`` (Lightning's loggers,
+            mlflow) or ``log`` (an ``Accelerator``), a function of a dict and a step, a folder for TensorBoard to read,
+            or a list of such. In wandb, they are drawn over ``grad/step``; do not pass ``step=``
             to the run's own ``log()`` beside it, which drops what is below the number of rows logged so far.
         log_every: steps between two calls of these.
         history: how many spans of steps are kept to draw from (an even number). Longer runs get coarser: when so many
@@ -77,6 +78,7 @@ class GradMonitor:
         adam_eps: Adam's, to warn where it swallows the clipped gradients; None for other optimizers.
         elements: how many elements the gradients have together, to judge that by their root mean square; without it,
             by their largest element.
+        every_rank: write and log on every rank of torch.distributed. Give each a `path` and a folder of its own.
 
     Attributes:
         missed: how many steps were left out because 256 others were still on their way from a GPU.
@@ -96,6 +98,7 @@ class GradMonitor:
     MOST_PENDING = 256
     TOGETHER = 4  # on a CPU
     _closed = True  # until it is made
+    _every_rank = False
     _targets: list[Any]  # what `log` names
     _loggers: list[Logger] | None  # made of them; None: to be made, in a copy
     _own: list[Any]  # those that are ours to close
@@ -112,7 +115,9 @@ class GradMonitor:
         window: int = 100,
         adam_eps: float | None = 1e-8,
         elements: int | None = None,
+        every_rank: bool = False,
     ) -> None:
+        self._every_rank = bool(every_rank)
         self.log_every, self.rows_every = _count(log_every, "log_every"), _count(rows_every, "rows_every")
         self.window = _count(window, "window")
         if adam_eps is not None and not (_is_number(adam_eps) and adam_eps >= 0):
@@ -129,7 +134,7 @@ class GradMonitor:
         self._next = self._seen = 0
         self._own = []
         self.log_to(log)
-        self._lines = None if path is None else Lines(path, later=not writes())
+        self._lines = None if path is None else Lines(path, later=not self._writes())
         self._begun()
 
     def _begun(self, closed: bool = False) -> None:
@@ -141,7 +146,7 @@ class GradMonitor:
     def log_to(self, log: Any) -> None:
         """Send scalars to `log` from now on, instead of where they went before: as the argument of the constructor."""
         targets = list(log) if isinstance(log, (list, tuple)) else [] if log is None else [log]
-        found, own = loggers(targets)
+        found, own = loggers(targets, folders=self._writes())
         for writer in self._own:
             writer.close()
         self._targets, self._loggers, self._own = targets, found, own
@@ -338,10 +343,10 @@ class GradMonitor:
         self._history.rows, self._history.norm_type = self._register.rows, read.layout.norm_type
         self._history.add(record, cells)
         self._history.warnings.extend(notices)
-        if self._lines and writes():
+        if self._lines and self._writes():
             notices += self._write(self._lines, record, notices)
         self._seen += 1
-        if (self._seen - 1) % self.log_every == 0:
+        if (self._seen - 1) % self.log_every == 0 and self._writes():
             scalars = {name: record[key] for key, name in SCALARS.items() if key in record}
             scalars |= {"grad/clip_rate": sum(self._clipped) / len(self._clipped), "grad/skips": self._skips}
             if self._loggers is None:
@@ -349,6 +354,9 @@ class GradMonitor:
             for logger in self._loggers or ():
                 logger(scalars, pending.step)
         return notices
+
+    def _writes(self) -> bool:
+        return self._every_rank or writes()
 
     def _write(self, lines: Lines, record: dict[str, Any], notices: list[Notice]) -> list[Notice]:
         try:

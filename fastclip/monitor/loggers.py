@@ -7,21 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .lines import writes
-
 Logger = Callable[[dict[str, float], int], Any]
 
 
-def loggers(log: list[Any]) -> tuple[list[Logger], list[Any]]:
-    """Functions of a dict of scalars and a step, and the writers that are ours to close.
-
-    Folders are rank 0's to write in; what else there is, is called by every rank that has it.
-    """
+def loggers(log: list[Any], folders: bool) -> tuple[list[Logger], list[Any]]:
+    """Functions of a dict of scalars and a step, and the writers that are ours to close. `folders`: whether this
+    process writes in those."""
     functions: list[Logger] = []
     own = []
     for target in log:
         if isinstance(target, (str, os.PathLike)):
-            if not writes():
+            if not folders:
                 continue
             target = _tensorboard(target)
             own.append(target)

@@ -129,6 +129,19 @@ def test_a_run_that_goes_on_from_a_checkpoint(tmp_path):
         fresh.accelerator.load_state(tmp_path)
 
 
+def test_a_monitor_goes_on_from_a_checkpoint(tmp_path):
+    path = tmp_path / "run.jsonl"
+    for part in range(2):
+        training = Training()
+        with fastclip.monitor.GradMonitor(path) as monitor:
+            attach(training.accelerator, monitor=monitor)
+            if part:
+                training.accelerator.load_state(tmp_path / "saved")
+            training.run(5)
+            training.accelerator.save_state(tmp_path / "saved")
+    assert [span.first for span in fastclip.monitor.load(path).spans] == list(range(10))
+
+
 def test_a_call_that_only_measures():
     training = Training()
     attach(training.accelerator, 0.01)
@@ -226,7 +239,8 @@ def test_a_second_attach_takes_the_place_of_the_first():
 
 def test_two_models_with_an_optimizer_each():
     accelerator = Accelerator(cpu=True)
-    attached = attach(accelerator, rules.ZClip(warmup=3))
+    monitor = fastclip.monitor.GradMonitor()
+    attached = attach(accelerator, rules.ZClip(warmup=3), monitor)
     models = [nn.Linear(4, 1), nn.Linear(6, 1)]
     pairs = [accelerator.prepare(m, torch.optim.SGD(m.parameters(), lr=0.1, fused=True)) for m in models]
     for _ in range(6):
@@ -237,6 +251,7 @@ def test_two_models_with_an_optimizer_each():
             optimizer.step()
             optimizer.zero_grad()
     states = attached.state_dict()
+    assert monitor.last["step"] == 5  # of the first
     assert len(states) == 2 and states["0"]["rules"][0]["mean"] != states["1"]["rules"][0]["mean"]
 
 
