@@ -43,8 +43,8 @@ def attach(
             :mod:`fastclip.optim`. Between the clip and that step gradients are not clipped yet, and changing them is an
             error. False: they are clipped at once, as with other optimizers, and where step hooks are registered.
 
-    Where there is a `rule` or a `monitor`, ``accelerator.save_state`` saves what rules remember and the number of steps,
-    and ``load_state`` goes on from there.
+    Where there is a `rule` or a `monitor`, ``accelerator.save_state`` saves what rules remember and how many steps have
+    been taken, and ``load_state`` goes on from there.
 
     Raises:
         TypeError, ValueError: an argument of another kind; an accelerator whose engine clips by itself (DeepSpeed,
