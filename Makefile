@@ -13,7 +13,7 @@ test: .venv/ready
 # With the frameworks that fastclip goes into, in an environment of their own. timm without torchvision, which this torch
 # has none for, and torchtitan without what only its trainer needs.
 test-integrations: .venv-integrations/ready
-	.venv-integrations/bin/python -m pytest -q -n 2 tests/integrations tests/test_wrapped.py tests/test_rules_agc.py
+	.venv-integrations/bin/python -m pytest -q -n 2 tests/integrations tests/test_guides.py tests/test_wrapped.py tests/test_rules_agc.py
 
 # What depends on the instructions of the CPU, with those that other CPUs have: torch's, then ours.
 ISAS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 FASTCLIP_CPU_ISA=portable FASTCLIP_CPU_ISA=avx2

@@ -182,14 +182,10 @@ def timm_dispatch_clip_grad():
     try:
         from timm.utils import dispatch_clip_grad
     except ImportError:  # timm's models import torchvision; the file that clips needs none of them
-        import importlib
         import importlib.util
-        import types
 
-        folder = os.path.dirname(importlib.util.find_spec("timm").origin)
-        for name, path in {"timm": folder, "timm.utils": os.path.join(folder, "utils")}.items():
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__path__ = [path]
+        for name in ("timm", "timm.utils"):  # as packages whose __init__ was not run
+            sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))
         return importlib.import_module("timm.utils.clip_grad").dispatch_clip_grad
     return dispatch_clip_grad
 
