@@ -2,6 +2,8 @@
 
 import gc
 import math
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -332,3 +334,50 @@ def test_engines_that_clip_by_themselves(kind, monkeypatch):
     monkeypatch.setattr(type(accelerator), "is_fsdp2", False)
     with pytest.raises(ValueError, match="clips by itself"):
         attach(accelerator)
+
+
+# ---- around it ----
+
+
+def test_a_monitor_logs_to_an_accelerators_trackers():
+    from accelerate.tracking import GeneralTracker
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "mine", False, False
+
+        def __init__(self):
+            super().__init__()
+            self.logged = []
+
+        tracker = property(lambda self: self.logged)
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step, **kwargs):
+            self.logged.append((step, values["grad/norm"]))
+
+    tracker = Tracker()
+    training = Training()
+    training.accelerator.log_with = [tracker]
+    training.accelerator.init_trackers("run")
+    with fastclip.monitor.GradMonitor(log=training.accelerator, log_every=1) as monitor:
+        attach(training.accelerator, monitor=monitor)
+        _, norms = training.run(4)
+    assert [step for step, _ in tracker.logged] == [0, 1, 2, 3]
+    close([norm for _, norm in tracker.logged], norms)
+
+
+def test_under_accelerate_launch(tmp_path):
+    """`accelerate launch -m fastclip run`, of a script that knows nothing of fastclip."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch\nfrom accelerate import Accelerator\naccelerator = Accelerator(cpu=True)\n"
+        "model, weight = accelerator.prepare(torch.nn.Linear(2, 1)), torch.ones(4, 2)\n"
+        "accelerator.backward(model(weight).sum())\n"
+        "print(accelerator.clip_grad_norm_(model.parameters(), 1.0).dtype)\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    done = subprocess.run([*command, "-m", "fastclip", "run", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "fastclip: 1 clip by " in done.stderr and done.stdout.strip() == "torch.float32"
