@@ -1,5 +1,6 @@
 """Where there is no GPU, Triton's kernels are interpreted and CUDA's emulated, so every test can run through them."""
 
+import importlib.util
 import os
 
 # Threads that wait for each other spin by default, and take the time from the tests of the other process.
@@ -23,6 +24,21 @@ if not torch.cuda.is_available():
     cuda.DEVICE, native.cuda = "cpu", emulation.library
 
 
+FRAMEWORKS = {  # which tests of integrations/ need what: `make test-integrations` has all
+    "test_accelerate.py": ["accelerate"],
+    "test_examples_of_frameworks.py": ["accelerate", "lightning", "sklearn", "tabulate", "transformers"],
+    "test_frameworks.py": ["accelerate", "lightning", "peft", "timm", "transformers"],
+    "test_lightning.py": ["lightning"],
+    "test_torchtitan.py": ["torchtitan"],
+    "test_transformers.py": ["accelerate", "transformers"],
+}
+collect_ignore = [
+    f"integrations/{name}"
+    for name, packages in FRAMEWORKS.items()
+    if any(importlib.util.find_spec(package) is None for package in packages)
+]
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "slow" not in item.keywords)  # first, so that none is waited for at the end
     if not torch.cuda.is_available():
@@ -37,6 +53,18 @@ def _two_threads():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def quiet_frameworks(monkeypatch):
+    """Frameworks that print nothing and reach for no network, and torch as it was afterwards."""
+    from trainings import quietly
+
+    for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with quietly():
+        yield
+    fastclip.unpatch_torch()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from fastclip import rules
 from fastclip.__main__ import main
 from fastclip.integrations import launch
 
+pytestmark = pytest.mark.slow
 STARTUP = Path(launch.__file__).parent / "startup"
 
 # Binds the name at its import, and clips in itself, in spawned and in forked processes.

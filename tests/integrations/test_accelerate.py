@@ -18,6 +18,8 @@ import fastclip
 from fastclip import rules
 from fastclip.integrations.accelerate import attach
 
+pytestmark = pytest.mark.usefixtures("quiet_frameworks")
+
 OPTIMIZERS = {  # -> whether it takes the coefficient into its step
     "fused AdamW": (lambda ps: torch.optim.AdamW(ps, lr=0.01, fused=True), True),
     "fused SGD": (lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, fused=True), True),

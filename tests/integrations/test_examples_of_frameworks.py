@@ -10,6 +10,8 @@ import fastclip
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
+pytestmark = pytest.mark.usefixtures("quiet_frameworks")
+
 
 def test_hf_trainer(capsys):
     hf_trainer = pytest.importorskip("examples.hf_trainer")

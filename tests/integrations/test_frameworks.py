@@ -16,6 +16,8 @@ import fastclip.integrations.accelerate
 import fastclip.integrations.lightning
 import fastclip.integrations.transformers
 
+pytestmark = pytest.mark.usefixtures("quiet_frameworks")
+
 SCRIPT = Path(trainings.__file__)
 
 

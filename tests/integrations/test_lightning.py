@@ -11,6 +11,8 @@ import fastclip
 from fastclip import rules
 from fastclip.integrations.lightning import ClipCallback
 
+pytestmark = pytest.mark.usefixtures("quiet_frameworks")
+
 OPTIMIZERS = {
     "fused AdamW": lambda ps: torch.optim.AdamW(ps, lr=0.01, fused=True),
     "AdamW": lambda ps: torch.optim.AdamW(ps, lr=0.01),

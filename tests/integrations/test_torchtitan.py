@@ -17,6 +17,8 @@ from fastclip.integrations.torchtitan import OptimizersContainer, clip_grad_norm
 sys.path.insert(0, str(Path(__file__).parent.parent / "distributed"))
 import worlds
 
+pytestmark = pytest.mark.usefixtures("quiet_frameworks")
+
 
 def _gradients(sharded, mesh):
     """Of a model of which each rank has a shard, or another stage."""

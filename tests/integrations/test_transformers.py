@@ -12,6 +12,8 @@ import fastclip
 from fastclip import rules
 from fastclip.integrations.transformers import ClipCallback, attach
 
+pytestmark = pytest.mark.usefixtures("quiet_frameworks")
+
 
 class Reporter(TrainerCallback):
     """As those that report to TensorBoard and the like: takes the logs as they are in its turn."""
