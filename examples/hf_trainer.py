@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, torch.Tensor]:
             attached = fastclip.integrations.transformers.attach(trainer, rule=fastclip.rules.ZClip(warmup=10))
             trainer.train(resume_from_checkpoint=steps == args.steps)
         note("ZClip, stopped and resumed", trainer)
-        decided = attached.state_dict()["0"]["steps"]
+        decided = attached.state_dict()["sets"][0]["steps"]
 
     print(tabulate(rows, ["run", "final loss", "median norm", "largest norm"], floatfmt=("", ".4f", ".3f", ".3f")))
     own, ours = list(losses.values())[:2]

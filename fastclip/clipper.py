@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+NONFINITE = ("propagate", "skip", "zero", "raise")
+
+
 class DecidedStep(NamedTuple):
     """What was decided of the gradients of a step that an optimizer is yet to take."""
 
@@ -48,9 +51,6 @@ class DecidedStep(NamedTuple):
     decision: ClipDecision
     complete: bool  # whether the optimizer's gradients are those of the table
     scaler_state: GradScalerState
-
-
-NONFINITE = ("propagate", "skip", "zero", "raise")
 
 
 class Clipper:

@@ -62,6 +62,8 @@ def test_the_snippets_run(page, tmp_path, monkeypatch):
                         line, shell=True, env={**os.environ, "PATH": path}, capture_output=True, text=True
                     )
                     assert done.returncode == 0, f"{line}\n{done.stderr}"
+                    if "fastclip run" in line:
+                        assert re.search(r"^fastclip: \d+ clips by ", done.stderr, flags=re.MULTILINE), done.stderr
             elif text.startswith("# train.py\n"):
                 Path("train.py").write_text(text)
             else:

@@ -15,7 +15,10 @@ FRAMEWORKS = ("accelerate", "lightning", "torchtitan", "transformers")
 
 def __getattr__(name: str) -> ModuleType:
     if name in FRAMEWORKS:
-        return importlib.import_module(f"{__name__}.{name}")
+        try:
+            return importlib.import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            raise AttributeError(f"{__name__}.{name} needs a package that is not installed: {error}") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

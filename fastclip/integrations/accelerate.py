@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..monitor import GradMonitor
 from ..pipeline.decide import ClipDecision
 from ..pipeline.step import StepHooks, check_optimizer, covers, prepare, takes_decision, unwrapped
 from ..stats import Stats
-from .clippers import Clippers, Rules
+from .clippers import Clippers, RuleSpec
 
 CLIP_THEMSELVES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
@@ -26,7 +27,7 @@ _attached: weakref.WeakSet[Attached] = weakref.WeakSet()
 
 
 def attach(
-    accelerator: Accelerator, rule: Rules | None = None, monitor: GradMonitor | None = None, *, in_step: bool = True
+    accelerator: Accelerator, rule: RuleSpec | None = None, monitor: GradMonitor | None = None, *, in_step: bool = True
 ) -> Attached:
     """Let ``accelerator.clip_grad_norm_`` clip by fastclip.
 
@@ -36,15 +37,17 @@ def attach(
     Args:
         accelerator: whose method is replaced, on this instance; before or after ``prepare()``.
         rule: takes the place of the limit that is passed to ``clip_grad_norm_``: a rule, a number, a list of such, or a
-            function from the passed `max_norm` to one of these. A call with ``inf`` only measures.
+            function from the passed `max_norm` to one of these. A call with ``inf`` only measures. The norm returned is
+            of the rule's type.
         monitor: is given the statistics of each clip; of several sets of parameters, those of the first.
         in_step: leave the gradients as they are, and have the next step of their optimizer multiply by the coefficient
             as it reads them, where it can: torch's ``fused=True`` Adam, AdamW, SGD and Adagrad, and
-            :mod:`fastclip.optim`. Between the clip and that step gradients are not clipped yet, and changing them is an
-            error. False: they are clipped at once, as with other optimizers, and where step hooks are registered.
+            :mod:`fastclip.optim`. Between the clip and that step gradients are not clipped yet, and changing them
+            (accumulating onto them, too) is an error. False: they are clipped at once, as with other optimizers, and
+            where step hooks are registered.
 
     Where there is a `rule` or a `monitor`, ``accelerator.save_state`` saves what rules remember and how many steps have
-    been taken, and ``load_state`` goes on from there.
+    been taken, and ``load_state`` goes on from there. (Accelerate loads no state that was saved without.)
 
     Raises:
         TypeError, ValueError: an argument of another kind; an accelerator whose engine clips by itself (DeepSpeed,
@@ -82,10 +85,11 @@ class Attached:
     """
 
     def __init__(
-        self, accelerator: Accelerator, rule: Rules | None, monitor: GradMonitor | None, in_step: bool
+        self, accelerator: Accelerator, rule: RuleSpec | None, monitor: GradMonitor | None, in_step: bool
     ) -> None:
         self.monitor, self.in_step = monitor, in_step
         self.stats: Stats | None = None
+        self.when_detached: Callable[[], Any] = lambda: None  # for who has replaced more than the method
         self._clippers = Clippers(rule, lambda parameters: _names(self.accelerator, parameters))
         self._steps: weakref.WeakValueDictionary[int, _NextStep] = weakref.WeakValueDictionary()  # by id of optimizer
         self.move_to(accelerator)
@@ -107,27 +111,30 @@ class Attached:
         items = flatten_params(parameters)
         if not items:
             return functional.clip_norm_(items, max_norm, norm_type)
-        for waiting in list(self._steps.values()):  # of an earlier clip without a step
-            waiting.settle()
+        for waiting in list(self._steps.values()):
+            waiting.settle_if_of(items)  # an earlier clip without a step
         if self._clippers.only_measures(max_norm):
             return functional.clip_norm_(items, max_norm, norm_type)
-        parameter_set = self._clippers.get(items, max_norm, norm_type)
-        clipper = parameter_set.clipper
-        chain = self._optimizers_of(clipper) if accelerator.sync_gradients else None
+        parameter_set = self._clippers.find(items, max_norm, norm_type)
+        clipper = parameter_set.lend(items, max_norm, norm_type)
         waits = False
-        if chain is None:
-            stats = clipper.clip_()
-        else:
-            table, stats, decision, _, _ = clipper.decide_step(chain, accelerator.scaler)
-            waits = self.in_step and takes_decision(chain[-1], table, decision)
-            if waits:
-                self._next_step_of(chain[-1]).take_over(clipper, decision)
+        try:
+            chain = self._optimizers_of(clipper) if accelerator.sync_gradients else None
+            if chain is None:
+                stats = clipper.clip_()
             else:
-                decision.apply_(table)
-        if not waits:
-            clipper.release_parameters()
+                step = clipper.decide_step(chain, accelerator.scaler)
+                stats = step.stats
+                waits = self.in_step and takes_decision(chain[-1], step.table, step.decision)
+                if waits:
+                    self._next_step_of(chain[-1]).take_over(clipper, step.decision)
+                else:
+                    step.decision.apply_(step.table)
+        finally:
+            if not waits:
+                clipper.release_parameters()
         self.stats = stats
-        if self.monitor is not None and parameter_set.number == 0:
+        if self.monitor is not None and self._clippers.is_first(parameter_set):
             self.monitor.update(stats, step=stats.step)
         return stats.total_norm
 
@@ -160,6 +167,7 @@ class Attached:
             waiting.settle()
             waiting.hooks.remove()
         self._steps.clear()
+        self.when_detached()
         self.accelerator.__dict__.pop("clip_grad_norm_", None)
         objects = self.accelerator._custom_objects
         objects[:] = [each for each in objects if each is not self]
@@ -167,45 +175,65 @@ class Attached:
 
 
 class _NextStep:
-    """A decision that waits for the next step of an optimizer, to be carried out by it. The optimizer holds this."""
+    """A decision that waits for the next step of an optimizer, which is to carry it out. The optimizer's hooks hold it.
+
+    The gradients are still what they were before the clip, so nobody may change them meanwhile. If they are set to
+    None, the decision is forgotten.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._waiting: tuple[Clipper, ClipDecision, list[tuple[Tensor, weakref.ref[Tensor], int]]] | None = None
+        self._waiting: tuple[Clipper, ClipDecision] | None = None
+        self._gradients: list[tuple[Tensor, weakref.ref[Tensor], int]] = []  # parameter, gradient, its version
         self.hooks = StepHooks(optimizer, self._begin)
 
     def take_over(self, clipper: Clipper, decision: ClipDecision) -> None:
-        gradients = [(p, weakref.ref(p.grad), p.grad._version) for p in clipper.parameters if p.grad is not None]
-        self._waiting = clipper, decision, gradients  # which may be zeroed before the step, and freed then
+        self._waiting = clipper, decision
+        self._gradients = [(p, weakref.ref(p.grad), p.grad._version) for p in clipper.parameters if p.grad is not None]
+
+    def settle_if_of(self, parameters: list[Tensor]) -> None:
+        """:meth:`settle`, if what waits concerns any of these."""
+        if self._waiting is not None and not {id(p) for p, _, _ in self._gradients}.isdisjoint(map(id, parameters)):
+            self.settle()
 
     def settle(self) -> None:
-        """Do now what waits, in place, if the gradients are still those that it was decided for."""
-        if self._waiting is not None:
-            clipper, decision, gradients = self._waiting
-            self._waiting = None
-            if _unchanged(gradients):
+        """Do now what waits, in place; nothing if the gradients are gone."""
+        if self._waiting is None:
+            return
+        clipper, decision = self._waiting
+        try:
+            if not all(p.grad is not gradient() for p, gradient, _ in self._gradients):
+                self._check(clipper)
                 decision.apply_(clipper.pack())
-            clipper.release_parameters()
+        finally:
+            self._forget(clipper)
 
     def _begin(self, undo: ExitStack) -> bool:
         if self._waiting is None:
             return True
-        clipper, decision, gradients = self._waiting
-        self._waiting = None
-        if not _unchanged(gradients):
+        clipper, decision = self._waiting
+        undo.callback(clipper.release_parameters)  # after the step, which looks for them
+        try:
+            self._check(clipper)
+            return prepare(self._optimizer, clipper.pack(), decision, covers(self._optimizer, clipper.parameters), undo)
+        finally:
+            self._waiting, self._gradients = None, []
+
+    def _forget(self, clipper: Clipper) -> None:
+        self._waiting, self._gradients = None, []
+        clipper.release_parameters()
+
+    def _check(self, clipper: Clipper) -> None:
+        """RuntimeError unless the gradients are those that the decision was made for."""
+        now = sum(p.grad is not None for p in clipper.parameters)
+        if now != len(self._gradients) or not all(
+            p.grad is not None and p.grad is gradient() and p.grad._version == version
+            for p, gradient, version in self._gradients
+        ):
             raise RuntimeError(
-                "gradients were changed between accelerator.clip_grad_norm_ and the optimizer's step, which was to "
+                "gradients were changed after accelerator.clip_grad_norm_, and before the optimizer's step that was to "
                 "clip them: attach(..., in_step=False) clips them at once"
             )
-        steps = prepare(self._optimizer, clipper.pack(), decision, True, undo)
-        clipper.release_parameters()
-        return steps
-
-
-def _unchanged(gradients: list[tuple[Tensor, weakref.ref[Tensor], int]]) -> bool:
-    return all(
-        p.grad is not None and p.grad is gradient() and p.grad._version == version for p, gradient, version in gradients
-    )
 
 
 def _names(accelerator: Accelerator, parameters: list[Tensor]) -> tuple[str, ...] | None:

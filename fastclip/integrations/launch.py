@@ -8,26 +8,23 @@ command spawns are reached too, whatever spawns them, unless they are told to ig
 from __future__ import annotations
 
 import argparse
-import atexit
-import json
 import math
-import multiprocessing.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from .. import rules
-from .clippers import Rules, checked_rules
-from .torch_patch import patch_torch, record_path
+from .clippers import Clippers, RuleSpec
+from .records import checked_path
+from .startup.report import MAIN, REPORT, Report, print_report
+from .torch_patch import patch_torch
 
 STARTUP = Path(__file__).parent / "startup"
-RULE, RECORD, REPORT, MAIN = (f"FASTCLIP_RUN_{name}" for name in ("RULE", "RECORD", "REPORT", "MAIN"))
+RULE, RECORD = "FASTCLIP_RUN_RULE", "FASTCLIP_RUN_RECORD"  # in the environment of its processes
 _RULES = {
     name: getattr(rules, name) for name in rules.__all__ if name not in ("InPlaceRule", "Needs", "Rule", "StepContext")
 }
@@ -69,11 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
             rule_of(arguments.rule)
             environment[RULE] = arguments.rule
         if arguments.record is not None:
-            environment[RECORD] = os.path.abspath(record_path(arguments.record))
+            environment[RECORD] = os.path.abspath(checked_path(arguments.record))
         if not any_command:
             if not arguments.module and not os.path.exists(command[0]):
                 raise FileNotFoundError(f"there is no script {command[0]!r}")
             flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+            flags += ["-u"] if getattr(sys.stdout, "write_through", False) else []  # which torchrun adds
             command = [sys.executable, *flags, *(["-m"] if arguments.module else []), *command]
             environment[MAIN] = str(os.getpid())
     except (OSError, TypeError, ValueError) as error:
@@ -101,11 +99,11 @@ def _supervised(command: list[str], environment: dict[str, str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command too
     signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
     status = process.wait()
-    _print_report(environment[REPORT], {})
+    print_report(environment[REPORT], {})
     return status if status >= 0 else 128 - status
 
 
-def rule_of(text: str) -> Rules:
+def rule_of(text: str) -> RuleSpec:
     """What ``--rule`` says: a rule, a number or a list; or a function from ``max_norm`` to one, if it has that word.
 
     Raises:
@@ -121,7 +119,7 @@ def rule_of(text: str) -> Rules:
             return items if isinstance(value, (list, tuple)) else items[0]
 
         rule = made(1.0)
-        checked_rules(rule)
+        Clippers(rule)  # raises for what is no rule, or goes by names of parameters
     except Exception as error:
         raise ValueError(
             f"--rule {text!r} is neither a number nor made of fastclip's rules ({', '.join(_RULES)}): {error}"
@@ -129,73 +127,11 @@ def rule_of(text: str) -> Rules:
     return made if "max_norm" in code.co_names else rule
 
 
-def begin() -> None:
-    """Patch torch as the environment of ``run`` has it, and report when this process ends. Called once torch is
-    imported, by ``startup/sitecustomize.py``."""
+def begin(report: Report) -> None:
+    """Patch torch as the environment of ``run`` has it. Called once torch is imported, by ``startup/sitecustomize.py``,
+    with what is to report at the end of the process."""
     rule = os.environ.get(RULE)
     patch = patch_torch(None if rule is None else rule_of(rule), record=os.environ.get(RECORD))
-    report = _Report(patch, os.environ.get(REPORT))
-    atexit.register(report.at_exit)
-    # Children that multiprocessing forks end without atexit, and with the counts that their parent had.
-    multiprocessing.util.register_after_fork(report, _Report.after_fork)
-
-
-class _Report:
-    """What this process tells at its end: the one that ``run`` became tells the user, others tell that one."""
-
-    def __init__(self, patch: patch_torch, folder: str | None) -> None:
-        self._patch, self._folder = patch, folder
-        self._main = os.environ.get(MAIN) == str(os.getpid())
-
-    def at_exit(self) -> None:
-        if self._folder is None:
-            return
-        counts = self._patch.counts()
-        if self._main:
-            _print_report(self._folder, counts)
-        elif any(counts.values()):
-            os.makedirs(self._folder, exist_ok=True)
-            name = f"{os.getpid()}-{os.urandom(4).hex()}.json"
-            Path(self._folder, name).write_text(json.dumps(counts))
-
-    def after_fork(self) -> None:
-        self._main = False
-        self._patch.reset_counts()
-        multiprocessing.util.Finalize(None, self.at_exit, exitpriority=0)
-
-
-def _print_report(folder: str, counts: dict[str, dict[str, int]]) -> None:
-    """One line on stderr for this process and those that have left their counts in `folder`; of several ranks, the
-    first one's, and others only if calls went on to torch."""
-    reports = [counts] if any(counts.values()) else []
-    for path in sorted(Path(folder).glob("*.json")):
-        reports.append(json.loads(path.read_text()))
-    shutil.rmtree(folder, ignore_errors=True)
-    ours: Counter[str] = Counter()
-    torchs: Counter[str] = Counter()
-    for report in reports:
-        ours.update(report["fastclip"])
-        torchs.update(report["torch"])
-    if os.environ.get("RANK", "0") != "0" and not torchs:
-        return
-    sys.stdout.flush()
-    print(f"fastclip: {_sentence(ours, torchs, len(reports))}", file=sys.stderr)
-
-
-def _sentence(ours: Counter[str], torchs: Counter[str], processes: int) -> str:
-    if not ours and not torchs:
-        return "nothing was clipped: none of torch.nn.utils' clipping functions was called"
-    parts = [f"{_times(ours.total(), 'clip')} by {_listed(ours)}"] if ours else []
-    for reason, count in torchs.most_common():
-        parts.append(f"{_times(count, 'call')} left to torch ({reason})")
-    return "; ".join(parts) + (f"; in {processes} processes" if processes > 1 else "")
-
-
-def _times(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def _listed(counts: Counter[str]) -> str:
-    if len(counts) == 1:
-        return next(iter(counts))
-    return " and ".join(f"{name} ({count:,})" for name, count in counts.most_common())
+    report.counts, report.close = patch.counts, patch.close
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=patch.after_fork)

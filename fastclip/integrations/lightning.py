@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -16,10 +17,10 @@ from ..monitor import GradMonitor
 from ..pipeline.step import StepHooks, check_optimizer, flat_params, unwrapped
 from ..stats import Stats
 
-try:
+if importlib.util.find_spec("pytorch_lightning") is not None and importlib.util.find_spec("lightning") is None:
+    from pytorch_lightning import Callback, LightningModule, Trainer  # the same under its other name
+else:
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError:  # the same under its other name
-    from pytorch_lightning import Callback, LightningModule, Trainer
 
 
 class ClipCallback(Callback):
@@ -40,7 +41,7 @@ class ClipCallback(Callback):
 
     Raises:
         TypeError, ValueError: an argument of another kind; as the training begins, a Trainer that clips by itself
-            (``gradient_clip_val``, DeepSpeed) or an optimizer that does, or that wants its closure several times
+            (``gradient_clip_val``, DeepSpeed, FSDP1) or an optimizer that does, or that wants its closure several times
             (LBFGS).
 
     Hooks that run between the backward pass and the step (``on_before_optimizer_step``) see gradients before the clip.
@@ -54,7 +55,7 @@ class ClipCallback(Callback):
         self, rule: Any, monitor: GradMonitor | Sequence[GradMonitor] | None = None, *, nonfinite: str = "propagate"
     ) -> None:
         super().__init__()
-        Clipper([], rule, nonfinite=nonfinite)  # complains
+        Clipper([], rule, nonfinite=nonfinite)  # raises for bad arguments
         monitors = [] if monitor is None else [monitor] if isinstance(monitor, GradMonitor) else list(monitor)
         for each in monitors:
             if not isinstance(each, GradMonitor):
@@ -72,14 +73,17 @@ class ClipCallback(Callback):
         if trainer.gradient_clip_val:
             got = trainer.gradient_clip_val
             raise ValueError(f"gradient_clip_val must be left out of the Trainer, got {got}: ClipCallback clips")
-        if "DeepSpeed" in type(trainer.strategy).__name__:
-            raise ValueError("strategy must leave clipping to Python; DeepSpeed clips by itself")
+        strategy = type(trainer.strategy).__name__
+        if strategy in ("DeepSpeedStrategy", "FSDPStrategy"):
+            raise ValueError(f"strategy must leave clipping to Python; that of {strategy} clips by itself")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
         saved = self._saved
         if saved and len(saved) != len(trainer.optimizers):
             raise ValueError(f"the checkpoint has {len(saved)} optimizers, and this training {len(trainer.optimizers)}")
+        if len(self._monitors) > len(trainer.optimizers):
+            raise ValueError(f"there are {len(self._monitors)} monitors, and {len(trainer.optimizers)} optimizers")
         for optimizer in trainer.optimizers:
             check_optimizer(unwrapped(optimizer)[-1])
         for number, optimizer in enumerate(trainer.optimizers):
@@ -122,7 +126,7 @@ class ClipCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["clippers"]
         for state in saved:
-            Clipper([], copy.deepcopy(self._rule)).load_state_dict(state)  # complains
+            Clipper([], copy.deepcopy(self._rule)).load_state_dict(state)  # raises if it does not fit
         self._saved = saved
 
     def _end(self) -> None:
@@ -151,8 +155,8 @@ class _Step:
         """Go by the optimizer's parameters as they are now: callbacks that unfreeze layers add some."""
         parameters = flat_params(self.optimizers[-1])
         if not same_items(parameters, self.clipper.parameters):
-            known = {id(p): name for name, p in self._module.named_parameters()}
-            names = [known.get(id(p)) for p in parameters]
+            name_of = {id(p): name for name, p in self._module.named_parameters()}
+            names = [name_of.get(id(p)) for p in parameters]
             self.clipper.set_parameters(parameters, None if None in names else tuple(map(str, names)))
 
     def clip_in_next_step(self) -> None:

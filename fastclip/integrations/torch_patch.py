@@ -1,29 +1,20 @@
-"""fastclip in the place of ``torch.nn.utils.clip_grad_norm_`` and its kin, for all who hold them.
-
-torch's functions are wrappers whose closure has the implementation in a cell named ``func``. What is put there is what
-every holder calls, also one that imported the function by name before, and the functions stay the objects they are.
-Where a torch has no such cell, the attributes of its modules are replaced, which reaches those who look them up later.
-"""
+"""fastclip in the place of ``torch.nn.utils.clip_grad_norm_`` and its kin, whoever calls them."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import re
 import threading
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.nn.utils import clip_grad
 
 from .. import backends, functional
 from ..arguments import checked_limit, checked_norm, nonnegative
@@ -35,47 +26,45 @@ from ..gradients.pack import flatten_params, pack
 from ..monitor import GradMonitor
 from ..rules import Value
 from ..stats import Stats
-from .clippers import Clippers, ParameterSet, Rules
+from .clippers import Clippers, RuleSpec
+from .records import Records
+from .torch_functions import OURS, torch_functions
 
-# The name in torch.nn.utils.clip_grad -> ours. `clip_grad_norm`, the fifth, calls `clip_grad_norm_` by name.
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "clip_grad_norm_": functional.clip_norm_,
-    "clip_grad_value_": functional.clip_value_,
-    "_get_total_norm": functional.total_norm,
-    "_clip_grads_with_norm_": functional.clip_with_norm_,
-}
 REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError)
 
 _lock = threading.RLock()
-_active: patch_torch | None = None
-_own = threading.local()  # .torch: whether this thread is in torch's own code, which calls these functions too
+_patches: list[
+    patch_torch
+] = []  # the last one is in force; below it are those that are there again when its block ends
+_this_thread = threading.local()  # .in_torch: whether it is in torch's own code, which calls these functions too
 
 
 class patch_torch:
     """Let ``torch.nn.utils.clip_grad_norm_``, ``clip_grad_norm``, ``clip_grad_value_``, ``get_total_norm`` and
     ``clip_grads_with_norm_`` be fastclip's, for everyone who calls them, whenever they were imported.
 
-    A plain call lasts until :func:`unpatch_torch`; ``with patch_torch():`` ends with the block, and what was there
-    before is there again. A second call takes the place of the first. The patch is the whole process's.
+    A plain call lasts until :func:`unpatch_torch`; ``with patch_torch():`` ends with the block, and what was in force
+    before is so again. A second plain call replaces the first. The patch is the whole process's.
 
     Args:
         rule: what takes the place of the limit that callers pass to ``clip_grad_norm_`` (and
             ``clip_grads_with_norm_``): a rule, a number, a list of such, or a function from the passed `max_norm` to
-            one of these. Every set of parameters has a copy of its own. Where the limit passed is ``inf``, callers only
-            measure, and the rule does not come in. ``clip_grad_value_`` keeps its limit.
+            one of these. Every set of parameters has a copy of its own. A call with ``inf`` as limit only measures, and
+            no rule applies. ``clip_grad_value_`` keeps its limit. A number limits the norm of the type that the caller
+            asks for; with rules of another type, that norm is what the call returns.
         fallback: what torch takes and fastclip refuses (a negative `max_norm`, one that is a string or a bool,
             overlapping gradients, ...) goes on to torch's own code, with one warning of each kind that has the reason.
             False: it raises. Gradients of several ranks raise anyway unless the numbers are what is refused.
-        record: a file in which a :class:`fastclip.monitor.GradMonitor` keeps every clip; or such a monitor. Of a
-            second set of parameters the file is called ``name-2.jsonl``, and so on.
+        record: a file in which a :class:`fastclip.monitor.GradMonitor` keeps every clip; or such a monitor. Of further
+            sets of parameters the files are called ``name-2.jsonl`` and so on.
 
     Raises:
-        TypeError, ValueError: `rule` is of another kind.
+        TypeError, ValueError: `rule` is of another kind, or goes by names of parameters, which no caller passes.
         OSError: there is no folder for `record`.
 
     With a rule, ``clip_grads_with_norm_`` decides from the norm it is given if the rule goes by that alone, and
     otherwise measures its parameters itself. Inside of torch.compile a plain patch stays in the graph, where only
-    strings and bools go on to torch; with `rule` or `record` a call is a graph break.
+    strings and bools go on to torch, and calls are not counted; with `rule` or `record` a call is a graph break.
 
     Example:
         >>> fastclip.patch_torch(rule=fastclip.rules.ZClip(), record="run.jsonl")
@@ -84,73 +73,83 @@ class patch_torch:
 
     def __init__(
         self,
-        rule: Rules | None = None,
+        rule: RuleSpec | None = None,
         *,
         fallback: bool = True,
         record: str | os.PathLike[str] | GradMonitor | None = None,
     ) -> None:
-        global _active
-        # None: our functions themselves, where there is nothing to remember
-        self._clippers = Clippers(rule) if rule is not None or record is not None else None
-        self._value_clippers = Clippers(lambda limit: Value(limit)) if record is not None else None
-        self._fallback = fallback
-        self._record = _Record(record)
-        self._clips: Counter[tuple[str, torch.device]] = Counter()  # of fastclip, by choice of backend and device
-        self._by_torch: Counter[str] = Counter()  # by kind of reason
-        self._reasons: dict[str, str] = {}  # kind -> the first reason of it
-        self._counting, self._working = threading.Lock(), threading.RLock()
-        self._entered = False
+        self._clippers, self._value_clippers = Clippers(rule), Clippers(lambda limit: Value(limit))
+        self._fallback, self._records = fallback, Records(record)
+        self._work = dict(OURS)  # what does each function's work
+        self._is_plain = rule is None and record is None
+        if not self._is_plain:
+            self._work |= {"clip_grad_norm_": self._clip_norm_, "_clip_grads_with_norm_": self._clip_with_norm_}
+        if record is not None:
+            self._work["clip_grad_value_"] = self._clip_value_
+        self._counts = _Counts()
+        self._is_block = False
         with _lock:
-            self._before = _active
-            if self._before is not None and not self._before._entered:
-                self._before._before = None  # a plain call, which has no block to come back from
-            _install(self)
+            if _patches and not _patches[-1]._is_block:
+                _drop(_patches[-1]._others())  # those that it has replaced
+            _patches.append(self)
+            _install()
 
     def __enter__(self) -> patch_torch:
-        self._entered = True
+        self._is_block = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _lock:
-            if _active is not None:  # else unpatch_torch() has been called meanwhile
-                _install(self._before)
-        self._record.close()
+            if self in _patches:  # else unpatch_torch() has been called meanwhile
+                end = start = _patches.index(self)
+                while end + 1 < len(_patches) and not _patches[end + 1]._is_block:
+                    end += 1  # plain calls of the block
+                _drop(_patches[start : end + 1])
+                _install()
+        self._records.close()
+
+    def _others(self) -> list[patch_torch]:
+        """The plain calls before this plain call, which nothing can bring back."""
+        start = end = _patches.index(self)
+        while start > 0 and not _patches[start - 1]._is_block:
+            start -= 1
+        return _patches[start:end]
 
     def call(self, name: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What torch's function `name`, whose implementation is `original`, does while the patch is there."""
-        ours = FUNCTIONS[name]
+        """What torch's function `name`, whose implementation is `original`, does while the patch is in force."""
+        ours = OURS[name]
         if is_dynamo_compiling():
-            if self._clippers is not None:
+            if not self._is_plain:
                 from .. import graph_breaks
 
                 return graph_breaks.call(patch_torch.call, self, name, original, args, kwargs)
+            self._counts.compiled = True
             return (ours if _takes_numbers(name, args, kwargs) else original)(*args, **kwargs)
-        if getattr(_own, "torch", False):
+        if getattr(_this_thread, "in_torch", False):
             return original(*args, **kwargs)
-        args, kwargs = _listed(args, kwargs)
+        args, kwargs = _with_list(args, kwargs)
         try:
-            work = ours if self._clippers is None else getattr(self, name, ours)
-            done = work(*args, **kwargs)
+            done = self._work[name](*args, **kwargs)
         except REFUSALS:
             reason = _refusal(ours, args, kwargs) if self._fallback else None
             if reason is None:
                 raise
         else:
             if name != "_get_total_norm":
-                self._count(done, args, kwargs)
+                self._counts.add_clip(done, args, kwargs)
             return done
-        self._note(f"{name.lstrip('_')}: {reason}")
-        _own.torch = True
+        self._counts.add_refusal(f"{name.lstrip('_')}: {reason}")
+        _this_thread.in_torch = True
         try:
             return original(*args, **kwargs)
         finally:
-            _own.torch = False
+            _this_thread.in_torch = False
 
     # ---- torch's functions, by a rule or for a record ----
 
-    def clip_grad_norm_(
+    def _clip_norm_(
         self,
         parameters: functional.Parameters,
         max_norm: float,
@@ -158,38 +157,31 @@ class patch_torch:
         error_if_nonfinite: bool = False,
         foreach: bool | None = None,
     ) -> Tensor:
-        clippers, items = self._clippers, flatten_params(parameters, stacklevel=6)
-        assert clippers is not None
-        if not items or clippers.only_measures(max_norm):
+        items = flatten_params(parameters, stacklevel=6)
+        if not items or self._clippers.only_measures(max_norm):
             return functional.clip_norm_(items, max_norm, norm_type, error_if_nonfinite)
         policy = "raise" if error_if_nonfinite else "propagate"
-        return self._clip_(clippers, items, max_norm, norm_type, Clipper.clip_, policy).total_norm
+        return self._clip_(self._clippers, items, max_norm, norm_type, Clipper.clip_, policy).total_norm
 
-    def _clip_grads_with_norm_(
+    def _clip_with_norm_(
         self,
         parameters: functional.Parameters,
         max_norm: float,
         total_norm: Tensor,
         foreach: bool | None = None,
     ) -> None:
-        clippers, items = self._clippers, flatten_params(parameters)
-        assert clippers is not None
-        if not items or clippers.only_measures(max_norm):
+        items = flatten_params(parameters, stacklevel=6)
+        if not items or self._clippers.only_measures(max_norm):
             functional.clip_with_norm_(items, max_norm, total_norm)
             return
 
         def clip_(clipper: Clipper) -> Stats:
             return clipper.clip_with_norm_(total_norm) if clipper.goes_by_total_norm else clipper.clip_()
 
-        self._clip_(clippers, items, max_norm, 2.0, clip_)
+        self._clip_(self._clippers, items, max_norm, 2.0, clip_)
 
-    def clip_grad_value_(
-        self, parameters: functional.Parameters, clip_value: float, foreach: bool | None = None
-    ) -> None:
-        items = flatten_params(parameters)
-        if not items or self._value_clippers is None:
-            functional.clip_value_(items, clip_value)
-        else:
+    def _clip_value_(self, parameters: functional.Parameters, clip_value: float, foreach: bool | None = None) -> None:
+        if items := flatten_params(parameters, stacklevel=6):
             self._clip_(self._value_clippers, items, clip_value, 2.0, Clipper.clip_)
 
     def _clip_(
@@ -201,159 +193,55 @@ class patch_torch:
         clip_: Callable[[Clipper], Stats],
         policy: str = "propagate",
     ) -> Stats:
-        with self._working:  # what a rule remembers is for one thread at a time
-            found = clippers.get(items, limit, norm_type)
+        parameter_set = clippers.find(items, limit, norm_type)
+        with parameter_set.lock:  # what a rule remembers is for one thread at a time
             try:
-                found.clipper.nonfinite = policy
-                stats = clip_(found.clipper)
+                clipper = parameter_set.lend(items, limit, norm_type)
+                clipper.nonfinite = policy
+                stats = clip_(clipper)
             finally:
-                found.clipper.release_parameters()
-            self._record.update(found, stats)
+                parameter_set.clipper.release_parameters()
+            if not self._is_block and len(_patches) > 1:
+                with _lock:  # what this plain call has replaced may have the same file open
+                    _drop(self._others() if self in _patches else [])
+            self._records.update(parameter_set, stats)
         return stats
 
     # ---- the report ----
 
-    def _count(self, norm: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if norm is not None:
-            device = norm.device
-        else:
-            items = flatten_params(_parameters_of(args, kwargs))
-            if not items:
-                return
-            device = items[0].device
-        with self._counting:
-            self._clips[choice.current(), device] += 1
+    def counts(self) -> dict[str, Any]:
+        """How many calls there were so far: ``"fastclip"``: clips by backend; ``"torch"``: what was left to torch, by
+        reason; ``"compiled"``: whether there were others in compiled code, which are not counted."""
+        return self._counts.as_dict()
 
-    def _note(self, reason: str) -> None:
-        """Take note of a call that is left to torch, and warn if it is the first of its kind."""
-        kind = re.sub(r"-?\d[\w.+-]*", "#", reason.split(", got ")[0])
-        with self._counting:
-            first = self._by_torch[kind] == 0
-            self._by_torch[kind] += 1
-            if first:
-                self._reasons[kind] = reason
-        if first:
-            warnings.warn(
-                f"torch.nn.utils.{reason}; so fastclip leaves this call, and others of the kind, to torch's own code",
-                RuntimeWarning,
-                stacklevel=5,  # whoever calls torch's function
-            )
+    def after_fork(self) -> None:
+        """Begin anew in a child."""
+        self._counts = _Counts()
 
-    def counts(self) -> dict[str, dict[str, int]]:
-        """How many clips there were so far: ``"fastclip"``, by backend, and ``"torch"``, by the reason why fastclip
-        left them to torch."""
-        with self._counting:
-            clips, by_torch = dict(self._clips), dict(self._by_torch)
-        by_backend: Counter[str] = Counter()
-        for (name, device), count in clips.items():
-            with backends.use_backend(name):
-                by_backend[backends.choose(device).name] += count
-        return {"fastclip": dict(by_backend), "torch": {self._reasons[kind]: n for kind, n in by_torch.items()}}
-
-    def reset_counts(self) -> None:
-        """Begin to count anew, in a fork."""
-        self._counting = threading.Lock()
-        self._clips, self._by_torch = Counter(), Counter()
+    def close(self) -> None:
+        """Close the records; the patch stays in force."""
+        self._records.close()
 
 
 def unpatch_torch() -> None:
     """Make torch's functions what they were; nothing, where they are. Records are closed."""
     with _lock:
-        patch = _active
-        _install(None)
-    while patch is not None:
-        patch._record.close()
-        patch = patch._before
+        _drop(list(_patches))
+        _install()
 
 
-def record_path(target: str | os.PathLike[str]) -> Path:
-    """`target` as the path of a file that can be made; OSError if it cannot."""
-    path = Path(target)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"record: there is no folder {str(path.parent)!r} to write {path.name!r} in")
-    if path.is_dir():
-        raise IsADirectoryError(f"record must be a file, {str(path)!r} is a folder")
-    return path
+def _drop(patches: list[patch_torch]) -> None:
+    for patch in patches:
+        _patches.remove(patch)
+        patch._records.close()
 
 
-class _Record:
-    """The GradMonitors of a patch, one for each set of parameters."""
-
-    def __init__(self, target: str | os.PathLike[str] | GradMonitor | None) -> None:
-        self._given = target if isinstance(target, GradMonitor) else None
-        self._path = None if target is None or isinstance(target, GradMonitor) else record_path(target)
-        self._monitors: weakref.WeakKeyDictionary[ParameterSet, GradMonitor] = weakref.WeakKeyDictionary()
-        self._count = 0
-
-    def update(self, parameters: ParameterSet, stats: Stats) -> None:
-        monitor = self._monitors.get(parameters)
-        if monitor is None:
-            monitor = self._made()
-            if monitor is None:
-                return
-            self._monitors[parameters] = monitor
-        monitor.update(stats)
-
-    def _made(self) -> GradMonitor | None:
-        if self._given is not None:
-            given, self._given = self._given, None
-            return given
-        if self._path is None:
-            return None
-        self._count += 1
-        suffix = f"-{self._count}" if self._count > 1 else ""
-        path = self._path.with_name(f"{self._path.stem}{suffix}{self._path.suffix}")
-        try:
-            return GradMonitor(path)
-        except (OSError, ValueError) as error:  # training goes on
-            self._path = None
-            warnings.warn(f"record: nothing is recorded here, {error}", RuntimeWarning, stacklevel=8)
-            return None
-
-    def close(self) -> None:
-        """Close the files, but no monitor that was given."""
-        if self._path is not None:
-            for monitor in list(self._monitors.values()):
-                monitor.close()
-        self._monitors.clear()
-
-
-class _Place:
-    """Where the implementation of one of torch's functions is kept: the cell of its closure, or attributes."""
-
-    def __init__(self, name: str) -> None:
-        function = getattr(clip_grad, name)
-        free = getattr(getattr(function, "__code__", None), "co_freevars", ())
-        self._cell = function.__closure__[free.index("func")] if "func" in free else None
-        self._function = function
-        self._attributes = [
-            (module, attribute)
-            for module in (clip_grad, torch.nn.utils)
-            for attribute, value in vars(module).items()
-            if value is function
-        ]
-        self.original: Callable[..., Any] = function if self._cell is None else self._cell.cell_contents
-
-    def put(self, implementation: Callable[..., Any]) -> None:
-        if self._cell is not None:
-            self._cell.cell_contents = implementation
-            return
-        if implementation is not self.original:
-            implementation = functools.wraps(self._function)(torch.no_grad()(implementation))
-        for module, attribute in self._attributes:
-            setattr(module, attribute, implementation)
-
-
-@functools.cache
-def _places() -> dict[str, _Place]:
-    return {name: _Place(name) for name in FUNCTIONS if hasattr(clip_grad, name)}
-
-
-def _install(patch: patch_torch | None) -> None:
-    global _active
-    for name, place in _places().items():
-        place.put(place.original if patch is None else _dispatcher(patch, name, place.original))
-    _active = patch
+def _install() -> None:
+    """Put the last patch in force, if there is one."""
+    patch = _patches[-1] if _patches else None
+    for name, function in torch_functions().items():
+        original = function.original
+        function.set_implementation(original if patch is None else _dispatcher(patch, name, original))
 
 
 def _dispatcher(patch: patch_torch, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -363,11 +251,57 @@ def _dispatcher(patch: patch_torch, name: str, original: Callable[..., Any]) -> 
     return dispatch
 
 
+class _Counts:
+    """How many calls of a patch were fastclip's, and how many were left to torch."""
+
+    def __init__(self) -> None:
+        self._clips: Counter[tuple[str, torch.device]] = Counter()  # by choice of backend and device
+        self._refusals: Counter[str] = Counter()  # by kind of reason
+        self._reasons: dict[str, str] = {}  # kind -> the first reason of it
+        self._lock = threading.Lock()
+        self.compiled = False
+
+    def add_clip(self, norm: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if norm is not None:
+            device = norm.device
+        else:
+            items = flatten_params(_parameters_of(args, kwargs))
+            if not items:
+                return
+            device = items[0].device
+        with self._lock:
+            self._clips[choice.current(), device] += 1
+
+    def add_refusal(self, reason: str) -> None:
+        """Take note of a call that is left to torch, and warn if it is the first of its kind."""
+        kind = re.sub(r"-?\d[\w.+-]*", "#", reason.split(", got ")[0])
+        with self._lock:
+            first = self._refusals[kind] == 0
+            self._refusals[kind] += 1
+            self._reasons.setdefault(kind, reason)
+        if first:
+            warnings.warn(
+                f"torch.nn.utils.{reason}; so fastclip leaves this call, and others of the kind, to torch's own code",
+                RuntimeWarning,
+                stacklevel=5,  # whoever calls torch's function
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        with self._lock:
+            clips, refusals = dict(self._clips), dict(self._refusals)
+        by_backend: Counter[str] = Counter()
+        for (name, device), count in clips.items():
+            with backends.use_backend(name):
+                by_backend[backends.choose(device).name] += count
+        by_reason = {self._reasons[kind]: count for kind, count in refusals.items()}
+        return {"fastclip": dict(by_backend), "torch": by_reason, "compiled": self.compiled}
+
+
 def _parameters_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("parameters", kwargs.get("tensors"))
 
 
-def _listed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _with_list(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments, with an iterator as a list: what fastclip has used up torch could not use any more."""
     parameters = _parameters_of(args, kwargs)
     if type(parameters) is list or not isinstance(parameters, Iterator):

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, and what is made of it (TRL, PEFT): the clip of its Accelerator, its checkpoints and logs."""
+"""Hugging Face's Trainer, also as TRL and PEFT use it: the clip of its Accelerator, its checkpoints and its logs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from transformers.trainer_callback import ExportableState
 from ..monitor import GradMonitor
 from . import accelerate
 from .accelerate import Attached
-from .clippers import Rules
+from .clippers import RuleSpec
 
 _trainers: weakref.WeakKeyDictionary[Attached, weakref.ref[Trainer]] = weakref.WeakKeyDictionary()
 
 
 def attach(
-    trainer: Trainer, rule: Rules | None = None, monitor: GradMonitor | None = None, *, in_step: bool = True
+    trainer: Trainer, rule: RuleSpec | None = None, monitor: GradMonitor | None = None, *, in_step: bool = True
 ) -> Attached:
     """Let a Trainer clip by fastclip, inside of the step of its optimizer.
 
     :func:`fastclip.integrations.accelerate.attach` to the trainer's Accelerator, and a :class:`ClipCallback` before its
     other callbacks. The limit is that of ``TrainingArguments(max_grad_norm=1.0)`` unless `rule` takes its place; with
-    ``max_grad_norm=0`` the Trainer measures and does not clip, and no rule comes in.
+    ``max_grad_norm=0`` the Trainer only measures, and no rule applies.
 
     Args and Raises: as :func:`fastclip.integrations.accelerate.attach`. A callback's ``on_pre_optimizer_step`` sees
     gradients that are not clipped yet, if they are in the step.
@@ -39,6 +39,7 @@ def attach(
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__} {trainer!r}")
     attached = accelerate.attach(trainer.accelerator, rule, monitor, in_step=in_step)
+    _replace_method(trainer, attached)
     for earlier in [each for each in trainer.callback_handler.callbacks if isinstance(each, ClipCallback)]:
         trainer.remove_callback(earlier)
     _trainers[attached] = weakref.ref(trainer)
@@ -46,13 +47,21 @@ def attach(
     return attached
 
 
+def _replace_method(trainer: Trainer, attached: Attached) -> None:
+    """Where gradients lie on several meshes the Trainer does not ask its Accelerator, but a method of its own."""
+    name = "_mixed_mesh_grad_norm"
+    if hasattr(trainer, name):
+        setattr(trainer, name, lambda model, max_norm: attached.clip_grad_norm_(model.parameters(), max_norm))
+        attached.when_detached = lambda: trainer.__dict__.pop(name, None)
+
+
 class ClipCallback(TrainerCallback, ExportableState):
     """Carries what a rule remembers into the checkpoints of a Trainer and out of them, and its numbers into the logs.
 
     A checkpoint's ``trainer_state.json`` has the rule's memory, which a training that is resumed goes on from (whatever
-    ``restore_callback_states_from_checkpoint`` says). With each log of the training go ``grad/limit``, ``grad/coef``,
-    and, with a monitor, ``grad/clip_rate`` and ``grad/skips``: read from the monitor, which is a step or more late and
-    makes nothing wait, else from the last clip.
+    ``restore_callback_states_from_checkpoint`` says). With each log of the training go ``grad/coef``, ``grad/limit`` if
+    the rule has one, and, with a monitor, ``grad/clip_rate`` and ``grad/skips``: read from the monitor, which is a step
+    or more late and makes nothing wait, else from the last clip.
 
     Args:
         attached: what :func:`fastclip.integrations.accelerate.attach` returned; None: found by the optimizer as the
@@ -77,6 +86,7 @@ class ClipCallback(TrainerCallback, ExportableState):
         if trainer is not None:
             if trainer.accelerator is not self.attached.accelerator:  # made anew, for smaller batches
                 self.attached.move_to(trainer.accelerator)
+                _replace_method(trainer, self.attached)
             callbacks = trainer.callback_handler.callbacks
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))
         saved = state.stateful_callbacks.get(type(self).__name__)

@@ -199,7 +199,12 @@ class StepHooks:
     def _started(self) -> None:
         self._undo.close()  # of a step that failed
         self.began = self._within = True
-        if not self._begin(self._undo):
+        try:
+            steps = self._begin(self._undo)
+        except BaseException:
+            self._undo.close()
+            raise
+        if not steps:
             self._undo.enter_context(_without_gradients([(p, p.grad) for p in flat_params(self._optimizer)]))
 
     def _ended(self) -> None:

@@ -46,6 +46,10 @@ class AGC(InPlaceRule):
         left_alone = names_or_params(exclude, "exclude")
         self._but = _Excluding(AGC(clip_factor, eps), left_alone) if left_alone else None
 
+    @property
+    def needs_names(self) -> bool:  # type: ignore[override]
+        return self._but is not None and self._but.needs_names
+
     def check(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
         if self._but:
             self._but.check(parameters, names)

@@ -85,6 +85,7 @@ class Rule:
         finite_zero: whether a coefficient for all gradients is +0 only where all are finite, so that multiplying by 0
             gives the zeros that +0 stands for.
         in_place: whether it is an :class:`InPlaceRule`, or stands for one.
+        needs_names: whether it goes by the names of parameters, which the Clipper must then have been given.
     """
 
     norm_type: float | None = None
@@ -92,6 +93,7 @@ class Rule:
     freezes: bool = False
     finite_zero: bool = False
     in_place: bool = False
+    needs_names: bool = False
 
     def decide(self, stats: Stats, context: StepContext) -> Tensor:
         """What the gradients are to be multiplied by.

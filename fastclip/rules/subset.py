@@ -65,6 +65,10 @@ class Only(Rule):
     def in_place(self) -> bool:  # type: ignore[override]
         return self.rule.in_place
 
+    @property
+    def needs_names(self) -> bool:  # type: ignore[override]
+        return self.rule.needs_names or any(isinstance(item, str) for item in self.which)
+
     def check(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
         """ValueError unless everything in `which` is among the parameters of a Clipper."""
         self.rule.check(parameters, names)

@@ -193,6 +193,8 @@ def test_bad_arguments():
         ClipCallback(1.0, nonfinite="ignore")
     with pytest.raises(ValueError, match="gradient_clip_val must be left out"):
         trained(callbacks=[ClipCallback(1.0)], gradient_clip_val=1.0)
+    with pytest.raises(ValueError, match="2 monitors, and 1 optimizers"):
+        trained(callbacks=[ClipCallback(1.0, [fastclip.monitor.GradMonitor() for _ in range(2)])])
     OPTIMIZERS["clips"] = lambda ps: fastclip.optim.SGD(ps, lr=0.1, max_norm=1.0)
     OPTIMIZERS["LBFGS"] = torch.optim.LBFGS
     try:

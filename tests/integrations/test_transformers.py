@@ -83,7 +83,7 @@ def test_a_training_that_goes_on_from_a_checkpoint(tmp_path, restore):
     assert hf_losses(resumed) == hf_losses(whole)
     assert str(found.state_dict()) == str(expected.state_dict())
     saved = json.loads(Path(tmp_path / "parts" / "checkpoint-8" / "trainer_state.json").read_text())
-    assert saved["stateful_callbacks"]["ClipCallback"]["attributes"]["memory"]["0"]["steps"] == 8
+    assert saved["stateful_callbacks"]["ClipCallback"]["attributes"]["memory"]["sets"][0]["steps"] == 8
 
 
 def test_only_measured_where_the_trainer_does_not_clip(tmp_path):
@@ -101,6 +101,28 @@ def test_an_accelerator_that_is_made_anew(tmp_path):
     trainer.create_accelerator_and_postprocess()
     trainer.train()
     assert attached.accelerator is trainer.accelerator and attached.stats is not None
+
+
+def test_gradients_on_several_meshes(tmp_path):
+    """For which the Trainer does not ask its Accelerator."""
+    trainer = hf_trainer(tmp_path)
+    trainer._has_mixed_mesh_grads = lambda model: True
+    attached = attach(trainer, rule=0.01)
+    trainer.train()
+    assert attached.stats.limit == pytest.approx(0.01)
+    attached.detach()
+    assert "_mixed_mesh_grad_norm" not in vars(trainer)
+
+
+def test_a_rule_may_change_where_nothing_was_remembered(tmp_path):
+    trainer = hf_trainer(tmp_path, steps=4)
+    trainer.args.save_strategy, trainer.args.save_steps, trainer.state.save_steps = "steps", 4, 4
+    attach(trainer)
+    trainer.train()
+    resumed = hf_trainer(tmp_path, steps=8)
+    attached = attach(resumed, rule=lambda limit: [rules.ZClip(), limit])
+    resumed.train(resume_from_checkpoint=True)
+    assert attached.state_dict()["sets"][0]["steps"] == 8
 
 
 def test_attached_twice(tmp_path):
