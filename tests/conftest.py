@@ -28,6 +28,7 @@ FRAMEWORKS = {  # which tests of integrations/ need what: `make test-integration
     "test_accelerate.py": ["accelerate"],
     "test_examples_of_frameworks.py": ["accelerate", "lightning", "sklearn", "tabulate", "transformers"],
     "test_frameworks.py": ["accelerate", "lightning", "peft", "timm", "transformers"],
+    "test_launchers.py": ["accelerate"],
     "test_lightning.py": ["lightning"],
     "test_torchtitan.py": ["torchtitan"],
     "test_transformers.py": ["accelerate", "transformers"],

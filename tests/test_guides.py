@@ -13,7 +13,7 @@ import fastclip
 
 FOLDER = Path(__file__).parent.parent / "docs" / "guides"
 NEEDS = {
-    "README": ["matplotlib"],
+    "README": ["matplotlib", "accelerate"],  # the second only because its commands take long
     "plain": [],
     "accelerate": ["accelerate"],
     "transformers": ["transformers", "accelerate", "trl", "peft", "datasets"],

@@ -101,18 +101,6 @@ def report_of(done):
 
 BACKEND = fastclip.backends.choose(fastclip.backends.torch.device("cpu")).name
 RUN = (sys.executable, "-m", "fastclip", "run")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-
-
-def test_a_script_and_what_it_spawns(script, tmp_path):
-    command = (*RUN[:1], "-b", "-u", *RUN[1:], "--rule", "0.25", script.name, "spawn", "--lr", "1")
-    done = started(*command, "fail", cwd=tmp_path, TMPDIR=str(tmp_path))
-    assert done.returncode == 3
-    assert report_of(done) == f"4 clips by {BACKEND}; in 4 processes"
-    *clips, last = done.stdout.splitlines()
-    assert clips == ["5.0 torch.float32 [0.150390625, 0.2001953125]"] * 4
-    assert last == f"__main__ {script} ['spawn', '--lr', '1', 'fail'] 1 True"
-    assert not list(tmp_path.glob("fastclip-run-*"))
 
 
 def test_a_module_that_goes_on_to_torch(script, tmp_path):
@@ -136,20 +124,6 @@ def test_a_script_whose_first_import_is_fastclip(tmp_path):
     assert report_of(done) == f"3 clips by {BACKEND}"
     steps = [line for line in map(json.loads, (tmp_path / "run.jsonl").read_text().splitlines()) if "step" in line]
     assert len(steps) == 3  # also of the fork, which multiprocessing ends without atexit
-
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_under_torchrun(inside, script, tmp_path):
-    """`torchrun -m fastclip run train.py`, of which rank 0 reports, and `fastclip run -- torchrun train.py`."""
-    if inside:
-        done = started(*TORCHRUN, "-m", "fastclip", "run", script, "spawn", cwd=tmp_path)
-        clips, processes = 4, 4
-    else:
-        done = started(*RUN, "--", *TORCHRUN, script, "spawn", cwd=tmp_path)
-        clips, processes = 8, 8
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("torch.float32 [0.30078125, 0.400390625]") == 8 and "bfloat16" not in done.stdout
-    assert report_of(done) == f"{clips} clips by {BACKEND}; in {processes} processes"
 
 
 def test_a_command_that_clips_nothing(tmp_path):

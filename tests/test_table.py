@@ -213,7 +213,8 @@ def test_any_mixture(backend):
             st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]), min_size=12, max_size=12
         ),
         layouts=st.lists(st.sampled_from(["dense", "offset", "permuted", "gaps"]), min_size=12, max_size=12),
-        limit=st.floats(0, 20),
+        # Triton's interpreter rounds subnormal bfloat16 numbers wrongly, so let no gradient become one.
+        limit=st.just(0.0) | st.floats(1e-30, 20),
     )
     def mixture(shapes, dtypes, layouts, limit):
         parameters = []
