@@ -13,8 +13,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from .. import functional
-from ..clipper import Clipper
+from ..clipper import Clipper, DecidedStep
 from ..gradients.pack import flatten_params
+from ..gradients.table import GradTable
 from ..monitor import GradMonitor
 from ..pipeline.decide import ClipDecision
 from ..pipeline.step import StepHooks, check_optimizer, covers, prepare, takes_decision, unwrapped
@@ -127,7 +128,7 @@ class Attached:
                 stats = step.stats
                 waits = self.in_step and takes_decision(chain[-1], step.table, step.decision)
                 if waits:
-                    self._next_step_of(chain[-1]).take_over(clipper, step.decision)
+                    self._next_step_of(chain[-1]).take_over(clipper, step)
                 else:
                     step.decision.apply_(step.table)
         finally:
@@ -183,57 +184,71 @@ class _NextStep:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._waiting: tuple[Clipper, ClipDecision] | None = None
-        self._gradients: list[tuple[Tensor, weakref.ref[Tensor], int]] = []  # parameter, gradient, its version
+        self._waiting: tuple[Clipper, ClipDecision, _Snapshot] | None = None
         self.hooks = StepHooks(optimizer, self._begin)
 
-    def take_over(self, clipper: Clipper, decision: ClipDecision) -> None:
-        self._waiting = clipper, decision
-        self._gradients = [(p, weakref.ref(p.grad), p.grad._version) for p in clipper.parameters if p.grad is not None]
+    def take_over(self, clipper: Clipper, step: DecidedStep) -> None:
+        self._waiting = clipper, step.decision, _Snapshot(clipper, step.table)
 
     def settle_if_of(self, parameters: list[Tensor]) -> None:
         """:meth:`settle`, if what waits concerns any of these."""
-        if self._waiting is not None and not {id(p) for p, _, _ in self._gradients}.isdisjoint(map(id, parameters)):
-            self.settle()
+        if self._waiting is not None:
+            clipper, _, _ = self._waiting
+            if not set(map(id, clipper.parameters)).isdisjoint(map(id, parameters)):
+                self.settle()
 
     def settle(self) -> None:
         """Do now what waits, in place; nothing if the gradients are gone."""
         if self._waiting is None:
             return
-        clipper, decision = self._waiting
+        clipper, decision, snapshot = self._waiting
+        self._waiting = None
         try:
-            if not all(p.grad is not gradient() for p, gradient, _ in self._gradients):
-                self._check(clipper)
-                decision.apply_(clipper.pack())
+            if snapshot.is_there(clipper):
+                decision.apply_(snapshot.checked(clipper))
         finally:
-            self._forget(clipper)
+            clipper.release_parameters()
 
     def _begin(self, undo: ExitStack) -> bool:
         if self._waiting is None:
             return True
-        clipper, decision = self._waiting
+        clipper, decision, snapshot = self._waiting
+        self._waiting = None
         undo.callback(clipper.release_parameters)  # after the step, which looks for them
-        try:
-            self._check(clipper)
-            return prepare(self._optimizer, clipper.pack(), decision, covers(self._optimizer, clipper.parameters), undo)
-        finally:
-            self._waiting, self._gradients = None, []
+        table = snapshot.checked(clipper)
+        return prepare(self._optimizer, table, decision, covers(self._optimizer, clipper.parameters), undo)
 
-    def _forget(self, clipper: Clipper) -> None:
-        self._waiting, self._gradients = None, []
-        clipper.release_parameters()
 
-    def _check(self, clipper: Clipper) -> None:
-        """RuntimeError unless the gradients are those that the decision was made for."""
-        now = sum(p.grad is not None for p in clipper.parameters)
-        if now != len(self._gradients) or not all(
-            p.grad is not None and p.grad is gradient() and p.grad._version == version
-            for p, gradient, version in self._gradients
-        ):
+class _Snapshot:
+    """Which gradients there were, to notice changes: their addresses and versions, and the smallest one itself. That is
+    kept alive, so a later gradient cannot be taken for it."""
+
+    def __init__(self, clipper: Clipper, table: GradTable) -> None:
+        gradients = [p.grad for p in clipper.parameters]
+        self._smallest = min((g for g in gradients if g is not None), key=Tensor.numel, default=None)
+        self._position = next((i for i, g in enumerate(gradients) if g is self._smallest), 0)
+        self._versions = _versions(gradients)
+        self._addresses = [group.addresses_and_sizes() for group in table.groups]
+
+    def is_there(self, clipper: Clipper) -> bool:
+        """Whether the gradients were not replaced by others since."""
+        return self._smallest is not None and clipper.parameters[self._position].grad is self._smallest
+
+    def checked(self, clipper: Clipper) -> GradTable:
+        """The table of the gradients; RuntimeError unless they are what they were."""
+        table = clipper.pack()
+        addresses = [group.addresses_and_sizes() for group in table.groups]
+        same = len(addresses) == len(self._addresses) and all(map(torch.equal, addresses, self._addresses))
+        if not same or not self.is_there(clipper) or self._versions != _versions([p.grad for p in clipper.parameters]):
             raise RuntimeError(
                 "gradients were changed after accelerator.clip_grad_norm_, and before the optimizer's step that was to "
                 "clip them: attach(..., in_step=False) clips them at once"
             )
+        return table
+
+
+def _versions(gradients: list[Tensor | None]) -> list[int | None]:
+    return [None if g is None else g._version for g in gradients]
 
 
 def _names(accelerator: Accelerator, parameters: list[Tensor]) -> tuple[str, ...] | None:
