@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-integrations test-isas lint format bench gpu clean
+.PHONY: demo test test-integrations test-isas lint format bench gpu gpu-sanitize clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -46,9 +46,12 @@ bench: .venv/ready
 	$(BIN)/python -m bench.distributed --quick --json bench/results/cpu-distributed.json
 	$(BIN)/python -m bench.report
 
-# On a GPU machine, with the system's python3: no install, no network.
+# On a GPU machine, with the system's python3: no install, no network. `python3 -m bench.gpu --plan` tells how long.
 gpu:
 	python3 -m bench.gpu
+
+gpu-sanitize:
+	python3 -m bench.gpu --only sanitize
 
 clean:
 	rm -rf .venv .venv-integrations build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

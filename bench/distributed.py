@@ -292,23 +292,20 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     counts = [int(count) for count in options.counts.split(",")]
     seconds = 2.0 if options.quick else 15.0
-    rows: list[dict[str, Any]] = []
+    results = method.Results(options.json, "distributed", "cpu", 1, argv)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # its advice on rivals' messages
     try:
         for count in tqdm(counts, leave=False):
             with_torch = count <= SLOW_FIRST or (not options.quick and count <= 5000)
-            rows += host_rows(count, seconds, with_torch)
-        rows += message_rows()
+            results.add(host_rows(count, seconds, with_torch))
+        results.add(message_rows())
         for size in (2, 4):
-            rows += truth_rows(size, seconds / 4)
+            results.add(truth_rows(size, seconds / 4))
     finally:
-        print(table(rows) + "\n\n" + goals(rows))
-        if options.json and rows:
-            arguments = sys.argv[1:] if argv is None else argv
-            method.write(options.json, "distributed", "cpu", 1, arguments, rows)
-            print(f"\nwrote {options.json}")
+        print(table(results.rows) + "\n\n" + goals(results.rows))
+        results.say()
     return 0
 
 

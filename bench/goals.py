@@ -19,8 +19,9 @@ CPU_GOALS = {
     ("2000x256", "fp32"): (60.0, 50.0),
     ("1x16", "fp32"): (8.0, 8.0),
 }
-# mode: share of a copy's bandwidth, and ratio to torch, to reach on a GPU with a model that fills it
-GPU_GOALS = {"norm": (0.9, 3.0), "not triggered": (0.9, 3.0), "triggered": (0.9, 1.2)}
+# mode: share of a copy's bandwidth, and ratio to torch, to reach on a GPU with a model that fills it. (For the norm
+# alone torch reads once, too.)
+GPU_GOALS = {"norm": (0.9, 1.1), "not triggered": (0.9, 3.0), "triggered": (0.9, 1.2)}
 
 
 def goals(runs: dict[tuple[str, str], Run]) -> str:

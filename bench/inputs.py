@@ -21,7 +21,7 @@ class Inputs:
     @set_torch_threads(1)  # many small operations, and a busy machine makes each wait for its second thread
     def __init__(self, model: Model, dtype: torch.dtype, device: str, sets: int) -> None:
         self.flat = torch.empty(model.elements + model.elements % 2, dtype=dtype, device=device)
-        some = (torch.randn(min(self.flat.numel(), CHUNK), device=device) * 1e-2).to(dtype)
+        some = torch.randn(min(self.flat.numel(), CHUNK), device=device).to(dtype)  # so that no norm is tiny
         for piece in self.flat.split(CHUNK):
             piece.copy_(some[: piece.numel()])
         sizes = [math.prod(shape) for shape in model.shapes]

@@ -18,8 +18,11 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
+import sys
+import threading
 import time
 import timeit
 from collections.abc import Callable, Iterable, Iterator
@@ -39,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 MOST_CALLS = 50  # in a row, for the short ones
-SHRINK = 0.99999
+SHRINK = 1e-5  # of the norm, from call to call
 NO_TIME = "no time is left of --minutes"
 MODULES = {"growth": "clip"}  # the module that measures a kind of results, where it is not called like the kind
 RANGE = "one call"  # the profiler's name for it
@@ -69,7 +72,8 @@ class Falling:
 
     def __next__(self) -> float:
         self.calls += 1
-        self.limit *= SHRINK
+        # What a call leaves is 1e-6 below the limit, absolutely, which small norms must fall by more than.
+        self.limit *= 1 - max(SHRINK, 3e-6 / self.limit)
         return self.limit
 
     def writes(self) -> int:
@@ -312,6 +316,36 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
+class Results:
+    """The rows of a run, in its file after every case, so that a run that is stopped leaves what it has measured.
+
+    SIGTERM ends the program as an exception does.
+
+    Args:
+        path: of the file; None: there is none.
+        kind, device, threads, arguments, more: as :func:`write` has them.
+    """
+
+    def __init__(
+        self, path: Path | None, kind: str, device: str, threads: int, arguments: list[str] | None, **more: Any
+    ) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._path, self._more = path, more
+        self._run = kind, device, threads, sys.argv[1:] if arguments is None else arguments
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.rows += rows
+        if self._path and self.rows:
+            write(self._path, *self._run, self.rows, **self._more)
+
+    def say(self) -> None:
+        """Say at the end where they are."""
+        if self._path and self.rows:
+            print(f"\nwrote {self._path}")
+
+
 def write(
     path: Path, kind: str, device: str, threads: int, arguments: list[str], rows: list[dict[str, Any]], **more: Any
 ) -> None:
@@ -333,7 +367,9 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps(run, indent=1).removesuffix("\n}")
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # a row a line, so that a diff can be read
-    path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
+    part = path.with_suffix(".part")
+    part.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
+    part.replace(path)  # whole, whenever the run is stopped
 
 
 def _command(module: str, arguments: list[str]) -> str:

@@ -113,13 +113,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    results = method.Results(options.json, "monitor", options.device, options.threads, argv)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(options.device, 60 * options.minutes, Path(folder))
-    print(table(rows))
-    if options.json:
-        arguments = sys.argv[1:] if argv is None else argv
-        method.write(options.json, "monitor", options.device, options.threads, arguments, rows)
-        print(f"\nwrote {options.json}")
+        results.add(measure(options.device, 60 * options.minutes, Path(folder)))
+    print(table(results.rows))
+    results.say()
     return 0
 
 

@@ -135,17 +135,14 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     models = options.models.split(",")
-    rows: list[dict[str, Any]] = []
+    results = method.Results(options.json, "rules", options.device, options.threads, argv)
     try:
         for i, model in enumerate(tqdm(models, leave=False)):
             left = (deadline - time.perf_counter()) / (len(models) - i)
-            rows += measure(model, options.device, options.threads, left)
+            results.add(measure(model, options.device, options.threads, left))
     finally:
-        print(table(rows) + "\n\n" + goals(rows))
-        if options.json and rows:
-            arguments = sys.argv[1:] if argv is None else argv
-            method.write(options.json, "rules", options.device, options.threads, arguments, rows)
-            print(f"\nwrote {options.json}")
+        print(table(results.rows) + "\n\n" + goals(results.rows))
+        results.say()
     return 0
 
 

@@ -197,6 +197,18 @@ def test_pictures(tmp_path):
         assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
 
 
+@pytest.mark.parametrize("norm", [0.01, 0.03, 1.0, 1e4])
+def test_limits_fall_below_whatever_norm_a_call_leaves(norm):
+    """torch's formula leaves a norm that is 1e-6 below the limit, absolutely."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.tensor([norm])
+    limits = method.Falling([[parameter]])
+    limits.start()
+    for _ in range(50):
+        limit = next(limits)
+        assert 0 < limit < torch.nn.utils.clip_grad_norm_([parameter], limit)
+
+
 def test_report_of_a_gpu_run():
     """No GPU is needed to see that its part can be written: a CPU run in its clothes, with made-up counts."""
     newest = runs.newest()
