@@ -136,6 +136,9 @@ def test_a_command_that_clips_nothing(tmp_path):
 # ---- the start of each process, with a torch and a fastclip that are quickly imported ----
 
 
+MAIN = launch.MAIN
+
+
 def begun(tmp_path, launch="", code="import torch; print(torch.known)", **environment):
     for name, text in {
         "torch/__init__.py": "known = [__loader__.__class__.__name__]\n",
@@ -147,7 +150,9 @@ def begun(tmp_path, launch="", code="import torch; print(torch.known)", **enviro
         (tmp_path / name).write_text(text)
     path = os.pathsep.join([str(STARTUP), str(tmp_path)])
     env = {**os.environ, "PYTHONPATH": path, **environment}
-    return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    as_main = ["sh", "-c", f'{MAIN}=$$ exec "$@"', "sh"]  # the process that run became
+    command = [*as_main, sys.executable, "-c", code]
+    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
 
 PATCHES = "def begin(report):\n    import torch\n    torch.known.append('patched')\n"
@@ -169,15 +174,14 @@ def test_torch_is_patched_once_it_is_imported(tmp_path, code):
 
 
 def test_a_process_that_does_not_import_torch(tmp_path):
-    code = (
-        "import sys; print('torch' in sys.modules, 'fastclip' in sys.modules, [p for p in sys.path if 'startup' in p])"
-    )
+    code = "import sys; print({'torch', 'fastclip'} & {*sys.modules}, [p for p in sys.path if 'startup' in p])"
     done = begun(tmp_path, code=code)
-    assert done.stdout.strip() == "False False []" and not done.stderr
-    folder = str(tmp_path / "report")
-    code = "import os; os.environ['FASTCLIP_RUN_MAIN'] = str(os.getpid())"
-    done = begun(tmp_path, code=code, FASTCLIP_RUN_REPORT=folder)
+    assert done.stdout.strip() == "set() []" and not done.stderr
+    done = begun(tmp_path, code="", FASTCLIP_RUN_REPORT=str(tmp_path / "report"))
     assert done.stderr.startswith("fastclip: nothing was clipped: none of torch.nn.utils'")
+
+
+def test_a_process_whose_start_imports_torch(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import torch")
     assert begun(tmp_path).stdout.strip() == "['SourceFileLoader', 'patched']"
 
@@ -202,7 +206,7 @@ def test_the_sitecustomize_that_is_hidden_runs_too(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_does_not_report_for_its_parent(tmp_path):
-    code = "import os; os.environ['FASTCLIP_RUN_MAIN'] = str(os.getpid())\nif pid := os.fork(): os.waitpid(pid, 0)"
+    code = "import os\nif pid := os.fork(): os.waitpid(pid, 0)"
     done = begun(tmp_path, code=code, FASTCLIP_RUN_REPORT=str(tmp_path / "report"))
     assert done.stderr.count("fastclip:") == 1
 

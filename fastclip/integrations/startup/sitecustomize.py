@@ -68,7 +68,7 @@ def _begin() -> None:
                 sys.path.append(root)
         from fastclip.integrations import launch
 
-        launch.begin(_report)
+        launch.begin(_report or _own_report())
     except Exception as error:  # noqa: BLE001 - the user's program comes first
         print(f"fastclip: not in use in this process, {type(error).__name__}: {error}", file=sys.stderr)
 
@@ -93,7 +93,8 @@ def _run_hidden() -> None:
 
 
 sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or os.curdir) != _HERE]
-_report = _own_report()
+# The process that tells the user does so also if it never imports torch; others have nothing to tell then.
+_report = _own_report() if os.environ.get("FASTCLIP_RUN_MAIN") == str(os.getpid()) else None
 if "torch" in sys.modules:  # a .pth file has imported it
     _begin()
 else:
