@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-from bench import gpu
+from bench import gpu, gpu_compare, runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,6 +71,28 @@ def test_a_part_that_does_not_want_to_stop(monkeypatch, capfd):
 def test_without_time_left_nothing_is_begun():
     outcome = gpu.run(gpu.Part("clip", [sys.executable, "-c", "1 / 0"], 1, 50), 3)
     assert outcome["status"] == "failed" and outcome["said"] == "no time was left"
+
+
+@pytest.mark.parametrize(
+    ("slower", "says"), [(2.0, "take triton: CUDA takes 2.00"), (0.5, "take cuda"), (1.01, "may stay")]
+)
+def test_triton_beside_cuda(slower, says, tmp_path, capsys):
+    """Of a CPU run in the clothes of one on a GPU, in which CUDA takes `slower` times what Triton does."""
+    assert gpu_compare.main([str(tmp_path)]) == 1
+    run = json.loads(json.dumps(runs.newest()["clip", "cpu"])) | {"device": "cuda"}
+    rows = [row for row in run["rows"] if row["provider"] == "fastclip cpu" and row["status"] == "ok"]
+    run["rows"] = []
+    for row in rows:
+        for name, factor in (("triton", 1.0), ("cuda", slower)):
+            times = {"median": factor * row["wall_s"]["median"]}
+            run["rows"].append(
+                {**row, "provider": f"fastclip {name}"} | dict.fromkeys(("wall_s", "host_s", "device_s"), times)
+            )
+    run["rows"].append({**rows[0], "model": "other", "provider": "fastclip cuda", "status": "wrong"})
+    (tmp_path / "cuda-clip.json").write_text(json.dumps(run))
+    assert gpu_compare.main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert says in out and len(gpu_compare.compared(run["rows"])) == len(rows)
 
 
 @pytest.mark.slow
