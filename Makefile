@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-integrations test-isas lint format bench gpu gpu-sanitize clean
+.PHONY: demo test test-long test-integrations test-isas lint format bench gpu gpu-sanitize clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+
+# Compilers, sanitizers and a dry run of `make gpu`.
+test-long: .venv/ready
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m long
 
 # With the frameworks that fastclip goes into, in an environment of their own. timm without torchvision, which this torch
 # has none for, and torchtitan without what only its trainer needs.

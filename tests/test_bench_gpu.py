@@ -95,6 +95,7 @@ def test_triton_beside_cuda(slower, says, tmp_path, capsys):
     assert says in out and len(gpu_compare.compared(run["rows"])) == len(rows)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_dry_run(tmp_path):
     """Every part, at toy sizes; their rows and the record of the run are written."""

@@ -293,6 +293,7 @@ SANITIZERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SANITIZERS)
 def test_sanitizers(case, tmp_path):

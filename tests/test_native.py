@@ -57,6 +57,7 @@ def test_import_alone_neither_builds_nor_warns(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_eight_processes_at_once(tmp_path):
     """One builds, seven wait; and the lock of a build that was killed holds nobody up."""
@@ -87,6 +88,7 @@ def test_build_command_finds_the_build(tmp_path):
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
 
 
+@pytest.mark.long
 @needs_nvcc
 @pytest.mark.slow
 def test_build_command_for_a_gpu_that_is_elsewhere(tmp_path):
