@@ -53,6 +53,24 @@ def assert_no_spills(row):
     warnings.warn(message, stacklevel=2)
 
 
+def in_flight(sass):
+    """How many loads of 128 bits the machine code issues, where it issues most in a row before it uses what one of them
+    brings."""
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(.*?);", sass, re.M)
+    most, loaded = 0, set()
+    for line in lines:
+        load = re.match(r".*LDG\.E(\.\w+)*\.128", line)
+        target = re.search(r"LDG\S*\s+R(\d+)", line)
+        used = {int(r) for r in re.findall(r"\bR(\d+)\b", line.split(",", 1)[1] if "," in line else "")}
+        registers = {r for first in loaded for r in range(first, first + 4)}
+        if used & registers or re.search(r"\b(BRA|EXIT|BAR)\b", line):
+            loaded = set()
+        if load and target:
+            loaded.add(int(target.group(1)))
+            most = max(most, len(loaded))
+    return most
+
+
 def main(file, arch):
     import triton
     import triton.language as tl
@@ -63,6 +81,7 @@ def main(file, arch):
         from fastclip.backends.triton import clip as kernels
         from fastclip.backends.triton import reduction
         from fastclip.backends.triton.table import TILE_BYTES
+        from fastclip.backends.triton.tiles import MOST_REGISTERS
     else:
         import fastclip.backends.triton.optim as kernels
 
@@ -100,12 +119,16 @@ def main(file, arch):
             known = {name: kind for kind, names in TYPES.items() for name in names}
             signature = {a: "constexpr" if a in constants else known.get(a, "i32") for a in kernel.arg_names}
             source, target = ASTSource(kernel, signature, constexprs=constants), GPUTarget("cuda", int(arch), 32)
-            binary = triton.compile(source, target=target, options={"num_warps": kernels.NUM_WARPS})
+            limits = {}
+            if "earlier_ptr" in options and options["NORM"] != 3 and dtype != tl.float64:  # as it is launched
+                limits = {"maxnreg": MOST_REGISTERS}
+            binary = triton.compile(source, target=target, options={"num_warps": kernels.NUM_WARPS, **limits})
             with tempfile.NamedTemporaryFile(suffix=".cubin") as opened:
                 opened.write(binary.asm["cubin"])
                 opened.flush()
                 command = [cuobjdump, "--dump-resource-usage", opened.name]
                 usage = subprocess.run(command, capture_output=True, text=True).stdout
+                code = subprocess.run([cuobjdump, "-sass", opened.name], capture_output=True, text=True).stdout
             # A loop: a block of instructions that branches back to its own label.
             ptx = binary.asm["ptx"]
             blocks = re.findall(r"^(\$L__BB\S+):.*?\n(.*?)(?=^\$L__BB|\Z)", ptx, re.M | re.S)
@@ -117,6 +140,8 @@ def main(file, arch):
                 **{name: value for name, value in options.items() if value is not None},
                 **{name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)},
                 "loops": [{"loads": loads, "stores": stores} for loads, stores in memory],
+                "in_flight": in_flight(code),
+                "bounded": bool(limits),
             })  # fmt: skip
     print(json.dumps(rows))
 

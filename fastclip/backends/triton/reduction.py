@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base import GradGroup, Measurement
 from .table import Table, table_of
-from .tiles import MISSING, NUM_WARPS, on
+from .tiles import MISSING, MOST_REGISTERS, NUM_WARPS, on
 
 if MISSING is None:
     import triton
@@ -27,10 +27,17 @@ if MISSING is None:
     L2, L1, MAX, POWER = (tl.constexpr(i) for i in range(4))
     VANISHING = tl.constexpr(1e-24)  # a float32 power sum below this may have lost more than rounding
     COMBINE = tl.constexpr(1024)  # chunk or tensor results combined at a time
+    FOLD = tl.constexpr(4)  # pieces of 16 bytes that a thread loads of a tile
 
     @triton.jit
-    def _accumulate(sums, largest, x, scale, p, NORM: tl.constexpr, SCALED: tl.constexpr):
-        """sums + |x|^p, and the larger of the magnitudes as sign-stripped bits: ordered like |x|, NaN above inf."""
+    def _accumulate(
+        sums, largest, x, scale, p, NORM: tl.constexpr, SCALED: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """sums + |x|^p, and the larger of the magnitudes as sign-stripped bits: ordered like |x|, NaN above inf.
+
+        `x` has BLOCK elements, the others BLOCK / PIECES: what one thread has loaded is added up first, so that few of
+        its registers hold sums and the more hold elements on their way.
+        """
         if x.dtype == tl.float64:
             magnitude = tl.abs(x)
             bits = magnitude.to(tl.int64, bitcast=True)
@@ -39,15 +46,22 @@ if MISSING is None:
             bits = magnitude.to(tl.int32, bitcast=True)
         if SCALED:
             magnitude = magnitude * scale
-        if NORM == L2:
-            sums += magnitude * magnitude
-        elif NORM == L1:
-            sums += magnitude
-        elif NORM == POWER:
-            wide = magnitude.to(tl.float64)
-            raised = tl.exp2(p * tl.log2(tl.where(wide == 0, 1.0, wide)))
-            sums += tl.where(wide == 0, 0.0, tl.where(p == 0, 1.0, raised))
-        return sums, tl.maximum(largest, bits)
+        if PIECES > 1:
+            bits = tl.max(tl.reshape(bits, [PIECES, BLOCK // PIECES]), 0)
+        largest = tl.maximum(largest, bits)
+        if NORM != MAX:
+            if NORM == L2:
+                amount = magnitude * magnitude
+            elif NORM == L1:
+                amount = magnitude
+            else:
+                wide = magnitude.to(tl.float64)
+                raised = tl.exp2(p * tl.log2(tl.where(wide == 0, 1.0, wide)))
+                amount = tl.where(wide == 0, 0.0, tl.where(p == 0, 1.0, raised))
+            if PIECES > 1:
+                amount = tl.sum(tl.reshape(amount, [PIECES, BLOCK // PIECES]), 0)
+            sums += amount
+        return sums, largest
 
     @triton.jit
     def _reduce(base, begin, end, scale, p, NORM: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr):
@@ -59,15 +73,16 @@ if MISSING is None:
             SUM: tl.constexpr = tl.float64 if NORM == POWER else tl.float32
             BITS: tl.constexpr = tl.int32
         EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
+        PIECES: tl.constexpr = 1 if NORM == POWER else FOLD
         full_begin, full_end, head, heads, tails = split_chunk(begin, end, BLOCK)
         total = tl.zeros((), SUM)
         bits = tl.zeros((), BITS)
         if full_begin < full_end:
-            sums = tl.zeros([BLOCK], SUM)
-            largest = tl.zeros([BLOCK], BITS)
+            sums = tl.zeros([BLOCK // PIECES], SUM)
+            largest = tl.zeros([BLOCK // PIECES], BITS)
             for offset in range(full_begin, full_end, BLOCK):
                 x = tl.load(tile(base, offset, BLOCK))
-                sums, largest = _accumulate(sums, largest, x, scale, p, NORM, SCALED)
+                sums, largest = _accumulate(sums, largest, x, scale, p, NORM, SCALED, PIECES, BLOCK)
             total += tl.sum(sums)
             bits = tl.max(largest)
         if heads + tails > 0:
@@ -76,7 +91,7 @@ if MISSING is None:
             for i in range(0, heads + tails):
                 offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
                 x = tl.load(tile(base, offset, EDGE), mask=inside(offset, begin, end, EDGE), other=0.0)
-                sums, largest = _accumulate(sums, largest, x, scale, p, NORM, SCALED)
+                sums, largest = _accumulate(sums, largest, x, scale, p, NORM, SCALED, 1, EDGE)
             total += tl.sum(sums)
             bits = tl.maximum(bits, tl.max(largest))
         return total, bits
@@ -247,13 +262,23 @@ def measure_into(
             table.device, table.partial, table.done, result, earlier, result if before is None else before,
             int(before is not None), count, table.chunks, table.chunk_size,
             0.0 if norm == MAX else float(norm_type), math.inf if max_norm is None else float(max_norm),
-            DTYPE=DTYPES[group.dtype], NORM=norm, BLOCK=_block(table, norm), num_warps=NUM_WARPS,
+            DTYPE=DTYPES[group.dtype], NORM=norm, BLOCK=_block(table, norm), **_launch_options(group, norm, earlier),
         )  # fmt: skip
     power, absmax, all_of_them = result[:count], result[count : 2 * count], result[2 * count :]
     total = all_of_them[:2]
     if norm == POWER and norm_type != 0:
         return Measurement(power, absmax, total[0].pow(1 / norm_type), None, total)
     return Measurement(power, absmax, all_of_them[2], None if max_norm is None else all_of_them[3], total)
+
+
+def _launch_options(group: GradGroup, norm: Any, earlier: Tensor | None) -> dict[str, Any]:
+    """With MOST_REGISTERS a thread, PROGRAMS_PER_SM programs fit on one of NVIDIA's multiprocessors, with 16 KiB on
+    their way to each. (Unbounded, bfloat16 takes 112. Float64 keeps about within it by itself, general powers wait for
+    logarithms, and repairs are rare.)"""
+    bounded = norm != POWER and group.dtype != torch.float64 and earlier is None
+    if group.device.type != "cuda" or torch.version.hip is not None or not bounded:
+        return {"num_warps": NUM_WARPS}
+    return {"num_warps": NUM_WARPS, "maxnreg": MOST_REGISTERS}
 
 
 def _block(table: Table, norm: Any) -> int:

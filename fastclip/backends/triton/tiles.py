@@ -18,6 +18,7 @@ except ImportError as error:  # pragma: no cover - exercised in a subprocess
 
 NUM_WARPS = 8
 PROGRAMS_PER_SM = 4
+MOST_REGISTERS = 65536 // (32 * NUM_WARPS * PROGRAMS_PER_SM)  # a thread, for so many programs on a multiprocessor
 CHUNKS_PER_PROGRAM = 8  # enough for an even end, few enough to keep the bookkeeping small
 TILES_PER_CHUNK = 64  # at most
 INTERPRET_PROGRAMS = 3  # more than one, so that the tests see programs share the work
