@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-
 NONFINITE = ("propagate", "skip", "zero", "raise")
 
 
@@ -183,7 +182,8 @@ class Clipper:
         if not self.goes_by_total_norm:
             raise ValueError(f"rule must go by the total norm alone, which {self.rules} do not: use clip_()")
         norm = checked_norm(total_norm)
-        table = self.pack()
+        # No reduce follows that would carry an error of this rank to the others.
+        table = pack(self.parameters, gradients=False, write=True, process_group=self.process_group)
         stats, decision, _ = self._decide(table, None, None, False, None, norm)
         decision.apply_(table)
         return stats

@@ -33,7 +33,8 @@ def attach(
     """Let ``accelerator.clip_grad_norm_`` clip by fastclip.
 
     Everything else stays the framework's: accumulation, unscaling, when it clips and what it logs. The norm returned is
-    that before clipping, as ever. For Hugging Face's Trainer see :func:`fastclip.integrations.transformers.attach`.
+    that before clipping, as without fastclip. For Hugging Face's Trainer see
+    :func:`fastclip.integrations.transformers.attach`.
 
     Args:
         accelerator: whose method is replaced, on this instance; before or after ``prepare()``.
@@ -257,5 +258,6 @@ def _names(accelerator: Accelerator, parameters: list[Tensor]) -> tuple[str, ...
     for model in accelerator._models:
         for name, parameter in accelerator.unwrap_model(model, keep_torch_compile=False).named_parameters():
             names.setdefault(id(parameter), name)
-    found = [names.get(id(parameter)) for parameter in parameters]
-    return None if None in found or len(set(found)) < len(found) else tuple(map(str, found))
+    all_names = [names.get(id(parameter)) for parameter in parameters]
+    are_known = None not in all_names and len(set(all_names)) == len(all_names)
+    return tuple(map(str, all_names)) if are_known else None

@@ -26,7 +26,9 @@ from .torch_patch import patch_torch
 STARTUP = Path(__file__).parent / "startup"
 RULE, RECORD = "FASTCLIP_RUN_RULE", "FASTCLIP_RUN_RECORD"  # in the environment of its processes
 _RULES = {
-    name: getattr(rules, name) for name in rules.__all__ if name not in ("InPlaceRule", "Needs", "Rule", "StepContext")
+    name: rule
+    for name, rule in vars(rules).items()
+    if isinstance(rule, type) and issubclass(rule, rules.Rule) and rule not in (rules.Rule, rules.InPlaceRule)
 }
 
 USAGE = """\

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import worlds
 from models import full, local, mesh_of, on_mesh, raised
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 
 import fastclip
 
@@ -35,6 +35,8 @@ def _patched():
             assert len(patch.counts()["torch"]) == (0 if options else 1)
             for i, (p, b) in enumerate(zip(parameters, before)):
                 assert i == 4 or torch.equal(local(p.grad), b)
+            errors = raised(partial(clip_grads_with_norm_, parameters, 0.5, norm))  # which sends nothing
+            assert errors[0] is None and "has no memory" in errors[1]
     return results
 
 
