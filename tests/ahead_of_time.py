@@ -1,4 +1,5 @@
 """Compiles Triton kernels for a GPU that need not be there: `python ahead_of_time.py triton_step 90` prints the result.
+(Or, for AMD's, `triton gfx942`.)
 
 Without the interpreter, so in a process of its own: the tests call `compiled`.
 """
@@ -71,6 +72,13 @@ def in_flight(sass):
     return most
 
 
+def of_amd(assembly):
+    """Registers, spills, stack, and the loads of each kind of memory, by their names."""
+    fields = {"REG": "vgpr_count", "SPILLS": "vgpr_spill_count", "STACK": "private_segment_fixed_size"}
+    found = {name: int(re.search(rf"\.{field}:\s+(\d+)", assembly).group(1)) for name, field in fields.items()}
+    return {**found, "loads": sorted(set(re.findall(r"(?:global|buffer|flat)_load_\w+", assembly)))}
+
+
 def main(file, arch):
     import triton
     import triton.language as tl
@@ -118,7 +126,15 @@ def main(file, arch):
             constants = {n: v for n, v in {"DTYPE": dtype, **options}.items() if n in kernel.arg_names}
             known = {name: kind for kind, names in TYPES.items() for name in names}
             signature = {a: "constexpr" if a in constants else known.get(a, "i32") for a in kernel.arg_names}
-            source, target = ASTSource(kernel, signature, constexprs=constants), GPUTarget("cuda", int(arch), 32)
+            source = ASTSource(kernel, signature, constexprs=constants)
+            if arch.startswith("gfx"):
+                target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+                binary = triton.compile(source, target=target, options={"num_warps": kernels.NUM_WARPS})
+                rows.append(
+                    {"kernel": kernel.fn.__name__, "dtype": str(dtype), **options, **of_amd(binary.asm["amdgcn"])}
+                )
+                continue
+            target = GPUTarget("cuda", int(arch), 32)
             limits = {}
             if "earlier_ptr" in options and options["NORM"] != 3 and dtype != tl.float64:  # as it is launched
                 limits = {"maxnreg": MOST_REGISTERS}

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import re
 import sys
 import threading
 from importlib import metadata
@@ -46,6 +47,23 @@ def test_compiles_ahead_of_time(arch):
             assert tiles.PROGRAMS_PER_SM * row["in_flight"] * 16 * 32 * tiles.NUM_WARPS >= 64 * 1024
         if row["kernel"] == "_apply_kernel":
             assert any(loop["stores"] and all(vector in s for s in loop["stores"]) for loop in main), where
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("file", ["triton", "triton_step"])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
+def test_compiles_ahead_of_time_for_amd(arch, file):
+    """For an MI300 and an RX 7900: 128-bit loads, no spills of vector registers, no stack. (In steps on the first, whose
+    warps have 64 threads, a thread has half as much of a tile: 64 bits.)"""
+    rows = compiled(file, arch)
+    wide = r"(dwordx[24]|b64|b128)$" if (file, arch) == ("triton_step", "gfx942") else r"(dwordx4|b128)$"
+    assert len(rows) >= 32
+    for row in rows:
+        where = f"{row['kernel']} {row['dtype']} {row.get('NORM')}: {row}"
+        assert row["SPILLS"] == row["STACK"] == 0, where
+        if row["kernel"] != "_count_kernel" and row.get("NORM") != 3:
+            assert any(re.search(wide, load) for load in row["loads"]), where
 
 
 def test_registers_are_bounded_where_triton_knows_the_option(monkeypatch):
