@@ -54,7 +54,7 @@ def test_compiles_ahead_of_time(arch):
 @pytest.mark.parametrize("file", ["triton", "triton_step"])
 @pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
 def test_compiles_ahead_of_time_for_amd(arch, file):
-    """For an MI300 and an RX 7900: 128-bit loads, no spills of vector registers, no stack. (In steps on the first, whose
+    """For an MI300 and an RX 7900: 128-bit loads, no spilled vector registers, no stack. (In steps on the first, whose
     warps have 64 threads, a thread has half as much of a tile: 64 bits.)"""
     rows = compiled(file, arch)
     wide = r"(dwordx[24]|b64|b128)$" if (file, arch) == ("triton_step", "gfx942") else r"(dwordx4|b128)$"
