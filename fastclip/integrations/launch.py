@@ -27,7 +27,7 @@ STARTUP = Path(__file__).parent / "startup"
 RULE, RECORD = "FASTCLIP_RUN_RULE", "FASTCLIP_RUN_RECORD"  # in the environment of its processes
 _RULES = {
     name: rule
-    for name, rule in vars(rules).items()
+    for name, rule in sorted(vars(rules).items())
     if isinstance(rule, type) and issubclass(rule, rules.Rule) and rule not in (rules.Rule, rules.InPlaceRule)
 }
 
