@@ -127,7 +127,8 @@ class Attached:
             else:
                 step = clipper.decide_step(chain, accelerator.scaler)
                 stats = step.stats
-                waits = self.in_step and takes_decision(chain[-1], step.table, step.decision)
+                has_gradients = any(p.grad is not None for p in clipper.parameters)  # else there is nothing to wait for
+                waits = self.in_step and has_gradients and takes_decision(chain[-1], step.table, step.decision)
                 if waits:
                     self._next_step_of(chain[-1]).take_over(clipper, step)
                 else:

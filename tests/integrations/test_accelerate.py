@@ -249,6 +249,22 @@ def test_a_second_clip_before_the_step_sees_clipped_gradients():
     training.optimizer.step()
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_clip_without_any_gradient(name):
+    """Measures 0, and the step does what it does without it; gradients that come in between are not clipped."""
+    training = Training(name)
+    attach(training.accelerator, rules.ZClip(warmup=2))
+    assert training.accelerator.clip_grad_norm_(training.model.parameters(), 0.05) == 0
+    training.optimizer.step()
+    assert training.accelerator.clip_grad_norm_(training.model.parameters(), 0.05) == 0
+    training.accelerator.backward(training.model(torch.ones(1, 8)).sum())
+    before = training.gradients
+    training.optimizer.step()
+    assert all(map(torch.equal, before, training.gradients))
+    training.optimizer.zero_grad()
+    training.run(3)
+
+
 def test_a_clip_without_a_step_is_forgotten():
     training, _, _ = ready()
     training.optimizer.zero_grad()
