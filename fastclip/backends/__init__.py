@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from . import choice, native
+from . import choice, packers
 from .base import Backend, FusedBackend, GradGroup, Measurement, NativeGroup, StepBackend
 from .choice import BACKENDS, checked, current, use_backend
 from .transfer import UploadCache, added, capturing, loaded, upload
@@ -72,4 +72,4 @@ def choose_fused() -> FusedBackend | None:
     gradients are on its device."""
     # current(), which here takes a twentieth of the shortest clip, only inside a `with` block.
     name = current() if choice._context.get() else choice._default
-    return native.cpp.opened or native.cpp.load() if name in ("auto", "cpu") else None
+    return (packers.chosen or packers.get()).packer if name in ("auto", "cpu") else None
