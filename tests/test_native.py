@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -238,30 +237,3 @@ runpy.run_module("fastclip", run_name="__main__")
     assert result.returncode == 0, result.stderr
     assert f"build      {tmp_path}/fastclip-{os.getuid()}/" in result.stdout
     assert "compiler   none found: /nowhere/c++" in result.stdout
-
-
-@pytest.mark.slow
-def test_sources_travel_inside_the_wheel(tmp_path):
-    """An installed wheel builds from the csrc/ it carries. New folders of either need no list; bench/ stays outside."""
-    tree = tmp_path / "tree"  # setuptools leaves its build folder in the tree it builds from
-    for name in ("fastclip", "csrc", "bench"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    for name in ("fastclip/new/__init__.py", "csrc/new/deep/new.h"):
-        (tree / name).parent.mkdir(parents=True)
-        (tree / name).touch()
-    options = ("-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(tree))
-    result = run(sys.executable, "-m", "pip", "wheel", *options)
-    assert result.returncode == 0, result.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    for source in (path for path in (tree / "csrc").rglob("*") if path.is_file()):
-        assert f"fastclip/csrc/{source.relative_to(tree / 'csrc')}" in names
-    assert {"fastclip/py.typed", "fastclip/new/__init__.py"} <= set(names)
-    assert all(name.startswith(("fastclip/", "fastclip-")) for name in names)
-    site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
-    program = "import fastclip; from fastclip.backends import native; print(native.source_folder())"
-    result = subprocess.run([sys.executable, "-c", program], cwd=site, capture_output=True, text=True)
-    assert result.stdout.strip() == str(site / "fastclip" / "csrc"), result.stderr

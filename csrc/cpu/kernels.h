@@ -197,6 +197,8 @@ FASTCLIP_FN Vec<float, L> root(Vec<float, L> x) {
   return bits_as<Vec<float, L>>(_mm512_sqrt_ps(bits_as<__m512>(x)));
 #elif FASTCLIP_VECTOR_BYTES == 32
   return bits_as<Vec<float, L>>(_mm256_sqrt_ps(bits_as<__m256>(x)));
+#elif FASTCLIP_NEON
+  return bits_as<Vec<float, L>>(vsqrtq_f32(bits_as<float32x4_t>(x)));
 #else
   for (int i = 0; i < L; i++) x[i] = sqrtf(x[i]);
   return x;
@@ -208,6 +210,8 @@ FASTCLIP_FN Vec<double, L> root(Vec<double, L> x) {
   return bits_as<Vec<double, L>>(_mm512_sqrt_pd(bits_as<__m512d>(x)));
 #elif FASTCLIP_VECTOR_BYTES == 32
   return bits_as<Vec<double, L>>(_mm256_sqrt_pd(bits_as<__m256d>(x)));
+#elif FASTCLIP_NEON
+  return bits_as<Vec<double, L>>(vsqrtq_f64(bits_as<float64x2_t>(x)));
 #else
   for (int i = 0; i < L; i++) x[i] = sqrt(x[i]);
   return x;

@@ -1,4 +1,6 @@
 // CPU launchers: a table's chunks, divided among threads by work, each chunk by the kernels for this machine.
+//
+// Of the C++ library only templates are used, nothing that has to be linked: the library of a wheel has none of it.
 #include "launch.h"
 
 #include <algorithm>
@@ -6,9 +8,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
-#include <string>
-#include <vector>
 
+#include "isa.h"
 #include "kernels_table.h"
 
 namespace fastclip::cpu {
@@ -23,27 +24,43 @@ struct Isa {
 };
 
 Isa choose() {
-  const char* asked = std::getenv("FASTCLIP_CPU_ISA");
-  const std::string limit = asked && *asked ? asked : "avx512";  // native.py has refused unknown names
 #if defined(__x86_64__)
-  // Every CPU with AVX2 has F16C, for which not every compiler has a test.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && limit == "avx512") return {"avx512", &avx512::kernels};
-  if (avx2 && limit != "portable") return {"avx2", &avx2::kernels};
+  const char* asked = std::getenv("FASTCLIP_CPU_ISA");  // native.py has refused unknown names
+  const bool any = !asked || !*asked || std::strcmp(asked, "avx512") == 0;
+  const Features here = features_here();
+  if (here.avx512 && any) return {"avx512", &avx512::kernels};
+  if (here.avx2 && (any || std::strcmp(asked, "avx2") == 0)) return {"avx2", &avx2::kernels};
+#elif defined(__aarch64__)
+  return {"neon", &portable::kernels};
 #endif
   return {"portable", &portable::kernels};
 }
 
-const Isa& chosen() {
-  static const Isa isa = choose();
-  return isa;
-}
+const Isa CHOSEN = choose();
 
-const DtypeKernels& kernels_of(Dtype dtype) { return chosen().kernels->of[int(dtype)]; }
+const DtypeKernels& kernels_of(Dtype dtype) { return CHOSEN.kernels->of[int(dtype)]; }
 
 size_t itemsize_of(Dtype dtype) { return dtype == Dtype::F64 ? 8 : dtype == Dtype::F32 ? 4 : 2; }
+
+// Memory for `count` values, each written before it is read, for as long as this lives. The stack has room for a few.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    if (count * sizeof(T) > sizeof(few_)) values_ = static_cast<T*>(std::malloc(count * sizeof(T)));
+    if (!values_) std::abort();  // out of memory, which a C interface cannot throw
+  }
+  ~Scratch() {
+    if (values_ != reinterpret_cast<T*>(few_)) std::free(values_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return values_; }
+
+ private:
+  alignas(T) char few_[4096];
+  T* values_ = reinterpret_cast<T*>(few_);
+};
 
 int64_t chunks_of(const Segment& segment) { return (segment.numel + CHUNK - 1) / CHUNK; }
 
@@ -141,7 +158,7 @@ void for_each_step(const Table& table, const Threads& threads, const StepSegment
 
 extern "C" {
 
-const char* fastclip_cpu_isa() { return chosen().name; }
+const char* fastclip_cpu_isa() { return CHOSEN.name; }
 
 void fastclip_cpu_measure(const Table* table, const Threads* threads, double p, bool absmax, NormPartial* per_segment,
                           NormPartial* total) {
@@ -153,9 +170,8 @@ void fastclip_cpu_measure(const Table* table, const Threads* threads, double p, 
     case Norm::Max: kernel = k.max; break;
     case Norm::Power: break;
   }
-  static thread_local std::vector<NormPartial> partials;
-  partials.resize(table->chunks);
-  NormPartial* partial = partials.data();  // the threads below must write this thread's buffer, not their own
+  const Scratch<NormPartial> partials(table->chunks);
+  NormPartial* partial = partials.get();
   for_each_chunk(*table, *threads, [&](int64_t, const Segment& s, int64_t chunk, void* data, int64_t n) {
     partial[s.first_chunk + chunk] = kernel(data, n, p);
   });
@@ -172,7 +188,6 @@ void fastclip_cpu_measure(const Table* table, const Threads* threads, double p, 
   all.power = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   if (kernel != k.l2_sum)
     for (int64_t c = 0; c < table->chunks; c++) all.absmax = larger_magnitude(all.absmax, partial[c].absmax);
-  if (partials.capacity() > (1 << 16)) std::vector<NormPartial>().swap(partials);
   *total = all;
 }
 
@@ -236,14 +251,15 @@ void fastclip_cpu_apply(const Table* table, const Threads* threads, const double
 
 bool fastclip_cpu_clamp(const Table* table, const Threads* threads, double low, double high) {
   const auto& k = kernels_of(table->dtype);
-  std::vector<char> written(table->chunks);  // one flag a chunk: no two threads share one
+  const Scratch<bool> flags(table->chunks);  // one a chunk: no two threads share one
+  bool* written = flags.get();
   for_each_chunk(*table, *threads, [&](int64_t, const Segment& s, int64_t chunk, void* data, int64_t n) {
     written[s.first_chunk + chunk] = k.clamp(data, n, low, high);
   });
   bool any = false;
   for (int64_t i = 0; i < table->count; i++) {
-    const auto end = written.begin() + end_chunk(*table, i);
-    if (std::find(written.begin() + table->segments[i].first_chunk, end, char(1)) == end) continue;
+    bool* const end = written + end_chunk(*table, i);
+    if (std::find(written + table->segments[i].first_chunk, end, true) == end) continue;
     table->written(table->segments[i].owner);
     any = true;
   }
@@ -253,7 +269,8 @@ bool fastclip_cpu_clamp(const Table* table, const Threads* threads, double low, 
 void fastclip_cpu_adamw(const Table* table, const Threads* threads, const StepSegment* segments,
                         const StepDecision* decision, const AdamWOptions* options) {
   const auto& o = *options;
-  std::vector<AdamW<double>> constants(table->count);
+  const Scratch<AdamW<double>> scratch(table->count);
+  AdamW<double>* constants = scratch.get();
   const auto coef_of = coefficients(table->dtype, decision->coef, decision->coef_stride);
   const double lerp = table->dtype == Dtype::F64 ? lerp_factor<double>(o.beta1) : lerp_factor<float>(o.beta1);
   double last_step = -1, bias1 = 1, root_bias2 = 1;

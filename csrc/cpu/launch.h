@@ -6,6 +6,13 @@
 
 #include "../elementwise.h"
 
+// What a library of this folder exports; everything else is hidden where it is built for itself (CMakeLists.txt).
+#ifdef _WIN32
+#define FASTCLIP_API __declspec(dllexport)
+#else
+#define FASTCLIP_API __attribute__((visibility("default")))
+#endif
+
 namespace fastclip::cpu {
 
 // Elements of a chunk. Partial results are combined in chunk order, so no result depends on the number of threads.
@@ -88,12 +95,13 @@ struct SgdOptions {
 
 extern "C" {
 
-// The instruction set in use: "avx512", "avx2" or "portable". FASTCLIP_CPU_ISA asks for a lesser one.
-const char* fastclip_cpu_isa();
+// The instruction set in use: "avx512", "avx2", "neon" or "portable". FASTCLIP_CPU_ISA, as it was when the library was
+// loaded, asks for a lesser one.
+FASTCLIP_API const char* fastclip_cpu_isa();
 
 // Power sums (and maxima, if asked for) of each segment, `per_segment` [count] or null, and of everything, `total` [1].
-void fastclip_cpu_measure(const Table* table, const Threads* threads, double p, bool absmax, NormPartial* per_segment,
-                          NormPartial* total);
+FASTCLIP_API void fastclip_cpu_measure(const Table* table, const Threads* threads, double p, bool absmax,
+                                       NormPartial* per_segment, NormPartial* total);
 
 // The same with what follows from it: the norm of this table and of what was measured `before` (or null), and its clip
 // coefficient.
@@ -113,16 +121,16 @@ void fastclip_cpu_table(const int64_t* addresses, const int64_t* numels, int64_t
 
 // Segment i times coef[i * stride], rounded to float32 unless the table is float64; 0 and 1 as `touch` in elementwise.h
 // has them.
-void fastclip_cpu_apply(const Table* table, const Threads* threads, const double* coef, int64_t stride);
+FASTCLIP_API void fastclip_cpu_apply(const Table* table, const Threads* threads, const double* coef, int64_t stride);
 
 // Every element limited to [low, high]; memory that needs no change is not written. Returns whether any was.
-bool fastclip_cpu_clamp(const Table* table, const Threads* threads, double low, double high);
+FASTCLIP_API bool fastclip_cpu_clamp(const Table* table, const Threads* threads, double low, double high);
 
 // One step of torch.optim.AdamW or torch.optim.SGD; `segments` [count] in the order of the table's.
-void fastclip_cpu_adamw(const Table* table, const Threads* threads, const StepSegment* segments,
-                        const StepDecision* decision, const AdamWOptions* options);
-void fastclip_cpu_sgd(const Table* table, const Threads* threads, const StepSegment* segments,
-                      const StepDecision* decision, const SgdOptions* options);
+FASTCLIP_API void fastclip_cpu_adamw(const Table* table, const Threads* threads, const StepSegment* segments,
+                                     const StepDecision* decision, const AdamWOptions* options);
+FASTCLIP_API void fastclip_cpu_sgd(const Table* table, const Threads* threads, const StepSegment* segments,
+                                   const StepDecision* decision, const SgdOptions* options);
 
 }  // extern "C"
 

@@ -8,6 +8,9 @@
 
 #if FASTCLIP_VECTOR_BYTES > 16
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define FASTCLIP_NEON 1
 #endif
 
 namespace fastclip::cpu::FASTCLIP_ISA {
@@ -41,6 +44,21 @@ FASTCLIP_FN To bits_as(From from) {
 
 constexpr int BYTES = FASTCLIP_VECTOR_BYTES;
 
+#if FASTCLIP_NEON
+// L elements of 16 bits, 2 or 4; and the first L of what was made of them.
+template <int L>
+FASTCLIP_FN uint16x4_t load_words(const void* p) {
+  if constexpr (L == 4) return load<uint16x4_t>(p);
+  else return vcreate_u16(load<uint32_t>(p));
+}
+template <int L, class V>
+FASTCLIP_FN auto lower(V v) {
+  if constexpr (L == 4) return v;
+  else if constexpr (std::is_same_v<V, float32x4_t>) return vget_low_f32(v);
+  else return vget_low_u32(v);
+}
+#endif
+
 // ---- dtypes: Bits is an integer of the stored width, Compute the type of the arithmetic ----
 
 struct F64 {
@@ -70,6 +88,8 @@ struct BF16 {
 #elif FASTCLIP_VECTOR_BYTES == 32
     if constexpr (L == 8) wide = bits_as<Wide>(_mm256_cvtepu16_epi32(load<__m128i>(p)));
     else wide = bits_as<Wide>(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(load<long long>(p))));
+#elif FASTCLIP_NEON
+    return bits_as<Vec<float, L>>(lower<L>(vshll_n_u16(load_words<L>(p), 16)));
 #else
     wide = __builtin_convertvector(load<Vec<uint16_t, L>>(p), Wide);
 #endif
@@ -82,13 +102,15 @@ struct BF16 {
 #elif FASTCLIP_VECTOR_BYTES == 32
     const __m256i words = bits_as<__m256i>(rounded);
     store(p, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#elif FASTCLIP_NEON
+    store(p, vmovn_u32(bits_as<uint32x4_t>(rounded)));
 #else
     store(p, __builtin_convertvector(rounded, Vec<uint16_t, L>));
 #endif
   }
 };
 
-#if FASTCLIP_VECTOR_BYTES == 16
+#if FASTCLIP_VECTOR_BYTES == 16 && !FASTCLIP_NEON
 inline float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = h & 0x7fffu, bits;
   if (magnitude >= 0x7c00u) bits = 0x7f800000u | (magnitude & 0x3ffu) << 13;  // inf, NaN
@@ -116,6 +138,8 @@ struct F16 {
 #elif FASTCLIP_VECTOR_BYTES == 32
     if constexpr (L == 8) return bits_as<Vec<float, L>>(_mm256_cvtph_ps(load<__m128i>(p)));
     else return bits_as<Vec<float, L>>(_mm_cvtph_ps(_mm_cvtsi64_si128(load<long long>(p))));
+#elif FASTCLIP_NEON
+    return bits_as<Vec<float, L>>(lower<L>(vcvt_f32_f16(vreinterpret_f16_u16(load_words<L>(p)))));
 #else
     Vec<float, L> v;
     for (int k = 0; k < L; k++) v[k] = half_to_float(uint16_t(p[k]));
@@ -127,6 +151,8 @@ struct F16 {
     store(p, _mm512_cvtps_ph(bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif FASTCLIP_VECTOR_BYTES == 32
     store(p, _mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif FASTCLIP_NEON
+    store(p, vcvt_f16_f32(bits_as<float32x4_t>(v)));
 #else
     for (int k = 0; k < L; k++) p[k] = Bits(float_to_half(v[k]));
 #endif
