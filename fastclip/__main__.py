@@ -106,8 +106,8 @@ def _nvcc() -> str:
 def _packer() -> str:
     """The one that runs, and why no better one does."""
     chosen = packers.get()
-    files = {"compiled": [native.cpp], "abi3": [native.abi3, native.kernels], "python": [native.kernels]}[chosen.name]
-    where = ", ".join(str(library.file) for library in files if library.file) or "plain torch instead of kernels"
+    files = [native.cpp.file] if chosen.name == "compiled" else [native.abi3.file, native.kernels.file]
+    where = ", ".join(str(file) for file in files if file) or "plain torch instead of kernels"
     reasons = []
     if chosen.name != "compiled" and (failure := native.cpp.failure()):
         reasons.append(f"compiled: {failure}")

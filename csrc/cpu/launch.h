@@ -105,19 +105,19 @@ FASTCLIP_API void fastclip_cpu_measure(const Table* table, const Threads* thread
 
 // The same with what follows from it: the norm of this table and of what was measured `before` (or null), and its clip
 // coefficient.
-void fastclip_cpu_global_norm(const Table* table, const Threads* threads, double p, double max_norm,
-                              const NormPartial* before, NormPartial* per_segment, GlobalNorm* result);
+FASTCLIP_API void fastclip_cpu_global_norm(const Table* table, const Threads* threads, double p, double max_norm,
+                                           const NormPartial* before, NormPartial* per_segment, GlobalNorm* result);
 
 // Measure, decide and apply for several tables as one: their norm clipped to max_norm. `per_segment` (or null) is for the
 // segments of all tables; only with it are maxima measured. Returns whether nothing was written because of
 // `refuse_nonfinite`.
-bool fastclip_cpu_clip(const Table* tables, int64_t count, const Threads* threads, const ClipOptions* options,
-                       NormPartial* per_segment, GlobalNorm* result);
+FASTCLIP_API bool fastclip_cpu_clip(const Table* tables, int64_t count, const Threads* threads,
+                                    const ClipOptions* options, NormPartial* per_segment, GlobalNorm* result);
 
 // For callers without these structs: fills `segments` [count] and `table` from addresses and element counts.
 // written[i] becomes 1 where apply, clamp or clip has changed gradient i.
-void fastclip_cpu_table(const int64_t* addresses, const int64_t* numels, int64_t count, int32_t dtype, char* written,
-                        Segment* segments, Table* table);
+FASTCLIP_API void fastclip_cpu_table(const int64_t* addresses, const int64_t* numels, int64_t count, int32_t dtype,
+                                     char* written, Segment* segments, Table* table);
 
 // Segment i times coef[i * stride], rounded to float32 unless the table is float64; 0 and 1 as `touch` in elementwise.h
 // has them.

@@ -39,8 +39,11 @@ class Memory(NamedTuple):
     kind: tuple[torch.device, torch.dtype] | None  # of all, if they are alike
 
     def at(self, positions: list[int]) -> Memory:
-        columns: Any = (self.storages, self.addresses, self.numels, self.nbytes)
-        return Memory(*([column[i] for i in positions] for column in columns), self.on_host, self.kind)
+        def chosen(column: list[Any]) -> list[Any]:
+            return [column[i] for i in positions]
+
+        columns = chosen(self.storages), chosen(self.addresses), chosen(self.numels), chosen(self.nbytes)
+        return Memory(*columns, self.on_host, self.kind)
 
 
 def memory_of(tensors: list[Tensor]) -> Memory | None:
