@@ -127,7 +127,7 @@ def _gpu(device: torch.device) -> str:
 
 
 def _automatic(device: torch.device) -> str:
-    automatic = backends.AUTO.get(device.type, ("reference",))
+    automatic = backends.AUTO.get(device.type, backends.ELSEWHERE)
     return next(name for name in automatic if backends.get(name).why_not(device) is None)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, UntypedStorage
 from torch.nn import Parameter
 
 from ..modes import is_watched
+from . import foreach
 from .base import NativeGroup
 from .cpu_interface import DTYPES, ClipOptions, Segment, StepSegment, Table
 from .cpu_kernels import CpuKernels, scalar
@@ -285,16 +286,17 @@ class PythonPacker:
         groups = self._groups(items, of_parameters)
         if not groups:
             return None
-        elsewhere = self.kernels is None or any(group.device.type != "cpu" for group in groups)
-        if elsewhere or (per_tensor and len(groups) > 1):
+        if any(group.device.type != "cpu" for group in groups) or (per_tensor and len(groups) > 1):
             return groups
-        assert self.kernels is not None
+        wide = any(group.dtype == torch.float64 for group in groups)
+        if self.kernels is None:
+            norm = None if per_tensor else foreach.clip(groups, p, limit, of_parameters, bool(error_if_nonfinite))
+            return groups if norm is None else scalar(norm, torch.float64 if wide else torch.float32)
         options = ClipOptions(p, limit, of_parameters, bool(error_if_nonfinite))
         each = torch.empty(len(groups[0]) if per_tensor else 0, 2, dtype=torch.float64, device="cpu")
         found = self.kernels.clip(groups, options, each if per_tensor else None)
         if found is None:
             return groups
-        wide = any(group.dtype == torch.float64 for group in groups)
         if not per_tensor:
             return scalar(found.norm, torch.float64 if wide else torch.float32)
         return (*each.unbind(1), scalar(found.norm), scalar(found.coef), wide)
