@@ -2,8 +2,8 @@
 //
 // Like MPS it has neither float64 nor complex128, and the address of its storages is that of an object, not of memory:
 // it must not be read, and says nothing of how far the memory reaches. Addresses here are 16 bytes apart, given anew as
-// soon as they are free, and no process has memory there. A copy to the host with non_blocking=True is there only once
-// the host has waited for the device.
+// soon as they are free, and no process has memory there. A copy with non_blocking=True is made only
+// when the host next waits for the device.
 //
 // Its memory is the host's. What has no kernel below runs as the CPU's, on tensors of the host that share the memory.
 
@@ -159,20 +159,29 @@ at::Tensor host_of(const at::Tensor& tensor) {
 
 at::Tensor copy_from(const at::Tensor& source, const at::Tensor& target, bool non_blocking) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  if (source.device() == target.device()) {
+  if (source.is_privateuseone()) refuse_wide(target.scalar_type());
+  const bool waits = source.device() != target.device() && !non_blocking;
+  if (waits && target.is_cpu()) sync();
+  if (waits && source.is_cpu()) finish();
+  if (waits || source.device() == target.device()) {
     host_of(target).copy_(host_of(source));
-  } else if (!non_blocking) {
-    target.is_cpu() ? sync() : finish();
-    host_of(target).copy_(host_of(source));
-  } else if (target.is_cpu()) {  // what the device has now is seen later; until then the host finds NaN
-    at::Tensor now = host_of(source).clone();
-    if (target.is_contiguous()) std::memset(target.data_ptr(), 0xff, target.nbytes());
-    std::lock_guard<std::mutex> lock(mutex);
-    queue.push_back([now, target] { at::Tensor(target).copy_(now); });
-  } else {
-    // Operations on the device come after it, and are run at once here. So it is made now, from what the host has.
-    host_of(target).copy_(source);
+    return target;
   }
+  const at::Tensor now = host_of(source).clone();
+  std::function<void()> later;
+  if (target.is_cpu()) {
+    if (target.is_non_overlapping_and_dense()) std::memset(target.data_ptr(), 0xff, target.nbytes());
+    later = [now, target] { target.copy_(now); };
+  } else {  // Operations are run at once here, so this is too; that it would come later is checked instead.
+    host_of(target).copy_(now);
+    later = [now, source] {
+      const at::Tensor then = source.clone();
+      TORCH_CHECK(std::memcmp(then.data_ptr(), now.data_ptr(), now.nbytes()) == 0,
+                  "mpslike: the source of a copy with non_blocking=True was changed before the copy was made");
+    };
+  }
+  std::lock_guard<std::mutex> lock(mutex);
+  queue.push_back(std::move(later));
   return target;
 }
 
@@ -301,11 +310,18 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const bool mixing = mixes(schema.name());
   if (waits(schema.name())) sync();
+  // MPS's fused Adam and AdamW do not look at these two, and its fused SGD refuses them.
+  const bool fused = schema.name().rfind("aten::_fused_", 0) == 0;
   std::vector<Argument> seen;
   const size_t first = stack->size() - schema.arguments().size();
   for (size_t i = 0; i < schema.arguments().size(); ++i) {
     const auto* alias = schema.arguments()[i].alias_info();
     const bool written = alias != nullptr && alias->isWrite();
+    const std::string& name = schema.arguments()[i].name();
+    if (fused && (name == "grad_scale" || name == "found_inf") && !(*stack)[first + i].isNone()) {
+      TORCH_CHECK(schema.name() != "aten::_fused_sgd_", "grad_scale and found_inf are not supported on mpslike");
+      (*stack)[first + i] = c10::IValue();
+    }
     (*stack)[first + i] =
         mapped((*stack)[first + i], [&](const at::Tensor& t) { return to_host(t, written, mixing, seen); });
   }
@@ -334,6 +350,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage_storage_offset", set_storage_offset);
   m.impl("set_.source_Tensor", set_tensor);
 }
+
+// Copies resolve these themselves; what torch would do instead copies, too.
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(aten, Negative, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
 
 TORCH_LIBRARY(mpslike, m) {
   m.def("sync_count() -> int", [] { return syncs.load(); });
