@@ -8,9 +8,10 @@ import torch
 from torch.testing import assert_close
 
 import no_float64
+from no_float64.twins import DEVICE
 
-no_float64.register()
-DEVICE = torch.device("mpslike:0")
+
+
 REFUSED = "doesn't support float64. Please use float32 instead"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
