@@ -10,8 +10,6 @@ from torch.testing import assert_close
 import no_float64
 from no_float64.twins import DEVICE
 
-
-
 REFUSED = "doesn't support float64. Please use float32 instead"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
@@ -218,7 +216,9 @@ OPERATIONS = {
 
 
 def _back(result):
-    return [_back(r) for r in result] if isinstance(result, (list, tuple)) else result.cpu() if result is not None else 0
+    return (
+        [_back(r) for r in result] if isinstance(result, (list, tuple)) else result.cpu() if result is not None else 0
+    )
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -30,13 +30,13 @@ def limits(norm):
     return {"clips": (norm + 1e-6) / 4, "leaves": (norm + 1e-6) * 2}
 
 
+EVERY_ORDER = ("matrices", "with empty", "gaps", "zeros")
+
+
 @pytest.mark.parametrize("kind", ["clips", "leaves"])
-@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize(("case", "p"), [(c, p) for c in CASES for p in ORDERS if p == 2 or c in EVERY_ORDER])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
 def test_clip_norm(case, dtype, p, kind):
-    if p != 2 and case not in ("matrices", "with empty", "gaps", "zeros"):
-        pytest.skip("one layout after the other with p = 2 only")
     ps = CASES[case](dtype=dtype, device=DEVICE)
     before = host(gradients(ps))
     norm = total_norm(before, p)
@@ -87,7 +87,7 @@ def test_many_elements():
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_is_as_torch_has_it(broken, p):
-    ps = plain((5,), (3, 4), (0,))(dtype=torch.float32, device=DEVICE)
+    ps = plain((5,), (3, 4))(dtype=torch.float32, device=DEVICE)
     ps[1].grad[1, 2] = broken
     theirs = [parameter(g) for g in host(gradients(ps))]
     norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5, p)
@@ -155,7 +155,7 @@ def test_clip_with_norm(dtype, place, norm):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_clip_value(dtype, case):
     ps = CASES[case](dtype=dtype, device=DEVICE)
-    ps[0].grad.view(-1)[:1] = math.nan if ps[0].grad.is_contiguous() and ps[0].grad.numel() else 0.0
+    ps[1].grad[(0,) * ps[1].grad.dim()] = math.nan
     before = host(gradients(ps))
     assert fastclip.clip_value_(ps, 0.3) is None
     for new, old in zip(host(gradients(ps)), before):
