@@ -4,6 +4,8 @@
 """
 
 import hashlib
+import os
+import tempfile
 import types
 from pathlib import Path
 
@@ -15,14 +17,18 @@ CACHE = Path(__file__).parents[2] / "build" / "no_float64"
 NAME = "mpslike"
 
 
-def build():
-    """The compiled library's folder: one for each torch and each state of the source, so that it is made once."""
+def load():
+    """Load the library, compiled once for each torch and each state of the source. It takes a quarter of a minute."""
     state = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    folder = CACHE / state
-    folder.mkdir(parents=True, exist_ok=True)
-    cpp_extension.load(
-        f"fastclip_{NAME}", [str(SOURCE)], extra_cflags=["-O1"], build_directory=str(folder), is_python_module=False
-    )
+    library = CACHE / f"{state}.so"
+    if library.exists():
+        torch.ops.load_library(library)
+        return
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:  # so that neither two at once nor one cut short do harm
+        made = f"fastclip_{NAME}"
+        cpp_extension.load(made, [str(SOURCE)], ["-O1"], build_directory=folder, is_python_module=False)
+        os.replace(Path(folder) / f"{made}.so", library)
 
 
 def sync_count():
@@ -48,7 +54,7 @@ def _device_module():
 
 def register():
     """Make it ``torch.device("mpslike")``."""
-    build()
+    load()
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _device_module())
     torch.utils.generate_methods_for_privateuse1_backend()

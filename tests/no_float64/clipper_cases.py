@@ -31,9 +31,8 @@ MORE = {  # besides one of each rule
     "a number": lambda: 1.0,
     "a limit of 0": lambda: 0.0,
     "no limit": lambda: math.inf,
-    "a tensor here": lambda: GlobalNorm(torch.tensor(1.5, device=DEVICE)),
-    "a tensor there": lambda: GlobalNorm(torch.tensor(1.5)),
-    "a float64 tensor there": lambda: GlobalNorm(torch.tensor(1.5, dtype=torch.float64)),
+    "a tensor": lambda: GlobalNorm(torch.tensor(1.5)),
+    "a float64 tensor": lambda: GlobalNorm(torch.tensor(1.5, dtype=torch.float64)),
     "a function of one number": lambda: lambda stats: (1.5 / stats.total_norm).clamp(max=1.0),
     "a function of each norm": lambda: lambda stats: (0.5 / stats.tensor_norms).clamp(max=1.0),
     "two limits": lambda: Value(-0.1, 0.3),
@@ -64,6 +63,24 @@ def test_rules(name):
         assert_alike(ours, theirs)
 
 
+@pytest.mark.parametrize("gradients_at", ["cpu", DEVICE], ids=str)
+@pytest.mark.parametrize("limit_at", ["cpu", DEVICE], ids=str)
+def test_a_limit_that_changes_where_it_is(limit_at, gradients_at):
+    """Of which each step takes the present value, wherever limit and gradients are."""
+    theirs, ours = twins()
+    model = theirs if gradients_at == "cpu" else ours
+    limit = torch.tensor(1.5, device=limit_at)
+    clipper = fastclip.Clipper(model.items(), GlobalNorm(limit))
+    for step in range(4):
+        limit.fill_(1.5 - 0.2 * step)
+        give_gradients(step, model)
+        stats = clipper.clip_()
+        limit.fill_(7.0)
+        after = sum(host(p.grad).double().square().sum() for p in model.values()).sqrt()
+        assert after.item() == pytest.approx(1.5 - 0.2 * step, rel=2e-6)
+        assert stats.limit.item() == pytest.approx(1.5 - 0.2 * step, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_saved_state_goes_on(name):
     """On the device from the device's and from the CPU's, and on the CPU from the device's."""
@@ -76,7 +93,12 @@ def test_a_saved_state_goes_on(name):
     states = [clipper.state_dict() for clipper in clippers]
     torch.save(states[1], file)
     file.seek(0)
-    for state, of in ((states[0], ours), (states[1], ours), (states[1], theirs), (torch.load(file), ours)):
+    for state, of in (
+        (states[0], ours),
+        (states[1], ours),
+        (states[1], theirs),
+        (torch.load(file, map_location="cpu"), ours),
+    ):
         expected = copy.deepcopy(clippers[0])  # its parameters too
         resumed = fastclip.Clipper(of.items(), ALL[name]())
         resumed.load_state_dict(state)
@@ -226,7 +248,9 @@ def test_steps_of_our_optimizers(make, rule):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", OWN)
 def test_our_optimizers_with_half_the_bits(make, dtype):
-    """As on the CPU with the same dtype: a rounding apart."""
+    """As on the CPU with the same dtype, a few roundings apart."""
+    if dtype == torch.float16 and "AdamW" in make:
+        pytest.skip("torch's own step, which is taken here, has squares of gradients beyond float16")
     theirs, ours = ({n: torch.nn.Parameter(p.to(dtype)) for n, p in m.items()} for m in twins())
     optimizers = [OWN[make](model.items(), max_norm=1.0) for model in (theirs, ours)]
     for step in range(3):
@@ -238,12 +262,11 @@ def test_our_optimizers_with_half_the_bits(make, dtype):
             torch.testing.assert_close(host(ours[name]), p.detach(), rtol=bound, atol=bound)
 
 
-def test_stochastic_rounding():
-    model = {"p": torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device=DEVICE))}
-    optimizer = fastclip.optim.SGD(model.values(), 1e-3, stochastic_rounding=1, max_norm=math.inf)
-    model["p"].grad = torch.ones_like(model["p"])
-    optimizer.step()
-    assert 0.998 < host(model["p"]).float().mean() < 0.9995  # rounded to the nearest, all would still be 1
+def test_stochastic_rounding_needs_kernels():
+    p = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device=DEVICE))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(NotImplementedError, match="stochastic_rounding needs a backend with kernels"):
+        fastclip.optim.SGD([p], 1e-3, stochastic_rounding=1, max_norm=math.inf).step()
 
 
 def test_a_grad_scaler():

@@ -138,7 +138,7 @@ void sync() {
   finish();
 }
 
-// A tensor of `device` like another, which says where in `storage` it lies.
+// A tensor like another, at the same place of `storage`.
 at::Tensor view_of(const c10::Storage& storage, c10::DispatchKeySet keys, const at::Tensor& like) {
   at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), keys, like.dtype());
   view.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
@@ -284,8 +284,9 @@ at::Tensor from_host(const at::Tensor& result, const std::vector<Argument>& seen
     const bool same = result.has_storage() && argument.host.storage().data() == result.storage().data();
     if (same && result.storage().data() != nullptr) return view_of(argument.own.storage(), KEYS, result);
   }
-  at::Tensor own = at::empty_strided(result.sizes(), result.strides(), result.options().device(DEVICE));
-  host_of(own).copy_(result);
+  const at::Tensor dense = result.is_non_overlapping_and_dense() ? result : result.contiguous();
+  at::Tensor own = at::empty_strided(dense.sizes(), dense.strides(), dense.options().device(DEVICE));
+  host_of(own).copy_(dense);
   return own;
 }
 
