@@ -17,6 +17,6 @@ FOLDER = Path(__file__).parent / "no_float64"
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("cases", sorted(path.name for path in FOLDER.glob("*_cases.py")))
 def test_on_the_device(cases):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / cases)]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(FOLDER / cases)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
