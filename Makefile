@@ -27,7 +27,7 @@ test-isas: .venv/ready
 	  env $$isa $(BIN)/python -m pytest -q -n 2 -m "isa and not slow" -k "not triton and not cuda" || exit 1; \
 	done
 
-CXX_SOURCES = $(wildcard csrc/*.h csrc/*/* tests/emulation/*.h tests/emulation/*.cpp)
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*/* tests/emulation/*.h tests/emulation/*.cpp tests/no_float64/*.cpp)
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
