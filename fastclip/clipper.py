@@ -146,7 +146,7 @@ class Clipper:
         """Make what the rules will remember, as a first step would."""
         for rule in self.rules:
             if self.parameters:
-                rule.init_state(self.parameters[0].device, len(self.parameters))
+                rule.init_state(backends.wide_device(self.parameters[0].device), len(self.parameters))
 
     def clip_(self) -> Stats:
         """Clip the gradients in place; what they were before, and what was done, as :class:`Stats`.

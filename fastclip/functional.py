@@ -189,7 +189,7 @@ def clip_tensor_norm_(
         return torch_ops.clip_tensor_norm_(grads, limit, p) if grads else _nothing(items, 0)
     rule = TensorNorm(max_norm, norm_type)
     table = _pack_parameters(items, process_group)
-    return clip(table, [rule], rule.norm_type).tensor_norms
+    return table.at_home(clip(table, [rule], rule.norm_type).tensor_norms)
 
 
 def mask_small_(
@@ -219,7 +219,7 @@ def mask_small_(
         return torch_ops.mask_small_(grads, limit) if grads else _nothing(items, 0).bool()
     rule = Mask(threshold)
     table = _pack_parameters(items, process_group)
-    return clip(table, [rule], math.inf).coef.expand(len(table)) == 0
+    return table.at_home(clip(table, [rule], math.inf).coef.expand(len(table)) == 0)
 
 
 def _pack_parameters(items: list[Tensor], process_group: ProcessGroup | DeviceMesh | None) -> GradTable:
@@ -266,7 +266,8 @@ def _global_norm(
             process_group=process_group,
             reduces=True,
         )
-    return clip(table, [rule], rule.norm_type, refuse_nonfinite if error_if_nonfinite else None).total_norm
+    stats = clip(table, [rule], rule.norm_type, refuse_nonfinite if error_if_nonfinite else None)
+    return table.at_home(stats.total_norm)
 
 
 def _global_norm_in_graph(

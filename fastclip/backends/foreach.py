@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .base import GradGroup, Measurement
+from .devices import has_float64, wide_device
 from .on_host import flat, magnitudes, repaired_on_host, slices, writing
-from .wide import has_float64, wide_device
 
 name = "foreach"
 
@@ -54,10 +54,10 @@ def measure(
 
 
 def clip(groups: Sequence[Any], p: float, max_norm: float, write: bool, refuse_nonfinite: bool) -> float | None:
-    """The p-norm of all gradients of some groups, clipped to `max_norm` if they are to be written; None if it was refused.
+    """The p-norm of all gradients of some groups, clipped to `max_norm` if they are to be written; None: it was refused.
 
-    As ``fastclip_cpu_clip`` in csrc/cpu/launch.h. Each tensor's own norm and largest magnitude are not asked for, so one
-    read is enough, and small tensors are read as one.
+    As ``fastclip_cpu_clip`` in csrc/cpu/launch.h. Each tensor's own norm and largest magnitude are not asked for, so
+    one read is enough, and small tensors are read as one.
     """
     tensors = [tensor for group in groups for tensor in group.tensors]
     norm = _norm_of_all(tensors, p)
@@ -163,7 +163,7 @@ def _norm(tensor: Tensor, p: float) -> Tensor:
         return _by_rows(elements, p)
     buffer = torch.empty(min(SLICE, len(elements)), dtype=torch.float32, device=tensor.device)
     norms = []
-    for piece in elements.split(SLICE):
+    for piece in torch.split(elements, SLICE):
         norms.append(_by_rows(buffer[: len(piece)].copy_(piece), p))
     return _by_rows(torch.stack(norms), p)
 
