@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Measurement(NamedTuple):
-    """What one read of a group's gradients gives, in float64: on the group's device, or if that has none on the host."""
+    """What one read of a group's gradients gives, in float64: on the group's device or, if that has none, the host."""
 
     power: Tensor  # [T] sum of |g|^p of each tensor
     absmax: Tensor  # [T] max |g| of each tensor, NaN if it holds one

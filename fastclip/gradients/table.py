@@ -57,7 +57,9 @@ class GradTable:
 
     def at_home(self, tensor: Tensor) -> Tensor:
         """`tensor`, from where statistics are gathered, on the first gradient's device."""
-        return tensor if self.home == self.device else tensor.to(self.home)
+        if self.home == self.device:
+            return tensor
+        return (tensor.float() if tensor.dtype == torch.float64 else tensor).to(self.home)
 
     def apply_(self, coef: Tensor) -> None:
         """Multiply every gradient by its coefficient: float64, [] or [T], on the table's device."""

@@ -14,9 +14,9 @@ def host(tensors):
     return tensors.detach().cpu().clone() if isinstance(tensors, torch.Tensor) else [host(t) for t in tensors]
 
 
-def check_number(tensor, exact, relative=1e-6, shape=()):
-    """A statistic: float32, on the device, right."""
-    assert tensor.device == DEVICE and tensor.dtype == torch.float32 and tensor.shape == shape
+def check_number(tensor, exact, relative=1e-6, shape=(), device=DEVICE):
+    """A statistic: float32, on `device`, right."""
+    assert tensor.device == device and tensor.dtype == torch.float32 and tensor.shape == shape
     exact = torch.as_tensor(exact, dtype=torch.float64).float()  # beyond float32: inf
     torch.testing.assert_close(host(tensor), exact, rtol=relative, atol=1.5e-45, equal_nan=True)
 
@@ -58,17 +58,18 @@ def assert_alike(ours, theirs, what="grad", relative=RELATIVE):
 
 
 def assert_stats_alike(ours, theirs):
-    """All that is public of Stats."""
+    """All that is public of Stats, which are on the CPU."""
+    cpu = torch.device("cpu")
     for name in ("total_norm", "tensor_norms", "tensor_absmax", "coef", "limit"):
         a, b = getattr(ours, name), getattr(theirs, name)
         assert (a is None) == (b is None), name
         if b is not None:
-            check_number(a, b, RELATIVE if name in ("coef", "limit") else 1e-6, b.shape)
+            check_number(a, b, RELATIVE if name in ("coef", "limit") else 1e-6, b.shape, cpu)
     for name in ("clipped", "skipped", "nonfinite", "zeroed"):
         a, b = getattr(ours, name), getattr(theirs, name)
         assert (a is None) == (b is None), name
         if b is not None:
-            assert a.device == DEVICE and a.dtype == b.dtype and torch.equal(host(a), b), name
+            assert a.device == cpu and a.dtype == b.dtype and torch.equal(a, b), name
     assert (ours.names, ours.step) == (theirs.names, theirs.step)
     ours, theirs = ours.log(tensors=True), theirs.log(tensors=True)
     assert ours.keys() == theirs.keys()
