@@ -39,8 +39,8 @@ class StatsLayout(NamedTuple):
 def flattened(stats: StatsTensors, loss: Tensor | None = None) -> tuple[Tensor, StatsLayout]:
     """All that `stats` tells, and the loss, in one new float64 tensor, without waiting for the device.
 
-    It is on the statistics' device, or on the loss's if only that is no CPU and has float64. Being a copy, it keeps these values when
-    the next replay of a CUDA graph writes others to where they were.
+    It is on the statistics' device, or on the loss's if only that is no CPU and has float64. Being a copy, it keeps
+    these values when the next replay of a CUDA graph writes others to where they were.
     """
     tensors = stats.tensors if loss is None else {**stats.tensors, "loss": loss.detach()}
     layout = _layout(stats, tensors)
