@@ -177,7 +177,8 @@ class Clipper:
 
         Raises:
             ValueError: the rule looks at more than the norm of all gradients; see :attr:`goes_by_total_norm`.
-            As :meth:`clip_`.
+
+        Otherwise raises as :meth:`clip_`.
         """
         if not self.goes_by_total_norm:
             raise ValueError(f"rule must go by the total norm alone, which {self.rules} do not: use clip_()")
@@ -271,7 +272,8 @@ class Clipper:
                 by itself.
             RuntimeError: a second step with `scaler` without its ``update()``; a wrapper that changed parameters
                 without a step of the optimizer inside.
-            As :meth:`clip_`.
+
+        Otherwise raises as :meth:`clip_`.
 
         A skip is decided on the device and read back to the host only for optimizers that are not fused (torch's SGD
         with dampening counts as such) and where the rules have a ``Value``. ``Mask(freeze=True)`` reads which are
