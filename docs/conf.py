@@ -40,7 +40,10 @@ myst_heading_anchors = 3
 
 default_role = "code"
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!fastclip).*")]  # other projects' names are not looked up
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!fastclip).*"),  # other projects' names are not looked up
+    ("py:mod", r"fastclip\.(torch_ops|monitor\.lines)"),  # not public
+]
 
 autodoc_mock_imports = ["accelerate", "lightning", "torchtitan", "transformers"]
 autodoc_member_order = "bysource"
@@ -59,9 +62,15 @@ def setup(app):
 
 def mathml(tex, display):
     r"""MathML, which browsers draw without a script. Names of arguments (``max\_norm``) are set as words."""
+
+    def as_text(word):
+        return rf"\text{{{word[0]}}}".replace(r"\_", "_")
+
     parts = re.split(r"(\\(?:text|mathrm)\{[^}]*\})", tex)
     for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r"(?<![\\\w])[a-z]{2,}(?:\\_[a-z]+)*", lambda m: rf"\text{{{m[0]}}}".replace(r"\_", "_"), parts[i])
+        parts[i] = re.sub(
+            r"(?<![\\\w])[a-z]{2,}(?:\\_[a-z]+)*", lambda m: rf"\text{{{m[0]}}}".replace(r"\_", "_"), parts[i]
+        )
     tex = "".join(parts)
     return convert(rf"\begin{{split}}{tex}\end{{split}}" if "&" in tex else tex, display=display)
 

@@ -58,7 +58,7 @@ class Clipper:
     Args:
         parameters: as torch.optim takes them: an iterable of tensors, of parameter-group dicts, or of (name, tensor)
             pairs such as ``model.named_parameters()``; in an order, so no set.
-        rule: a :mod:`fastclip.rules` rule, a function from :class:`Stats` to coefficients, a list of such (run in
+        rule: one of ``fastclip.rules``, a function from :class:`Stats` to coefficients, a list of such (run in
             order, each seeing what those before it leave), or a number, which means ``GlobalNorm(number)``.
         nonfinite: what to do when a gradient holds an inf or a NaN: ``"propagate"`` it as torch does; ``"skip"`` (the
             gradients stay as they are, and :meth:`step` leaves the parameters as they are); ``"zero"`` the elements

@@ -239,7 +239,9 @@ def test_report_of_a_gpu_run():
     assert "of a copy" in goals.goals(newest)
 
 
-@pytest.mark.parametrize("document", ["Makefile", "README.md", "docs/benchmarks.md", "CONTRIBUTING.md", "bench/NOTES.md"])
+@pytest.mark.parametrize(
+    "document", ["Makefile", "README.md", "docs/benchmarks.md", "CONTRIBUTING.md", "bench/NOTES.md"]
+)
 def test_documented_commands_exist(document):
     text = (method.ROOT / document).read_text()
     assert not re.findall(r"python3? bench/\S+", text), "the benchmarks are modules: python -m bench.clip"
