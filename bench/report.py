@@ -47,8 +47,8 @@ def headline(runs: dict[tuple[str, str], Run]) -> str:
     ratio = row["not triggered"]["fastclip cpu"]["vs_torch"]["median"]
     return (
         f"{HEADLINE}\n"
-        f"Gradient clipping for PyTorch, by changing one line: **{times(ratio)}** as fast as torch's `clip_grad_norm_` on "
-        f"the\nbfloat16 gradients of GPT-2 (on a CPU, nothing to clip), and with an exact norm.\n"
+        f"Gradient clipping for PyTorch by changing one line: **{times(ratio)}** as fast as torch's `clip_grad_norm_` "
+        f"on\nthe bfloat16 gradients of GPT-2 (on a CPU, nothing to clip), and with an exact norm.\n"
         f"{END}"
     )
 

@@ -68,9 +68,7 @@ def mathml(tex, display):
 
     parts = re.split(r"(\\(?:text|mathrm)\{[^}]*\})", tex)
     for i in range(0, len(parts), 2):
-        parts[i] = re.sub(
-            r"(?<![\\\w])[a-z]{2,}(?:\\_[a-z]+)*", lambda m: rf"\text{{{m[0]}}}".replace(r"\_", "_"), parts[i]
-        )
+        parts[i] = re.sub(r"(?<![\\\w])[a-z]{2,}(?:\\_[a-z]+)*", as_text, parts[i])
     tex = "".join(parts)
     return convert(rf"\begin{{split}}{tex}\end{{split}}" if "&" in tex else tex, display=display)
 
