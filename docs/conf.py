@@ -33,7 +33,6 @@ html_theme_options = {
     "source_directory": "docs/",
     "footer_icons": [],
 }
-templates_path: list[str] = []
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -47,7 +46,7 @@ nitpick_ignore_regex = [
 
 autodoc_mock_imports = ["accelerate", "lightning", "torchtitan", "transformers"]
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # signatures have them
+autodoc_typehints = "none"  # the docstrings say them in words
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False

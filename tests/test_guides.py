@@ -81,7 +81,7 @@ def has_code(page):
     return any(language in ("python", "sh") for language, _ in blocks(page))
 
 
-@pytest.mark.parametrize("page", filter(has_code, PAGES))
+@pytest.mark.parametrize("page", list(filter(has_code, PAGES)))
 @pytest.mark.filterwarnings("ignore")
 def test_the_snippets_run(page, tmp_path, monkeypatch):
     missing = [name for name in NEEDS.get(page, ()) if importlib.util.find_spec(name) is None]
