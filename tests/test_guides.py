@@ -53,8 +53,10 @@ def blocks(page):
 
 def run_commands(text):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    packages = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # the fastclip of this tree
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": packages}
     for line in text.splitlines():
-        done = subprocess.run(line, shell=True, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+        done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         if "fastclip run" in line:
             assert re.search(r"^fastclip: \d+ clips by ", done.stderr, flags=re.MULTILINE), done.stderr
