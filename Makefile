@@ -1,8 +1,8 @@
-# make demo | test | lint | bench: each makes its own .venv first; Python >= 3.10, make and a C++ compiler are enough.
+# make demo | test | lint | docs | bench: each makes its own .venv first; Python >= 3.10, make and a C++ compiler are enough.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long test-integrations test-isas lint format bench gpu gpu-sanitize clean
+.PHONY: demo test test-long test-integrations test-isas lint format docs bench gpu gpu-sanitize clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -39,7 +39,11 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-# On the GPU if there is one. Under ten minutes; writes bench/results/, the README's block and its pictures.
+# The documentation site, in docs/_build/html. Warnings are errors.
+docs: .venv-docs/ready
+	.venv-docs/bin/python -m sphinx -q -W --keep-going -n -b html docs docs/_build/html
+
+# On the GPU if there is one. Under ten minutes; writes bench/results/, docs/benchmarks.md and the README's table.
 DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 bench: .venv/ready
 	$(BIN)/python -m bench.clip --minutes 3 --json bench/results/$(DEVICE)-clip.json
@@ -58,11 +62,16 @@ gpu-sanitize:
 	python3 -m bench.gpu --only sanitize
 
 clean:
-	rm -rf .venv .venv-integrations build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-integrations docs/_build build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-docs/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 .venv-integrations/ready: pyproject.toml constraints.txt

@@ -120,8 +120,7 @@ def clip_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor,
         total_norm: one number >= 0, a tensor on any device or a float. NaN makes all gradients NaN.
         foreach: ignored.
 
-    Raises:
-        As :func:`clip_norm_`; TypeError too where gradients were passed instead of parameters.
+    Raises as :func:`clip_norm_`; TypeError too where gradients were passed instead of parameters.
     """
     items = flatten_params(parameters)
     if _leaves_the_graph(items):
@@ -146,8 +145,7 @@ def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None 
         clip_value: the limit, >= 0, in the gradients' unit.
         foreach: ignored.
 
-    Raises:
-        As :func:`clip_norm_`.
+    Raises as :func:`clip_norm_`.
     """
     items = flatten_params(parameters)
     if _leaves_the_graph(items):
@@ -207,8 +205,7 @@ def mask_small_(
     Returns:
         [T] bool, True where a gradient was zeroed, in the order of the parameters that have a gradient.
 
-    Raises:
-        As :func:`clip_norm_`.
+    Raises as :func:`clip_norm_`.
     """
     items = flatten_params(parameters)
     if _leaves_the_graph(items, process_group):
