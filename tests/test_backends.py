@@ -158,7 +158,7 @@ def test_many_calls_leave_nothing_behind():
 
 
 def test_a_wrong_name_changes_nothing():
-    with pytest.raises(ValueError, match="name must be one of triton, cuda, cpu, reference or auto, got 'gpu'"):
+    with pytest.raises(ValueError, match="name must be one of triton, cuda, .* or auto, got 'gpu'"):
         use_backend("gpu")
     assert current() == "auto"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from . import choice, packers
-from .base import Backend, FusedBackend, GradGroup, Measurement, NativeGroup, StepBackend
+from .base import WITHOUT_KERNELS, Backend, FusedBackend, GradGroup, Measurement, NativeGroup, StepBackend
 from .choice import BACKENDS, checked, current, use_backend
 from .devices import place_of, wide_device, widened
 from .transfer import UploadCache, added, capturing, loaded, upload
@@ -69,7 +69,7 @@ def choose(device: torch.device) -> Backend:
 def choose_step(device: torch.device) -> StepBackend | None:
     """:func:`choose`, where that backend takes optimizers' steps; else None."""
     backend = choose(device)
-    return None if backend.name in ("foreach", "reference") else cast(StepBackend, backend)
+    return None if backend.name in WITHOUT_KERNELS else cast(StepBackend, backend)
 
 
 def choose_fused() -> FusedBackend | None:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 
+WITHOUT_KERNELS = ("foreach", "reference")  # backends whose work torch does
+
+
 class Measurement(NamedTuple):
     """What one read of a group's gradients gives, in float64: on the group's device or, if that has none, the host."""
 
@@ -98,7 +101,7 @@ class GradGroup:
     def units(self) -> GradGroup | None:
         """The rows (slices along dimension 0) of all tensors of two or more dimensions, and the others whole, in order,
         as one group; None where they are not contiguous pieces of memory, or no kernel works on this one."""
-        units = None if self.native is None or self.backend.name == "reference" else self.native.units()
+        units = None if self.native is None or self.backend.name in WITHOUT_KERNELS else self.native.units()
         return None if units is None else GradGroup(self.backend, [], None, units)
 
     def bump_version(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from .cpu_interface import (
     Table,
     Threads,
 )
-
-if TYPE_CHECKING:
-    from .python_packer import Group, StepGroup
+from .python_groups import Group, StepGroup
 
 
 class CpuKernels:
@@ -139,4 +137,6 @@ class CpuKernels:
 
 
 def scalar(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    if dtype == torch.float32:
+        value = ctypes.c_float(value).value  # inf where it is beyond float32
     return torch.scalar_tensor(value, dtype=dtype, device="cpu")

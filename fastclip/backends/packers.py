@@ -24,7 +24,8 @@ from ..modes import is_watched
 from . import cpu_interface, native
 from .base import FusedBackend, NativeGroup, NativeStepGroup
 from .cpu_kernels import CpuKernels
-from .python_packer import Group, PythonPacker, bump_versions, is_flattened
+from .python_groups import Group, bump_versions
+from .python_packer import PythonPacker, is_flattened
 
 PACKERS = ("compiled", "abi3", "python")
 PROCESS = os.getpid()  # that imported this; another one later is a fork of it

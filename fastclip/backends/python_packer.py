@@ -6,205 +6,22 @@ to the general packer of :mod:`fastclip.gradients.pack`.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import operator
 import sys
-from array import array
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
-from torch import Tensor, UntypedStorage
-from torch.nn import Parameter
+from torch import Tensor
 
 from ..modes import is_watched
 from . import foreach
 from .base import NativeGroup
-from .cpu_interface import DTYPES, ClipOptions, Segment, StepSegment, Table
+from .cpu_interface import ClipOptions
 from .cpu_kernels import CpuKernels, scalar
-from .devices import ADDRESSED, place_of
-
-PLAIN_TYPES = frozenset((Tensor, Parameter))
-IS_CPU, IS_NESTED = operator.attrgetter("is_cpu"), operator.attrgetter("is_nested")
-
-
-class Memory(NamedTuple):
-    """Where tensors are: one entry for each."""
-
-    storages: list[UntypedStorage]  # which keep it alive, also if a tensor is given another (`p.data = x`)
-    addresses: list[int]  # where the device has addresses, else any numbers
-    numels: list[int]
-    nbytes: list[int]
-    on_host: bool  # whether all are on the CPU
-    kind: tuple[torch.device, torch.dtype] | None  # of all, if they are alike
-
-    def at(self, positions: list[int]) -> Memory:
-        def chosen(column: list[Any]) -> list[Any]:
-            return [column[i] for i in positions]
-
-        columns = chosen(self.storages), chosen(self.addresses), chosen(self.numels), chosen(self.nbytes)
-        return Memory(*columns, self.on_host, self.kind)
-
-
-def memory_of(tensors: list[Tensor]) -> Memory | None:
-    """The memory of plain tensors; None if one is not plain. There is at least one."""
-    if not PLAIN_TYPES.issuperset(map(type, tensors)):
-        return None
-    dtypes = {t.dtype for t in tensors}
-    if not dtypes <= DTYPES.keys():
-        return None
-    try:
-        if any(map(Tensor.is_neg, tensors)) or any(map(IS_NESTED, tensors)):
-            return None
-        dense = torch.ops.aten.is_non_overlapping_and_dense.default
-        if not all(map(Tensor.is_contiguous, tensors)) and not all(map(dense, tensors)):
-            return None
-        storages = list(map(Tensor.untyped_storage, tensors))
-        numels = list(map(Tensor.numel, tensors))
-        offsets = list(map(Tensor.storage_offset, tensors))
-        # The addresses are those of the storages that are held here, whatever another thread does to a tensor.
-        addresses = list(map(UntypedStorage.data_ptr, storages))
-        ends = list(map(UntypedStorage.nbytes, storages))
-    except (RuntimeError, NotImplementedError):  # sparse, or a wrapper of torch.func: without a storage
-        return None
-    on_host = all(map(IS_CPU, tensors))
-    if not on_host and any(t.is_meta for t in tensors):
-        return None
-    devices = {tensors[0].device} if on_host else {t.device for t in tensors}
-    alike = len(dtypes) == len(devices) == 1
-    if alike:
-        itemsize = tensors[0].itemsize
-        nbytes = [numel * itemsize for numel in numels]
-    else:
-        nbytes = [t.nbytes for t in tensors]
-    if any(offsets):
-        starts = [offset * t.itemsize for offset, t in zip(offsets, tensors)]
-        addresses = list(map(operator.add, addresses, starts))
-        ends = list(map(operator.sub, ends, starts))
-    if any(map(operator.gt, nbytes, ends)):  # freed or shrunk
-        return None
-    kind = (devices.pop(), dtypes.pop()) if alike else None
-    return Memory(storages, addresses, numels, nbytes, on_host, kind)
-
-
-def are_apart(memory: Memory, tensors: list[Tensor]) -> bool:
-    """Whether no two of the tensors share memory, for certain."""
-    if len(tensors) == 1:
-        return True
-    if not memory.on_host and any(t.device.type not in ADDRESSED for t in tensors):
-        owners = [storage._cdata for storage, numel in zip(memory.storages, memory.numels) if numel]
-        return len(set(owners)) == len(owners)
-    begins, ends = memory.addresses, list(map(operator.add, memory.addresses, memory.nbytes))
-    if 0 in memory.numels:
-        begins, ends = ([x for x, n in zip(column, memory.numels) if n] for column in (begins, ends))
-    # Spans that do not overlap have their ends in the order of their beginnings, and each ends before the next begins;
-    # where two do overlap, some end is larger than the beginning that follows it in this order.
-    begins, ends = sorted(begins), sorted(ends)
-    return not any(map(operator.gt, ends, begins[1:]))
-
-
-class Group:
-    """Gradients of one device and dtype: a :class:`NativeGroup`."""
-
-    def __init__(
-        self,
-        gradients: list[Tensor],
-        storages: list[UntypedStorage],
-        addresses: list[int] | bytes,
-        numels: list[int] | bytes,
-        positions: list[int],
-    ) -> None:
-        self.device, self.dtype = gradients[0].device, gradients[0].dtype
-        self.positions = positions
-        self.gradients = gradients
-        self.addresses, self.numels = array("q", addresses), array("q", numels)
-        self._storages = storages
-        self.table: tuple[Table, ctypes.Array[Segment], ctypes.Array[ctypes.c_char]] | None = None  # for the kernels
-
-    def __len__(self) -> int:
-        return len(self.gradients)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The memory of the gradients: with their shapes, or flat where they have been given other memory since."""
-        return [
-            gradient.detach() if self._has_its_memory(i) else self._flat(i) for i, gradient in enumerate(self.gradients)
-        ]
-
-    def _has_its_memory(self, i: int) -> bool:
-        gradient = self.gradients[i]
-        storage = gradient.untyped_storage()
-        address = storage.data_ptr() + gradient.storage_offset() * gradient.itemsize
-        return (
-            storage._cdata == self._storages[i]._cdata
-            and address == self.addresses[i]
-            and gradient.numel() == self.numels[i]
-        )
-
-    def _flat(self, i: int) -> Tensor:
-        storage, numel, itemsize = self._storages[i], self.numels[i], self.dtype.itemsize
-        offset = self.addresses[i] - storage.data_ptr()
-        if offset < 0 or offset + numel * itemsize > storage.nbytes():
-            raise RuntimeError(f"the storage of gradient {i} was freed or shrunk while it was being clipped")
-        empty = torch.empty(0, dtype=self.dtype, device=self.device)
-        return empty.set_(storage, offset // itemsize, (numel,), (1,))
-
-    def addresses_and_sizes(self) -> Tensor:
-        return torch.tensor([self.addresses, self.numels], dtype=torch.int64, device="cpu")
-
-    def units(self) -> Group | None:
-        gradients: list[Tensor] = []
-        storages: list[UntypedStorage] = []
-        addresses: list[int] = []
-        numels: list[int] = []
-        for i, gradient in enumerate(self.gradients):
-            if not self._has_its_memory(i):
-                raise RuntimeError(
-                    f"gradient {i} of {len(self)} was given other memory (its .data) while it was being clipped"
-                )
-            rows = gradient.shape[0] if gradient.dim() > 1 and self.numels[i] else 1
-            size = self.numels[i] // rows
-            if rows > 1 and gradient.stride(0) != size:
-                return None
-            addresses += [self.addresses[i] + row * size * gradient.itemsize for row in range(rows)]
-            storages += [self._storages[i]] * rows
-            numels += [size] * rows
-            gradients += [gradient] * rows
-        return Group(gradients, storages, addresses, numels, [])
-
-    def bump_version(self, positions: list[int] | None = None) -> None:
-        bump_versions(self.gradients if positions is None else [self.gradients[i] for i in positions])
-
-
-class StepGroup:
-    """What an optimizer steps: a :class:`NativeStepGroup`."""
-
-    def __init__(self, group: Group, tensors: list[list[Tensor]], columns: list[Memory | None]) -> None:
-        self.group, self._columns = group, columns  # parameter, three states, step count
-        self._tensors = tensors  # which are kept alive
-
-    def __len__(self) -> int:
-        return len(self.group)
-
-    def segments(self) -> ctypes.Array[StepSegment]:
-        """[T], for the CPU kernels."""
-        rows = zip(*self._addresses())
-        each = (StepSegment(param, (ctypes.c_void_p * 3)(*states), step) for param, *states, step in rows)
-        return (StepSegment * len(self))(*each)
-
-    def _addresses(self) -> list[list[int]]:
-        return [[0] * len(self) if column is None else column.addresses for column in self._columns]
-
-    def addresses(self) -> Tensor:
-        gradients, numels = self.group.addresses_and_sizes()
-        others = torch.tensor(self._addresses(), dtype=torch.int64, device="cpu")
-        return torch.cat([gradients[None], others, numels[None]])
-
-    def bump_version(self, gradients: bool) -> None:
-        bump_versions(self._tensors[0])
-        if gradients:
-            self.group.bump_version()
+from .devices import place_of
+from .python_groups import Group, Memory, StepGroup, are_apart, bump_versions, memory_of, together
 
 
 class PythonPacker:
@@ -231,7 +48,8 @@ class PythonPacker:
         memory = memory_of(items)
         if memory is None:
             return None
-        if not are_apart(memory, items):
+        repeated = 0 in memory.numels and len(set(map(id, items))) < len(items)  # without elements, the same object
+        if repeated or not are_apart(memory, items):
             distinct = _distinct(items, memory)
             if distinct is None:
                 return None
@@ -262,7 +80,7 @@ class PythonPacker:
             return None
         if any(t.numel() != 1 or t.dtype != torch.float32 or t.device != group.device for t in steps):
             return None
-        if not are_apart(*_together([*arrays, steps], columns)):
+        if not are_apart(*together([*arrays, steps], columns)):
             return None
         param, *others = columns[: len(arrays)]
         padded = [*others, *[None] * (3 - len(others))]
@@ -308,21 +126,10 @@ def _group(gradients: list[Tensor], memory: Memory, positions: list[int]) -> Gro
 
 def _number(value: Any) -> float:
     """A Python float or int; NaN for anything else."""
-    return float(value) if type(value) is float or type(value) is int else math.nan
-
-
-def _together(lists: list[list[Tensor]], memories: list[Memory | None]) -> tuple[Memory, list[Tensor]]:
-    """The memory of the tensors of several lists."""
-    known = [memory for memory in memories if memory is not None]
-    together = Memory(
-        [x for memory in known for x in memory.storages],
-        [x for memory in known for x in memory.addresses],
-        [x for memory in known for x in memory.numels],
-        [x for memory in known for x in memory.nbytes],
-        all(memory.on_host for memory in known),
-        None,
-    )
-    return together, [t for column in lists for t in column]
+    try:
+        return float(value) if type(value) is float or type(value) is int else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _distinct(tensors: list[Tensor], memory: Memory) -> list[int] | None:
@@ -353,8 +160,3 @@ def is_flattened(items: Iterable[Any]) -> bool:
     if "torch.distributed.fsdp._flat_param" not in sys.modules or not torch.distributed.is_initialized():
         return False
     return any(getattr(item, "_fsdp_flattened", False) for item in items)
-
-
-def bump_versions(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd that tensors were written."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

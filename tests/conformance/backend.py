@@ -96,4 +96,5 @@ class BackendConformance:
         (group,) = self.groups([bad.clone(), torch.full((3,), 3.0).to(dtype)])
         measured, counts = self.backend.repair_(group, self.backend.measure(group, 2.0), 2.0)
         assert counts.tolist() == [3, 0] and group.tensors[0].tolist() == [1, 0, 2, 0, 0]
-        assert measured.power.tolist() == [5, 27] and measured.absmax.tolist() == [2, 3]
+        assert measured.power.tolist() == pytest.approx([5, 27], rel=2**-22)  # by way of a float32 norm, maybe
+        assert measured.absmax.tolist() == [2, 3]
