@@ -223,9 +223,10 @@ def _without_gpu() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     import emulation
 
-    from fastclip.backends import cuda, native
+    from fastclip.backends import cuda
+    from fastclip.native import libraries
 
-    cuda.DEVICE, native.cuda = "cpu", emulation.library
+    cuda.DEVICE, libraries.cuda = "cpu", emulation.library
 
 
 def why_not() -> str | None:

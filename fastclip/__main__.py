@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from . import backends
-from .backends import native, packers
+from . import backends, packers
 from .backends.choice import checked
 from .integrations import launch
+from .native import libraries
 from .version import __version__
 
 
@@ -33,7 +33,7 @@ def info() -> int:
         ("triton", lambda: _version("triton")),
         ("compiler", _compiler),
         ("nvcc", _nvcc),
-        ("csrc", native.source_folder),
+        ("csrc", libraries.source_folder),
         ("packer", _packer),
         ("built", _built),
         ("choice", lambda: f"{checked(backends.current(), 'FASTCLIP_BACKEND')} (FASTCLIP_BACKEND or use_backend)"),
@@ -53,11 +53,11 @@ def build(force: bool) -> int:
     """Compile csrc/ now, showing what the compilers say, instead of on first use; for CUDA too where there is a GPU, or
     TORCH_CUDA_ARCH_LIST names one."""
     try:
-        module = native.cpp.build(verbose=True, force=force)
-        print(f"{native.cpp.path()}\nCPU kernels: {module.isa()}")
+        module = libraries.cpp.build(verbose=True, force=force)
+        print(f"{libraries.cpp.path()}\nCPU kernels: {module.isa()}")
         if torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            native.cuda.build(verbose=True, force=force)
-            print(f"{native.cuda.path()}\nCUDA kernels: sm_{', sm_'.join(native.architectures())}")
+            libraries.cuda.build(verbose=True, force=force)
+            print(f"{libraries.cuda.path()}\nCUDA kernels: sm_{', sm_'.join(libraries.architectures())}")
         else:
             print("CUDA kernels: not built, there is no GPU to compile for; TORCH_CUDA_ARCH_LIST can name one")
     except Exception as error:  # noqa: BLE001 - a command reports what went wrong and fails
@@ -92,13 +92,13 @@ def _told(tell: Callable[[], Any], otherwise: str = "") -> Any:
 
 
 def _compiler() -> str:
-    command = native.cxx()
+    command = libraries.cxx()
     return _lines([*command, "--version"])[0] if shutil.which(command[0]) else f"none found: {shlex.join(command)}"
 
 
 def _nvcc() -> str:
     try:
-        return f"{native.nvcc()}, {_lines([native.nvcc(), '--version'])[-1]}"
+        return f"{libraries.nvcc()}, {_lines([libraries.nvcc(), '--version'])[-1]}"
     except FileNotFoundError:
         return "none found"
 
@@ -106,10 +106,10 @@ def _nvcc() -> str:
 def _packer() -> str:
     """The one that runs, and why no better one does."""
     chosen = packers.get()
-    files = [native.cpp.file] if chosen.name == "compiled" else [native.abi3.file, native.kernels.file]
+    files = [libraries.cpp.file] if chosen.name == "compiled" else [libraries.abi3.file, libraries.kernels.file]
     where = ", ".join(str(file) for file in files if file) or "plain torch instead of kernels"
     reasons = []
-    if chosen.name != "compiled" and (failure := native.cpp.failure()):
+    if chosen.name != "compiled" and (failure := libraries.cpp.failure()):
         reasons.append(f"compiled: {failure}")
     if chosen.name == "python" and packers.torch_library() is None:
         reasons.append("abi3: needs torch 2.14")
@@ -117,7 +117,7 @@ def _packer() -> str:
 
 
 def _built() -> str:
-    path = native.cpp.path()
+    path = libraries.cpp.path()
     return f"{path} ({'there' if path.is_file() else 'not there'}; python -m fastclip build makes it)"
 
 

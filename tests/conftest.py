@@ -15,7 +15,8 @@ import emulation
 import pytest
 
 import fastclip
-from fastclip.backends import cuda, native
+from fastclip.backends import cuda
+from fastclip.native import libraries
 
 # Without a GPU, Triton's kernels and CUDA's run on CPU tensors; with one, the tests marked gpu cover them.
 BACKENDS = ("reference", "foreach", "cpu")
@@ -23,7 +24,7 @@ if not torch.cuda.is_available():
     BACKENDS += ("triton", "cuda")
 
 if not torch.cuda.is_available():
-    cuda.DEVICE, native.cuda = "cpu", emulation.library
+    cuda.DEVICE, libraries.cuda = "cpu", emulation.library
 
 
 FRAMEWORKS = {  # which tests of integrations/ need what: `make test-integrations` has all

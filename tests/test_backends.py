@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastclip import backends
-from fastclip.backends import cpu, current, packers, use_backend
+from fastclip import backends, packers
+from fastclip.backends import cpu, current, use_backend
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ def test_many_calls_leave_nothing_behind():
 
 
 def test_a_wrong_name_changes_nothing():
-    with pytest.raises(ValueError, match="name must be one of triton, cuda, .* or auto, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"name must be one of triton, cuda, .* or auto, got 'gpu'"):
         use_backend("gpu")
     assert current() == "auto"
 

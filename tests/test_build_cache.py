@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastclip.backends import build_cache, library, native
+from fastclip.native import build_cache, libraries, library
 
 WHOLE = b"a library" * 100
 
@@ -264,13 +264,13 @@ def test_forms_of_cxx(monkeypatch, script):
     }
     for text, command in forms.items():
         monkeypatch.setenv("CXX", text)
-        assert native.cxx() == command
+        assert libraries.cxx() == command
     monkeypatch.delenv("CXX")
-    default = native.cpp.path()
+    default = libraries.cpp.path()
     monkeypatch.setenv("CXX", "c++ ")
-    assert native.cpp.path() == default  # the same command, the same build
+    assert libraries.cpp.path() == default  # the same command, the same build
     monkeypatch.setenv("CXX", "c++ -m64")
-    assert native.cpp.path() != default
+    assert libraries.cpp.path() != default
 
 
 @pytest.mark.parametrize("form", ["c++", "c++ -DLUCK=1", "'{}' c++ '-DLUCK=\"a b\"'"])
@@ -286,12 +286,12 @@ def test_torch_is_given_one_program(monkeypatch, tmp_path, script, form):
         given.append(os.environ["CXX"])
         assert cpp_extension.check_compiler_ok_for_platform(os.environ["CXX"])
         command = [os.environ["CXX"], "-c", str(source), "-o", f"{build_directory}/{name}.so"]
-        native.subprocess.run(command, check=True)
+        libraries.subprocess.run(command, check=True)
 
     monkeypatch.setattr(cpp_extension, "load", load)
     text = form.format(script)
     monkeypatch.setenv("CXX", text)
     library = tmp_path / "build" / "library.so"
     library.parent.mkdir()
-    native._compile_cpp(library, False)
+    libraries._compile_cpp(library, False)
     assert library.is_file() and Path(given[0]).is_absolute() and os.environ["CXX"] == text

@@ -14,14 +14,14 @@ import torch
 from cases import CASES, DTYPES, NORM_ERROR, gradients, parameter, rounding, tiny
 
 import fastclip
-from fastclip.backends import packers
+from fastclip import packers
 
 PROGRAM = """
 import json, sys
 sys.path.insert(0, {tests!r})
 import torch, fastclip
 from cases import CASES, DTYPES, EXTREMES, gradients, parameter
-from fastclip.backends import packers
+from fastclip import packers
 out = {{"isa": packers.get().kernels.isa()}}
 for case in CASES:
     for dtype in DTYPES:
@@ -126,7 +126,7 @@ def test_other_python_threads_run_meanwhile():
 
 FORK = """
 import os, torch, fastclip
-from fastclip.backends import packers
+from fastclip import packers
 torch.set_num_threads(2)
 big = torch.nn.Parameter(torch.ones(3_000_000))
 big.grad = torch.ones(3_000_000)

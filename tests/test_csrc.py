@@ -11,24 +11,28 @@ import emulation
 import pytest
 import torch
 
-from fastclip.backends import cuda_interface, native
+from fastclip.native import cpu_interface, cuda_interface, libraries
 
-ROOT = native.source_folder()
+ROOT = libraries.source_folder()
 BACKENDS = ROOT.parent / "fastclip" / "backends"
 cuda = importlib.import_module("fastclip.backends.cuda")
 
 
 def sources(folder):
-    return [path for path in native.sources(".h", ".cpp", ".cu") if path.is_relative_to(ROOT / folder)]
+    return [path for path in libraries.sources(".h", ".cpp", ".cu") if path.is_relative_to(ROOT / folder)]
 
 
-def test_only_the_torch_folder_knows_torch_and_python():
-    assert {path.relative_to(ROOT).parts[0] for path in sources("")} == {"cpu", "cuda", "torch", "elementwise.h"}
+def test_only_two_folders_know_python_and_one_torch():
+    folders = {path.relative_to(ROOT).parts[0] for path in sources("")}
+    assert folders == {"abi3", "cpu", "cuda", "torch", "elementwise.h"}
     for path in sources(""):
-        torch_names = re.findall(r"\b(?:ATen|c10|at|torch|pybind11|py)(?:/|::)|Python\.h", _code(path.read_text()))
-        assert not torch_names or path.is_relative_to(ROOT / "torch"), f"{path}: {torch_names}"
-        includes = re.findall(r'#include "(?:\.\./)?(cpu|cuda|torch)/', path.read_text())
-        assert set(includes) <= ({"cpu"} if path.is_relative_to(ROOT / "torch") else set()), f"{path}: {includes}"
+        folder = path.relative_to(ROOT).parts[0]
+        code = _code(path.read_text())
+        assert folder == "torch" or not re.search(r"\b(?:ATen|c10|at|torch|pybind11|py)(?:/|::)", code), path
+        assert folder in ("torch", "abi3") or "Python.h" not in code, path
+        assert folder != "abi3" or "Python.h" not in code or "define Py_LIMITED_API 0x030A0000" in code, path
+        includes = re.findall(r'#include "(?:\.\./)?(abi3|cpu|cuda|torch)/', path.read_text())
+        assert set(includes) <= ({"cpu"} if folder in ("torch", "abi3") else set()), f"{path}: {includes}"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -84,13 +88,38 @@ def test_a_struct_that_differs_would_be_found():
     assert layout([*others, StepDecision]) != library_layout(emulation.library.load())
 
 
-def test_functions_are_declared_as_in_the_header():
-    """Each function of interface.h, with its result and its arguments: a pointer, or a number of which size."""
-    kinds = {"double": "double", "int32_t": "int", "uint32_t": "uint", "int64_t": "long"}
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_structs_of_the_cpu_kernels_have_the_layout_of_the_header(tmp_path):
+    """As the compiler says: the library has no function for it."""
+    fields = [(struct.__name__, name) for struct in cpu_interface.STRUCTS for name, *_ in struct._fields_]
+    lines = [f'PRINT("{s.__name__}", 0, sizeof({s.__name__}))' for s in cpu_interface.STRUCTS]
+    lines += [f'PRINT("{s}.{f}", offsetof({s}, {f}), sizeof({s}::{f}))' for s, f in fields]
+    (tmp_path / "layout.cpp").write_text(
+        f'#include "{ROOT / "cpu" / "launch.h"}"\n#include <cstddef>\n#include <cstdio>\n'
+        '#define PRINT(name, offset, size) std::printf(name " %d %d\\n", int(offset), int(size));\n'
+        f"using namespace fastclip::cpu;\nint main() {{ {' '.join(lines)} }}\n"
+    )
+    subprocess.run(["g++", "-std=c++17", tmp_path / "layout.cpp", "-o", tmp_path / "layout"], check=True)
+    printed = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
+    assert layout(cpu_interface.STRUCTS) == {
+        name: (int(offset), int(size)) for name, offset, size in map(str.split, printed.splitlines())
+    }
+
+
+HEADERS = {"cuda": (cuda_interface, "cuda/interface.h"), "cpu": (cpu_interface, "cpu/launch.h")}
+
+
+@pytest.mark.parametrize("which", HEADERS)
+def test_functions_are_declared_as_in_the_header(which):
+    """Each function of a header, with its result and its arguments: a pointer, or a number of which size."""
+    interface, file = HEADERS[which]
+    kinds = {"double": "double", "int32_t": "int", "uint32_t": "uint", "int64_t": "long", "bool": "bool", "void": None}
 
     def kind(text):
-        text = text.replace("const ", "").strip()
-        return f"string{text.count('*')}" if text.startswith("char") else "pointer" if "*" in text else kinds[text]
+        if text.replace("FASTCLIP_API ", "").startswith("const char"):
+            return f"string{text.count('*')}"
+        text = text.replace("const ", "").replace("FASTCLIP_API ", "").strip()
+        return "pointer" if "*" in text else kinds[text]
 
     def python_kind(declared):
         pointer = declared is ctypes.c_void_p or hasattr(declared, "contents")
@@ -100,18 +129,21 @@ def test_functions_are_declared_as_in_the_header():
             ctypes.c_int32: "int",
             ctypes.c_uint32: "uint",
             ctypes.c_int64: "long",
+            ctypes.c_bool: "bool",
+            None: None,
         }
         return "pointer" if pointer else names[declared]
 
-    header = _code((ROOT / "cuda" / "interface.h").read_text())
+    header = _code((ROOT / file).read_text())
     expected = {}
-    for result, name, arguments in re.findall(r"^([\w *]+?) ?(fastclip_cuda_\w+)\((.*?)\);", header, re.S | re.M):
+    for result, name, arguments in re.findall(r"^([\w *]+?) ?(fastclip_\w+)\((.*?)\);", header, re.S | re.M):
         types = [re.sub(r"\w+$", "", argument.strip()) for argument in arguments.split(",") if argument.strip()]
         expected[name] = (kind(result), [kind(text) for text in types])
     ours = {
         name: (python_kind(result), [python_kind(argument) for argument in arguments])
-        for name, (result, arguments) in cuda_interface.FUNCTIONS.items()
+        for name, (result, arguments) in interface.FUNCTIONS.items()
     }
+    expected.pop("fastclip_cpu_measure", None)  # for C++ alone
     assert ours == expected
 
 
@@ -157,10 +189,10 @@ def test_the_same_limit_of_vanishing_squares():
 
 
 def test_the_same_epsilon_of_the_clip_coefficient():
-    """torch's, in C++ and CUDA, in the rules, and in the Triton kernel that decides by itself."""
+    """torch's, in C++ and CUDA, in the rules, and where the Triton kernel and plain torch decide by themselves."""
     assert cpp_constant("NORM_EPS") == 1e-6
     assert python_constants("EPS") == [1e-6]
-    assert re.findall(r"limit / \(norm \+ ([^)]+)\)", backend_texts()) == ["1e-6"]
+    assert re.findall(r"limit / \(norm \+ ([^)]+)\)", backend_texts()) == ["1e-6"] * 2
 
 
 def test_the_same_numbers_of_dtypes():
@@ -200,7 +232,7 @@ def test_one_size_of_chunks_on_the_cpu():
     """The packer counts the chunks that the launchers walk."""
     definitions = [path.name for path in sources("") if re.search(r"constexpr int64_t CHUNK\b", path.read_text())]
     assert definitions == ["launch.h"]
-    assert "cpu::CHUNK" in (ROOT / "torch" / "pack.cpp").read_text()
+    assert "next_segment(" in (ROOT / "torch" / "pack.cpp").read_text()  # which counts them
 
 
 def _code(text):

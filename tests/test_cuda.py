@@ -31,7 +31,7 @@ from cases import (
 
 import fastclip
 from fastclip import backends
-from fastclip.backends import build_cache, native
+from fastclip.native import build_cache, libraries
 
 cuda = importlib.import_module("fastclip.backends.cuda")
 emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="emulated only where there is no GPU")
@@ -59,7 +59,7 @@ def compiled(request, tmp_path_factory):
     library, log = (folder / f"nvcc{request.param}{suffix}" for suffix in (".so", ".log"))
     with build_cache.Entry(library, "").locked():
         if not log.is_file():
-            command = [*native.nvcc_command(library, [request.param]), "-Xptxas", "-v"]
+            command = [*libraries.nvcc_command(library, [request.param]), "-Xptxas", "-v"]
             result = subprocess.run(command, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
             log.write_text(result.stderr)
@@ -299,7 +299,7 @@ SANITIZERS = {
 def test_sanitizers(case, tmp_path):
     """No race between the threads of a block and no access outside a tensor; and either would be found."""
     flags, change, expected = SANITIZERS[case]
-    source = {p.relative_to(native.source_folder()): p.read_text() for p in native.sources(".cu", ".h")}
+    source = {p.relative_to(libraries.source_folder()): p.read_text() for p in libraries.sources(".cu", ".h")}
     if change:
         (name,) = (name for name, text in source.items() if text.count(change[0]) == 1)
         source[name] = source[name].replace(*change)

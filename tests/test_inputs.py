@@ -430,6 +430,6 @@ def test_use_backend_in_every_order():
         with later:
             assert current() == "reference"
         assert current() == "auto"
-    with pytest.raises(ValueError, match="name must be one of triton, cuda, .* or auto, got 'cuda9'"):
+    with pytest.raises(ValueError, match=r"name must be one of triton, cuda, .* or auto, got 'cuda9'"):
         use_backend("cuda9")
     assert current() == "auto"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastclip.backends import native
+from fastclip.native import libraries
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = "import torch, fastclip; p = torch.nn.Parameter(torch.zeros(4)); p.grad = torch.ones(4); {}"
@@ -60,7 +60,7 @@ def test_import_alone_neither_builds_nor_warns(tmp_path):
 @pytest.mark.slow
 def test_eight_processes_at_once(tmp_path):
     """One builds, seven wait; and the lock of a build that was killed holds nobody up."""
-    folder = tmp_path / native.cpp.path().parent.name
+    folder = tmp_path / libraries.cpp.path().parent.name
     folder.mkdir()
     (folder / "lock").write_text("left behind")
     program = CLIP.format("print(fastclip.clip_norm_([p], 1.0).item())")
@@ -92,7 +92,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 @pytest.mark.slow
 def test_build_command_for_a_gpu_that_is_elsewhere(tmp_path):
     environment = {"TORCH_CUDA_ARCH_LIST": "9.0", "FASTCLIP_CACHE": str(tmp_path)}
-    shutil.copytree(native.cpp.path().parent, tmp_path / native.cpp.path().parent.name)
+    shutil.copytree(libraries.cpp.path().parent, tmp_path / libraries.cpp.path().parent.name)
     result = run(sys.executable, "-m", "fastclip", "build", **environment)
     assert result.returncode == 0, result.stderr
     *_, path, kernels = result.stdout.splitlines()
@@ -179,12 +179,12 @@ for call in (lambda: fastclip.clip_norm_([p], 1.0), lambda: fastclip.Clipper([p]
     for environment in ({}, {"CXX": "/nowhere/c++"}):
         result = run(sys.executable, "-W", "error", "-c", program, FASTCLIP_CPU_ISA="avx3", **environment)
         assert result.stdout == "FASTCLIP_CPU_ISA must be one of portable, avx2, avx512, got 'avx3' 4.0\n" * 4, result
-    program = "from fastclip.backends import native; print(native.cpp.load().isa())"
+    program = "from fastclip.native import libraries; print(libraries.cpp.load().isa())"
     assert run(sys.executable, "-c", program, FASTCLIP_CPU_ISA="").stdout == f"{_best_isa()}\n"
 
 
 def _best_isa():
-    program = "from fastclip.backends import native; print(native.cpp.load().isa())"
+    program = "from fastclip.native import libraries; print(libraries.cpp.load().isa())"
     environment = {name: value for name, value in os.environ.items() if name != "FASTCLIP_CPU_ISA"}
     result = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
     return result.stdout.strip()
@@ -193,11 +193,11 @@ def _best_isa():
 def test_a_build_that_was_cut_off_does_not_crash(tmp_path):
     """It is not even opened; and as there is no compiler to build it again, plain torch clips."""
     environment = {"CXX": "/nowhere/c++", "FASTCLIP_CACHE": str(tmp_path)}
-    program = "from fastclip.backends import native; print(native.cpp.path())"
+    program = "from fastclip.native import libraries; print(libraries.cpp.path())"
     broken = Path(run(sys.executable, "-c", program, **environment).stdout.strip())
     broken.parent.mkdir()
-    broken.write_bytes(native.cpp.path().read_bytes()[:100_000])
-    shutil.copy(f"{native.cpp.path()}.sha256", f"{broken}.sha256")
+    broken.write_bytes(libraries.cpp.path().read_bytes()[:100_000])
+    shutil.copy(f"{libraries.cpp.path()}.sha256", f"{broken}.sha256")
     result = run(sys.executable, "-c", CLIP.format("print(fastclip.clip_norm_([p], 1.0).item())"), **environment)
     assert (result.returncode, result.stdout) == (0, "2.0\n"), result.stderr
     assert "there is no C++ compiler" in result.stderr

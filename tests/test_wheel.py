@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fastclip.backends import native
+from fastclip.native import libraries
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = {"darwin": "libfastclip_cpu.dylib", "win32": "fastclip_cpu.dll"}.get(sys.platform, "libfastclip_cpu.so")
@@ -78,9 +78,9 @@ def assert_has_the_package(wheel, tree):
 
 CLIP = """
 import torch, fastclip
-from fastclip.backends import native
+from fastclip.native import libraries
 p = torch.nn.Parameter(torch.zeros(4)); p.grad = torch.ones(4)
-print(fastclip.__file__, native.source_folder(), fastclip.clip_norm_([p], 1.0).item(), sep="\\n")"""
+print(fastclip.__file__, libraries.source_folder(), fastclip.clip_norm_([p], 1.0).item(), sep="\\n")"""
 
 
 def assert_clips(site, tmp_path):
@@ -121,8 +121,8 @@ def assert_links_are_absolute(text):
 
 def test_the_flags_of_a_build_on_first_use_and_of_a_wheel_are_the_same():
     cmake = (ROOT / "CMakeLists.txt").read_text()
-    assert " ".join(native.CFLAGS) in cmake
-    assert " ".join(native.NVCC_FLAGS) in cmake
+    assert " ".join(libraries.CFLAGS) in cmake
+    assert " ".join(libraries.NVCC_FLAGS) in cmake
 
 
 def test_the_constraints_name_what_the_extras_bring():
@@ -249,7 +249,7 @@ ARM = "aarch64-linux-gnu-g++"
 def test_on_64_bit_arm(tmp_path):
     program = tmp_path / "check"
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    run(ARM, "-std=c++17", *native.CFLAGS, "-static", "-pthread", CHECK, *sources, "-o", program)
+    run(ARM, "-std=c++17", *libraries.CFLAGS, "-static", "-pthread", CHECK, *sources, "-o", program)
     assert isa_of(run("qemu-aarch64", program)) == {"neon"}
 
 

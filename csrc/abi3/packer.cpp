@@ -1,6 +1,6 @@
 // The packer for torch >= 2.14 that needs no compiler: a Python module on CPython's limited API (3.10) and torch's stable C
 // interface, so that one build serves all later versions of both. What it cannot say is plain, it leaves to the packer in
-// Python, fastclip/backends/python_packer.py.
+// Python, fastclip/packers/python.py.
 #define Py_LIMITED_API 0x030A0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -296,7 +296,7 @@ double number(PyObject* object) {
   return value;
 }
 
-// clip_norm_fused as FusedBackend in fastclip/backends/base.py has it, but for its list of groups: what it does not do here
+// clip_norm_fused as FusedClip in fastclip/packers/base.py has it, but for its list of groups: what it does not do here
 // is packed again, by pack().
 PyObject* clip_norm_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 6) return PyErr_SetString(PyExc_TypeError, "clip_norm_fused takes 6 arguments"), nullptr;

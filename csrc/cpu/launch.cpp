@@ -201,7 +201,7 @@ void fastclip_cpu_global_norm(const Table* table, const Threads* threads, double
   }
   if (before) total.combine(*before);
   const double norm = finish_norm(norm_kind(p), p, total.power, total.absmax);
-  *result = {total, norm, clip_coefficient(norm, max_norm)};
+  *result = {total.power, total.absmax, norm, clip_coefficient(norm, max_norm)};
 }
 
 bool fastclip_cpu_clip(const Table* tables, int64_t count, const Threads* threads, const ClipOptions* options,
@@ -215,7 +215,7 @@ bool fastclip_cpu_clip(const Table* tables, int64_t count, const Threads* thread
     if (per_segment) per_segment += tables[i].count;
   }
   const double norm = finish_norm(norm_kind(p), p, all.power, all.absmax);
-  *result = {all, norm, clip_coefficient(norm, options->max_norm)};
+  *result = {all.power, all.absmax, norm, clip_coefficient(norm, options->max_norm)};
   if (options->refuse_nonfinite && !std::isfinite(norm)) return true;
   if (options->write)
     for (int64_t i = 0; i < count; i++) fastclip_cpu_apply(&tables[i], threads, &result->coef, 0);

@@ -59,8 +59,8 @@ struct Threads {
 
 // What one read tells of all gradients of one or more tables.
 struct GlobalNorm {
-  NormPartial total;  // p = 0: power counts the gradients that are not all zero
-  double norm, coef;  // coef: clip_coefficient(norm, max_norm)
+  double power, absmax;  // p = 0: power counts the gradients that are not all zero
+  double norm, coef;     // coef: clip_coefficient(norm, max_norm)
 };
 
 struct ClipOptions {

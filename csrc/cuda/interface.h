@@ -1,5 +1,5 @@
 // The C interface of the CUDA library: plain structs, raw pointers and a stream; nothing in this folder knows torch or
-// Python. fastclip/backends/cuda_interface.py has the same structs and functions, and a test compares the two.
+// Python. fastclip/native/cuda_interface.py has the same structs and functions, and a test compares the two.
 //
 // A function that returns a string returns null, or what went wrong. Pointers are to device memory unless said otherwise.
 #pragma once

@@ -211,8 +211,8 @@ py::tuple measure_group(const Group& group, double p, std::optional<double> max_
                                   per_segment.data(), &all);
   }
   at::Tensor total = at::detail::empty_cpu({2}, at::TensorOptions().dtype(at::kDouble));
-  total.mutable_data_ptr<double>()[0] = all.total.power;
-  total.mutable_data_ptr<double>()[1] = all.total.absmax;
+  total.mutable_data_ptr<double>()[0] = all.power;
+  total.mutable_data_ptr<double>()[1] = all.absmax;
   py::object coef = py::none();
   if (max_norm) coef = py::cast(scalar(all.coef, at::kDouble));
   const PerTensor each(per_segment);

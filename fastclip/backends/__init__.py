@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from . import choice, packers
-from .base import WITHOUT_KERNELS, Backend, FusedBackend, GradGroup, Measurement, NativeGroup, StepBackend
+from .. import packers
+from ..devices import place_of, wide_device, widened
+from ..packers import FusedClip, NativeGroup
+from . import choice
+from .base import WITHOUT_KERNELS, Backend, GradGroup, Measurement, StepBackend
 from .choice import BACKENDS, checked, current, use_backend
-from .devices import place_of, wide_device, widened
 from .transfer import UploadCache, added, capturing, loaded, upload
 
 if TYPE_CHECKING:  # so that mypy holds the modules to the interface
@@ -72,10 +74,12 @@ def choose_step(device: torch.device) -> StepBackend | None:
     return None if backend.name in WITHOUT_KERNELS else cast(StepBackend, backend)
 
 
-def choose_fused() -> FusedBackend | None:
-    """The backend that has the commonest call in one go, if the current choice allows it: it finds out by itself which
-    gradients are on its device."""
+def choose_fused() -> FusedClip | None:
+    """What has the commonest call in one go, if the current choice allows it: it finds out by itself which gradients
+    are on its device."""
     # current(), which here takes a twentieth of the shortest clip, only inside a `with` block.
     name = current() if choice._context.get() else choice._default
     chosen = packers.chosen or packers.get()
-    return chosen.packer if name == "auto" or (name == "cpu" and chosen.kernels is not None) else None
+    if chosen.kernels is None:
+        return cast(FusedClip, get("foreach")) if name in ("auto", "foreach") else None
+    return chosen.packer if name in ("auto", "cpu") else None

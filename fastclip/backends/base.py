@@ -6,11 +6,12 @@ elsewhere: the gradients may be half written.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol, overload
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..packers import NativeGroup, NativeStepGroup
 
 WITHOUT_KERNELS = ("foreach", "reference")  # backends whose work torch does
 
@@ -24,30 +25,6 @@ class Measurement(NamedTuple):
     norm: Tensor | None = None  # [] the p-norm
     coef: Tensor | None = None  # [] the clip coefficient of that norm, where `max_norm` was given
     total: Tensor | None = None  # [2] sum of the powers (p = 0: the number of tensors that are not all zero), max |g|
-
-
-class NativeGroup(Protocol):
-    """A group as the native packer made it (csrc/torch/bindings.cpp)."""
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def positions(self) -> list[int]: ...
-    @property
-    def tensors(self) -> list[Tensor]: ...
-    def __len__(self) -> int: ...
-    def addresses_and_sizes(self) -> Tensor: ...
-    def units(self) -> NativeGroup | None: ...
-    def bump_version(self) -> None: ...
-
-
-class NativeStepGroup(Protocol):
-    """What an optimizer steps, as the native packer made it."""
-
-    def addresses(self) -> Tensor: ...
-    def bump_version(self, gradients: bool) -> None: ...
 
 
 class GradGroup:
@@ -216,28 +193,3 @@ class StepBackend(Backend, Protocol):
 
     def sgd_(self, table: StepTable, decision: StepDecision, options: SGDOptions) -> None:
         """One step of torch.optim.SGD; with one row of states, momentum."""
-
-
-# What one fused call measured and did: power [T], absmax [T], norm [], coef [], whether a gradient is float64.
-FusedStats = tuple[Tensor, Tensor, Tensor, Tensor, bool]
-
-
-class FusedBackend(Protocol):
-    """A backend that also has the commonest call in one go: pack, measure, decide and apply.
-
-    ``clip_norm_fused`` clips the gradients of parameters to `max_norm`; or, unless `of_parameters`, measures tensors.
-    It takes the arguments as the user gave them: what it does not know it leaves to the general path, which says what
-    is wrong. It returns the norm before, or with `per_tensor` a :data:`FusedStats`; the packed groups or None where it
-    is another case (another device, say), and nothing is done then.
-    """
-
-    @overload
-    def clip_norm_fused(
-        self, items: list[Any], of_parameters: bool, max_norm: Any, norm_type: float, error_if_nonfinite: bool,
-        per_tensor: Literal[False], /,
-    ) -> Tensor | list[NativeGroup] | None: ...  # fmt: skip
-    @overload
-    def clip_norm_fused(
-        self, items: list[Any], of_parameters: bool, max_norm: Any, norm_type: float, error_if_nonfinite: bool,
-        per_tensor: Literal[True], /,
-    ) -> FusedStats | list[NativeGroup] | None: ...  # fmt: skip

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from . import packers
+from .. import packers
 from .base import AdamWOptions, GradGroup, Measurement, SGDOptions, StepDecision, StepTable
 from .on_host import repaired_on_host
 

@@ -15,14 +15,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from . import cuda_interface, native
+from ..native import cuda_interface, libraries
+from ..native.cpu_interface import DTYPES
 from .base import AdamWOptions, GradGroup, Measurement, SGDOptions, StepDecision, StepTable
 from .transfer import UploadCache, capturing, upload
 
 name = "cuda"
 
 DEVICE = "cuda"  # the emulation that the tests use runs on "cpu"
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Dtype of csrc/elementwise.h
 
 
 def why_not(device: torch.device) -> str | None:
@@ -30,8 +30,8 @@ def why_not(device: torch.device) -> str | None:
         return f"it runs on NVIDIA GPUs, not on {device.type}"
     if torch.version.hip:
         return "it runs on NVIDIA GPUs, and this torch is for AMD's"
-    if native.cuda.load() is None:
-        return native.cuda.failure()
+    if libraries.cuda.load() is None:
+        return libraries.cuda.failure()
     return _no_kernels(device.index or 0)
 
 
@@ -46,7 +46,7 @@ def _no_kernels(index: int) -> str | None:
 
 
 def describe() -> str:
-    return f"nvcc for sm_{', sm_'.join(native.architectures())}"
+    return f"nvcc for sm_{', sm_'.join(libraries.architectures())}"
 
 
 def measure(
@@ -160,7 +160,7 @@ def _call(verb: str, group: GradGroup, *arguments: Any) -> None:
 
 
 def _check(function: str, *arguments: Any) -> None:
-    if error := getattr(native.cuda.get(), function)(*arguments):
+    if error := getattr(libraries.cuda.get(), function)(*arguments):
         raise RuntimeError(f"{function}: {error.decode()}")
 
 
@@ -186,7 +186,7 @@ _groups: WeakKeyDictionary[GradGroup, _Table] = WeakKeyDictionary()  # of the ve
 def _table(group: GradGroup) -> _Table:
     table = _groups.get(group)
     if table is None:
-        library = native.cuda.get()
+        library = libraries.cuda.get()
         addresses, sizes = group.addresses_and_sizes()
         count = len(group)
         packed = torch.zeros(count + count // 2 + 1, dtype=torch.int64, device="cpu")
@@ -209,7 +209,7 @@ _uploaded_steps: UploadCache[Tensor] = UploadCache()
 
 def _step_table(table: StepTable) -> tuple[Tensor, int]:
     """Addresses and sizes int64 [7, T], then tile offsets int32 [T + 1], where the kernels will look; and the tiles."""
-    library = native.cuda.get()
+    library = libraries.cuda.get()
     addresses = table.addresses()
     rows, count = addresses.shape
     packed = torch.zeros(rows * count + count // 2 + 1, dtype=torch.int64, device="cpu")
@@ -225,7 +225,7 @@ def _step_table(table: StepTable) -> tuple[Tensor, int]:
 
 
 def _step_bytes(count: int) -> int:
-    return int(native.cuda.get().fastclip_cuda_step_bytes(count))
+    return int(libraries.cuda.get().fastclip_cuda_step_bytes(count))
 
 
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}

@@ -8,14 +8,18 @@ float16 are widened slice by slice, since torch would round their norms to 16 bi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import packers
+from ..devices import has_float64, wide_device
+from ..modes import is_watched
+from ..packers import NativeGroup
+from ..packers.cpu_kernels import scalar
+from ..packers.python import number
 from .base import GradGroup, Measurement
-from .devices import has_float64, wide_device
 from .on_host import flat, magnitudes, repaired_on_host, slices, writing
 
 name = "foreach"
@@ -24,7 +28,7 @@ ROW = 256  # elements; in vectors of 4 lanes float32 rounds each sum ROW / 4 tim
 SMALL = 1 << 14  # elements; smaller tensors are measured together
 SLICE = 1 << 17  # elements that are widened at a time
 GPUS = ("cuda", "xpu")
-VANISHING = 1e-31  # a power sum below this for each element may lack what float32 cannot hold
+UNDERFLOW = 1e-31  # a power sum below this for each element may lack what float32 cannot hold
 
 
 def why_not(device: torch.device) -> str | None:
@@ -47,13 +51,13 @@ def measure(
     if p not in (1, 2):
         return Measurement(_gathered([magnitudes(tensor, p)[0] for tensor in tensors]), absmax)
     power = _gathered([_norm(tensor, p) for tensor in tensors]).pow(p)
-    doubtful = ~power.isfinite() | ((power < VANISHING * group.numels()) & (absmax != 0))
+    doubtful = ~power.isfinite() | ((power < UNDERFLOW * group.numels()) & (absmax != 0))
     for i in doubtful.nonzero().flatten().tolist():
         power[i] = magnitudes(tensors[i], p)[0]
     return Measurement(power, absmax)
 
 
-def clip(groups: Sequence[Any], p: float, max_norm: float, write: bool, refuse_nonfinite: bool) -> float | None:
+def clip(groups: list[NativeGroup], p: float, max_norm: float, write: bool, refuse_nonfinite: bool) -> float | None:
     """The p-norm of all gradients of some groups, clipped to `max_norm` if they are to be written; None if refused.
 
     As ``fastclip_cpu_clip`` in csrc/cpu/launch.h. Each tensor's own norm and largest magnitude are not asked for, so
@@ -68,6 +72,23 @@ def clip(groups: Sequence[Any], p: float, max_norm: float, write: bool, refuse_n
             _multiply(group.tensors, coef)
             group.bump_version()
     return norm
+
+
+def clip_norm_fused(
+    items: list[Any], of_parameters: bool, max_norm: Any, norm_type: Any, error_if_nonfinite: bool, per_tensor: bool, /
+) -> Tensor | list[NativeGroup] | None:
+    """As :class:`fastclip.packers.FusedClip`, where no packer has kernels for the CPU."""
+    limit, p = (number(max_norm) if of_parameters else 0.0), number(norm_type)
+    if not (limit >= 0 and p > 0) or is_watched():
+        return None
+    groups = packers.get().packer.pack(items, of_parameters)
+    if not groups or per_tensor or any(group.device.type in GPUS for group in groups):
+        return groups
+    norm = clip(groups, p, limit, of_parameters, bool(error_if_nonfinite))
+    if norm is None:
+        return groups
+    wide = any(group.dtype == torch.float64 for group in groups) and has_float64(groups[0].device)
+    return scalar(norm, torch.float64 if wide else torch.float32).to(groups[0].device)
 
 
 def apply_(group: GradGroup, coef: Tensor) -> None:
@@ -113,14 +134,14 @@ def _multiply(tensors: list[Tensor], coef: float) -> None:
             torch._foreach_mul_(tensors, torch.tensor(coef, dtype=compute, device=tensors[0].device))
 
 
-def _coefficient(norm: float, max_norm: float) -> float:
+def _coefficient(norm: float, limit: float) -> float:
     """clip_coefficient in csrc/elementwise.h."""
-    if math.isinf(max_norm):
+    if math.isinf(limit):
         return 1.0
     if math.isinf(norm):
         return -0.0
-    c = max_norm / (norm + 1e-6)
-    return 1.0 if c >= 1 else c
+    coef = limit / (norm + 1e-6)
+    return 1.0 if coef >= 1 else coef
 
 
 # ---- measuring ----
@@ -151,7 +172,7 @@ def _norm_of_all(tensors: list[Tensor], p: float) -> float:
             by_kind.setdefault((tensor.device, tensor.dtype), []).append(flat(tensor))
     pieces += [small[0] if len(small) == 1 else torch.cat(small) for small in by_kind.values()]
     power = _gathered([_norm(piece, p) for piece in pieces]).pow(p).sum()
-    if VANISHING * sum(piece.numel() for piece in pieces) <= power < math.inf:
+    if UNDERFLOW * sum(piece.numel() for piece in pieces) <= power < math.inf:
         return float(power.pow(1 / p))
     return float(_gathered([magnitudes(piece, p)[0] for piece in pieces]).sum().pow(1 / p))
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..devices import has_float64, wide_device, widened
 from .base import GradGroup, Measurement
-from .devices import has_float64, wide_device, widened
 
 SLICE = 1 << 20  # elements that plain torch works on at a time, so that memory stays bounded
 

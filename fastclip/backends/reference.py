@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..devices import has_float64
 from .base import GradGroup, Measurement
-from .devices import has_float64
 from .on_host import magnitudes, repaired_on_host, slices, writing
 
 name = "reference"

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends import Measurement, capturing, packers, upload, widened
+from .. import packers
+from ..backends import Measurement, capturing, upload, widened
 from ..host_stats import root
 from ..stats import OverRanks, Stats
 from .groups import gather_strings, ranks_of

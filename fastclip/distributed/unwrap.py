@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..backends.packers import Packer
+from ..packers import Packer
 
 if TYPE_CHECKING:  # torch may have been built without them
     from torch.distributed import ProcessGroup

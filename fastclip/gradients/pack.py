@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..backends import GradGroup, NativeGroup, packers, place_of
+from .. import backends, packers
+from ..backends import GradGroup, NativeGroup, place_of
 from ..backends.base import StepTable
-from ..backends.packers import Packer
 from ..distributed.declare import MARKED, Marks, marks_of
 from ..distributed.plan import latest_specs, plan_of
 from ..distributed.reduce import Shards
 from ..distributed.unwrap import Unwrapped, any_dtensor, local_of, spec_of, unwrap
 from ..modes import check_not_traced
+from ..packers import Packer
 from .table import GradTable
 
 if TYPE_CHECKING:

@@ -301,7 +301,7 @@ def test_tied_gradients_count_once():
 
 
 def _without_a_compiler():
-    from fastclip.backends import packers
+    from fastclip import packers
 
     packers.chosen = packers.Chosen("python", packers.PythonPacker(None), None, "there is no compiler")
     mesh = mesh_of((2, 2), ("dp", "tp"))

@@ -4,8 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from fastclip.backends import cuda_interface, native
-from fastclip.backends.library import Library
+from fastclip.native import cuda_interface, libraries
+from fastclip.native.library import Library
 
 FOLDER = Path(__file__).parent
 THREADS = 64  # of a block: two warps, so that tests see several, and small enough to run as real threads
@@ -20,13 +20,13 @@ FLAGS = [
 
 def _path():
     headers = b"".join(header.read_bytes() for header in sorted(FOLDER.glob("*.h")))
-    return native._keyed("libfastclip_cuda_emulated.so", (".cu", ".h"), headers, *FLAGS)
+    return libraries._keyed("libfastclip_cuda_emulated.so", (".cu", ".h"), headers, *FLAGS)
 
 
 def _compile(path, verbose):
     unfinished = path.with_suffix(".part")  # the other workers look for the whole file
     command = ["g++", *FLAGS, f"-I{FOLDER}", "-O2", "-shared", "-fPIC", "-o", str(unfinished)]
-    command += ["-x", "c++", *map(str, native.sources(".cu"))]
+    command += ["-x", "c++", *map(str, libraries.sources(".cu"))]
     subprocess.run(command, check=True, capture_output=not verbose, text=True)
     os.replace(unfinished, path)
 

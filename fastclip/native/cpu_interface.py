@@ -44,7 +44,7 @@ class Threads(ctypes.Structure):
 
 
 class GlobalNorm(ctypes.Structure):
-    """What one read tells of all gradients."""
+    """What one read tells of all gradients of one or more tables."""
 
     _fields_ = (("power", c_double), ("absmax", c_double), ("norm", c_double), ("coef", c_double))
 

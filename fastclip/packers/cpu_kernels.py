@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu_interface import (
+from ..native.cpu_interface import (
     DTYPES,
     AdamWOptions,
     ClipOptions,
@@ -20,11 +20,11 @@ from .cpu_interface import (
     Table,
     Threads,
 )
-from .python_groups import Group, StepGroup
+from .groups import Group, StepGroup
 
 
 class CpuKernels:
-    """What csrc/cpu/launch.h offers, for the groups of :mod:`python_packer`.
+    """What csrc/cpu/launch.h offers, for the groups of :mod:`.groups`.
 
     Args:
         library: as :func:`cpu_interface.open_library` opens it.

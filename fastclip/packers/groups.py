@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.nn import Parameter
 
-from .cpu_interface import DTYPES, Segment, StepSegment, Table
-from .devices import ADDRESSED
+from ..devices import ADDRESSED
+from ..native.cpu_interface import DTYPES, Segment, StepSegment, Table
 
 PLAIN_TYPES = frozenset((Tensor, Parameter))
 IS_CPU, IS_NESTED = operator.attrgetter("is_cpu"), operator.attrgetter("is_nested")

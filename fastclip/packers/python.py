@@ -1,4 +1,4 @@
-"""The packer in Python, for where no native one was built. What it packs, :mod:`cpu_kernels` works on through ctypes.
+"""The packer in Python, for where no native one was built. What it packs, :mod:`.cpu_kernels` works on through ctypes.
 
 As everywhere, what is not plain (dense real memory of a dtype that the kernels know, in a Tensor or Parameter) is left
 to the general packer of :mod:`fastclip.gradients.pack`.
@@ -15,17 +15,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..devices import place_of
 from ..modes import is_watched
-from . import foreach
+from ..native.cpu_interface import ClipOptions
 from .base import NativeGroup
-from .cpu_interface import ClipOptions
 from .cpu_kernels import CpuKernels, scalar
-from .devices import place_of
-from .python_groups import Group, Memory, StepGroup, are_apart, bump_versions, memory_of, together
+from .groups import Group, Memory, StepGroup, are_apart, bump_versions, memory_of, together
 
 
 class PythonPacker:
-    """See :class:`fastclip.backends.packers.Packer`."""
+    """See :class:`fastclip.packers.Packer`."""
 
     name = "python"
     unwrap = None  # fastclip.distributed.unwrap does the same in Python
@@ -98,18 +97,17 @@ class PythonPacker:
         self, items: list[Any], of_parameters: bool, max_norm: Any, norm_type: Any, error_if_nonfinite: bool,
         per_tensor: bool, /,
     ) -> Any:  # fmt: skip
-        limit, p = (_number(max_norm) if of_parameters else 0.0), _number(norm_type)
+        limit, p = (number(max_norm) if of_parameters else 0.0), number(norm_type)
         if not (limit >= 0 and p > 0) or is_watched():
             return None
         groups = self._groups(items, of_parameters)
         if not groups:
             return None
-        if any(group.device.type != "cpu" for group in groups) or (per_tensor and len(groups) > 1):
+        elsewhere = self.kernels is None or any(group.device.type != "cpu" for group in groups)
+        if elsewhere or (per_tensor and len(groups) > 1):
             return groups
         wide = any(group.dtype == torch.float64 for group in groups)
-        if self.kernels is None:
-            norm = None if per_tensor else foreach.clip(groups, p, limit, of_parameters, bool(error_if_nonfinite))
-            return groups if norm is None else scalar(norm, torch.float64 if wide else torch.float32)
+        assert self.kernels is not None
         options = ClipOptions(p, limit, of_parameters, bool(error_if_nonfinite))
         each = torch.empty(len(groups[0]) if per_tensor else 0, 2, dtype=torch.float64, device="cpu")
         found = self.kernels.clip(groups, options, each if per_tensor else None)
@@ -124,7 +122,7 @@ def _group(gradients: list[Tensor], memory: Memory, positions: list[int]) -> Gro
     return Group(gradients, memory.storages, memory.addresses, memory.numels, positions)
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """A Python float or int; NaN for anything else."""
     try:
         return float(value) if type(value) is float or type(value) is int else math.nan
