@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long test-integrations test-isas lint format bench gpu gpu-sanitize clean
+.PHONY: demo test test-long test-integrations test-isas test-torch lint format wheel bench gpu gpu-sanitize clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -27,7 +27,12 @@ test-isas: .venv/ready
 	  env $$isa $(BIN)/python -m pytest -q -n 2 -m "isa and not slow" -k "not triton and not cuda" || exit 1; \
 	done
 
-CXX_SOURCES = $(wildcard csrc/*.h csrc/*/* tests/emulation/*.h tests/emulation/*.cpp)
+# The tests with another torch: `make test-torch TORCH=2.14.1`, in an environment of its own.
+test-torch: $(if $(TORCH),.venv-torch-$(TORCH)/ready)
+	@test -n "$(TORCH)" || (echo "usage: make test-torch TORCH=2.14.1"; exit 2)
+	.venv-torch-$(TORCH)/bin/python -m pytest -q -n 2 --dist worksteal -m "not long"
+
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*/* tests/emulation/*.h tests/emulation/*.cpp tests/native/*.cpp)
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,6 +43,15 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# What is published, as far as this machine can build it, in dist/: the sources, the wheel for this machine (with the CUDA
+# kernels where nvcc is) and the one without libraries. .github/workflows/release.yml builds for the others.
+wheel: .venv/ready
+	rm -rf dist
+	FASTCLIP_MUST_COMPILE=1 $(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --wheel --outdir dist -C wheel.cmake=false -C wheel.py-api=py3
+	$(BIN)/twine check --strict dist/*
+	if [ -x $(BIN)/auditwheel ]; then $(BIN)/auditwheel show dist/*-linux_*.whl; fi
 
 # On the GPU if there is one. Under ten minutes; writes bench/results/, the README's block and its pictures.
 DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
@@ -58,7 +72,7 @@ gpu-sanitize:
 	python3 -m bench.gpu --only sanitize
 
 clean:
-	rm -rf .venv .venv-integrations build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-integrations .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -69,4 +83,13 @@ clean:
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test-integrations]'
 	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm torchtitan spmd_types
+	touch $@
+
+# As constraints.txt has it, but for torch, and with the Triton that this torch brings; one without a GPU brings none.
+.venv-torch-%/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-torch-$*
+	(grep -v -E '^(torch|triton)==' constraints.txt; echo torch==$*) > .venv-torch-$*/constraints.txt
+	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==$*
+	.venv-torch-$*/bin/python -c "import triton" || grep '^triton==' constraints.txt >> .venv-torch-$*/constraints.txt
+	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-torch-$*/constraints.txt -e '.[test]'
 	touch $@

@@ -1,10 +1,11 @@
-// Every function of csrc/cpu/launch.h against plain arithmetic in long double, without torch and Python, so that it runs
+// Every function of csrc/cpu/launch.h against plain arithmetic in wider numbers, without torch and Python, so that it runs
 // wherever a compiler or an emulator is: test_wheel.py says how. One line for each dtype; fails if any check does.
 //
 // u is the unit roundoff of the arithmetic (float, or double for F64). A bound is a number of roundings, each at most u
 // times the largest magnitude that was added, and the rounding to the stored dtype.
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -14,15 +15,20 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/cpu/launch.h"
 
 using namespace fastclip;
 using namespace fastclip::cpu;
-using Wide = long double;
 
 namespace {
+
+// Where the CPU has no numbers wider than double, what is expected of a float64 has roundings of its own.
+constexpr bool WIDER = LDBL_MANT_DIG == 64;
+using Wide = std::conditional_t<WIDER, long double, double>;
+constexpr double HALF_UNIT = WIDER ? 0x1p-53 : 0x1p-52;
 
 int checks = 0, failures = 0;
 std::string where;
@@ -58,7 +64,7 @@ struct Format {
   double u;  // of the arithmetic
 };
 const Format FORMATS[] = {{"float32", Dtype::F32, 4, 24, -149, 0x1p-24},
-                          {"float64", Dtype::F64, 8, 53, -1074, 0x1p-53},
+                          {"float64", Dtype::F64, 8, 53, -1074, HALF_UNIT},
                           {"bfloat16", Dtype::BF16, 2, 8, -133, 0x1p-24},
                           {"float16", Dtype::F16, 2, 11, -24, 0x1p-24}};
 
@@ -264,9 +270,9 @@ void check_measure(const Format& f) {
             const Wide want_largest = t < count ? largest[t] : most;
             // float32 sums: a product, RUN additions, three that join the eight sums; the rest is in float64
             const bool narrow = f.u > 0x1p-50 && (p == 1 || p == 2);
-            const Wide roundings = narrow ? 24 * 0x1p-24L : 0;
-            const Wide elements = t < count ? Wide(tensors.sizes[t]) : 2e5L;
-            const Wide bound = want * (roundings + (elements + 16) * 0x1p-53L) + elements * 0x1p-1074L;
+            const Wide roundings = narrow ? 24 * 0x1p-24 : 0;
+            const Wide elements = t < count ? Wide(tensors.sizes[t]) : 2e5;
+            const Wide bound = want * (roundings + (elements + 16) * HALF_UNIT) + elements * 0x1p-1074;
             if (!std::isinf(p)) expect_near("power", got[t].power, want, p == 0 ? 0 : bound);
             expect_near("absmax", got[t].absmax, want_largest, 0);
             if (t < count) {
@@ -458,17 +464,23 @@ void check_adamw(const Format& f) {
             const Packed packed(step.arrays[0]);
             const AdamWOptions o{1e-2, beta1, 0.99, 1e-6, 0.1};
             fastclip_cpu_adamw(&packed.table, &threads, step.segments.data(), &step.decision, &o);
-            const Wide u = f.u, tiny = f.dtype == Dtype::F64 ? 0x1p-1070L : 0x1p-145L;
+            const Wide b1 = o.beta1, b2 = o.beta2;
+            Wide bias1[5], bias2[5];
+            for (int taken = 0; taken < 5; taken++) {
+              bias1[taken] = 1 - std::pow(b1, Wide(taken + 1));
+              bias2[taken] = 1 - std::pow(b2, Wide(taken + 1));
+            }
+            const Wide u = f.u, tiny = f.dtype == Dtype::F64 ? 0x1p-1070 : 0x1p-145;
             step.expect_all(
                 [&](size_t t, int64_t i) {
                   const Wide g = step.gradient(t, i), p = step.before[1].at(t, i), m = step.before[2].at(t, i);
-                  const Wide v = step.before[3].at(t, i), b1 = o.beta1, b2 = o.beta2, count = t % 5 + 1;
+                  const Wide v = step.before[3].at(t, i);
                   const Wide m_new = b1 * m + (1 - b1) * g, m_size = std::fabs(m) + std::fabs(g);
                   const Wide v_new = b2 * v + (1 - b2) * g * g;
                   const Wide most = amsgrad ? Wide(step.before[4].at(t, i)) : 0;
                   const Wide square = most > v_new ? most : v_new;
-                  const Wide size = o.lr / (1 - std::pow(b1, count));
-                  const Wide below = std::sqrt(square / (1 - std::pow(b2, count))) + o.eps;
+                  const Wide size = o.lr / bias1[t % 5];
+                  const Wide below = std::sqrt(square / bias2[t % 5]) + o.eps;
                   const Wide p_new = p * (1 - Wide(o.lr) * o.weight_decay) - size * m_new / below;
                   expect_near("exp_avg", step.arrays[2].at(t, i), m_new, step.rounding(m_new) + 6 * u * m_size + tiny);
                   expect_near("exp_avg_sq", step.arrays[3].at(t, i), v_new,
@@ -493,7 +505,7 @@ void check_sgd(const Format& f) {
         const Packed packed(step.arrays[0]);
         const SgdOptions o{0.05, momentum ? 0.9 : 0, 0.75, 0.02, nesterov};
         fastclip_cpu_sgd(&packed.table, &threads, step.segments.data(), &step.decision, &o);
-        const Wide u = f.u, tiny = f.dtype == Dtype::F64 ? 0x1p-1070L : 0x1p-145L;
+        const Wide u = f.u, tiny = f.dtype == Dtype::F64 ? 0x1p-1070 : 0x1p-145;
         step.expect_all(
             [&](size_t t, int64_t i) {
               const Wide p = step.before[1].at(t, i), decay = o.weight_decay * p;
