@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import backends
-from .backends import native
+from .backends import native, packers
 from .backends.choice import checked
 from .integrations import launch
 from .version import __version__
@@ -34,7 +34,8 @@ def info() -> int:
         ("compiler", _compiler),
         ("nvcc", _nvcc),
         ("csrc", native.source_folder),
-        ("build", _build),
+        ("packer", _packer),
+        ("built", _built),
         ("choice", lambda: f"{checked(backends.current(), 'FASTCLIP_BACKEND')} (FASTCLIP_BACKEND or use_backend)"),
     ]
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
@@ -102,8 +103,22 @@ def _nvcc() -> str:
         return "none found"
 
 
-def _build() -> str:
-    return f"{native.cpp.path()} ({'there' if native.cpp.load() is not None else 'could not be built'})"
+def _packer() -> str:
+    """The one that runs, and why no better one does."""
+    chosen = packers.get()
+    files = [native.cpp.file] if chosen.name == "compiled" else [native.abi3.file, native.kernels.file]
+    where = ", ".join(str(file) for file in files if file) or "plain torch instead of kernels"
+    reasons = []
+    if chosen.name != "compiled" and (failure := native.cpp.failure()):
+        reasons.append(f"compiled: {failure}")
+    if chosen.name == "python" and packers.torch_library() is None:
+        reasons.append("abi3: needs torch 2.14")
+    return f"{chosen.name} ({where})" + "".join(f"; not {reason}" for reason in reasons)
+
+
+def _built() -> str:
+    path = native.cpp.path()
+    return f"{path} ({'there' if path.is_file() else 'not there'}; python -m fastclip build makes it)"
 
 
 def _gpu(device: torch.device) -> str:
@@ -112,7 +127,7 @@ def _gpu(device: torch.device) -> str:
 
 
 def _automatic(device: torch.device) -> str:
-    automatic = backends.AUTO.get(device.type, ("reference",))
+    automatic = backends.AUTO.get(device.type, backends.ELSEWHERE)
     return next(name for name in automatic if backends.get(name).why_not(device) is None)
 
 

@@ -26,8 +26,8 @@ from .distributed import declare
 from .distributed.declare import MARKED
 from .distributed.groups import checked_group
 from .distributed.unwrap import any_dtensor
-from .gradients.modes import is_watched
 from .gradients.pack import check_not_gradients, flatten_params, from_native, pack
+from .modes import is_watched
 from .pipeline.decide import clip, clip_by_norm, refuse_nonfinite
 from .rules import GlobalNorm, Mask, TensorNorm, Value
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastclip import backends
-from fastclip.backends import cpu, current, native, use_backend
+from fastclip.backends import cpu, current, packers, use_backend
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +184,8 @@ def test_capturing_asks_about_the_device_it_is_given(monkeypatch):
 
 
 def test_an_instruction_set_that_this_cpu_lacks_is_told(monkeypatch):
-    monkeypatch.setattr(native.cpp, "opened", SimpleNamespace(isa=lambda: "avx2"))
+    lesser = packers.get()._replace(kernels=SimpleNamespace(isa=lambda: "avx2"))
+    monkeypatch.setattr(packers, "chosen", lesser)
     monkeypatch.setenv("FASTCLIP_CPU_ISA", "avx512")
     assert cpu.describe().startswith("avx2 (FASTCLIP_CPU_ISA asks for avx512, which this CPU lacks), ")
     monkeypatch.setenv("FASTCLIP_CPU_ISA", "avx2")

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from fastclip.backends import build_cache, native
+from fastclip.backends import build_cache, library, native
 
 WHOLE = b"a library" * 100
 
 
 class Rank:
-    """A process, as far as a library is concerned: a `native.Library` of its own over a cache that others use, too."""
+    """A process, as far as a library is concerned: a `Library` of its own over a cache that others use, too."""
 
     def __init__(self, path, content=WHOLE, opens=True, setting="", during=None):
         self.compiled = self.opened = 0
         self.content, self.opens, self.during = content, opens, during
-        self.library = native.Library("test", "nothing", lambda: path, self.compile, self.open, lambda: setting)
+        self.library = library.Library("test", "nothing", lambda: path, self.compile, self.open, lambda: setting)
 
     def compile(self, path, verbose):
         self.compiled += 1

@@ -14,15 +14,15 @@ import torch
 from cases import CASES, DTYPES, NORM_ERROR, gradients, parameter, rounding, tiny
 
 import fastclip
-from fastclip.backends import native
+from fastclip.backends import packers
 
 PROGRAM = """
 import json, sys
 sys.path.insert(0, {tests!r})
 import torch, fastclip
 from cases import CASES, DTYPES, EXTREMES, gradients, parameter
-from fastclip.backends import native
-out = {{"isa": native.cpp.load().isa()}}
+from fastclip.backends import packers
+out = {{"isa": packers.get().kernels.isa()}}
 for case in CASES:
     for dtype in DTYPES:
         torch.manual_seed(0)
@@ -62,7 +62,7 @@ def flatten(value):
 def test_instruction_sets_agree():
     """Each instruction set this machine has gives what the portable code gives (which the other tests compare with
     float64 where it is the best there is)."""
-    best = native.cpp.load().isa()
+    best = packers.get().kernels.isa()
     here = [isa for isa in ("portable", "avx2", "avx512") if isa == "portable" or best == "avx512" or isa == best]
     results = [run_with(isa) for isa in here]
     assert [r.pop("isa") for r in results] == here
@@ -126,7 +126,7 @@ def test_other_python_threads_run_meanwhile():
 
 FORK = """
 import os, torch, fastclip
-from fastclip.backends import native
+from fastclip.backends import packers
 torch.set_num_threads(2)
 big = torch.nn.Parameter(torch.ones(3_000_000))
 big.grad = torch.ones(3_000_000)
@@ -146,7 +146,7 @@ os.wait()
 @pytest.mark.parametrize("before", ["fastclip.total_norm([big])", ""], ids=["after a call", "before the first"])
 def test_a_forked_child_can_clip(before):
     """OpenMP's threads do not survive os.fork(), which a DataLoader's worker comes from."""
-    native.cpp.load()
+    packers.get()
     command = [sys.executable, "-c", FORK.format(before=before)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:

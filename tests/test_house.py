@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fastclip"
 
 # Each room imports only from those above it. A folder is a room, and so is a file beside them.
 ROOMS = [
-    "version", "arguments", "backends", "host_stats", "stats", "distributed", "gradients", "rules", "pipeline",
+    "version", "arguments", "modes", "backends", "host_stats", "stats", "distributed", "gradients", "rules", "pipeline",
     "graph_breaks", "clipper", "optim", "torch_ops", "functional", "monitor", "integrations", "__init__", "__main__",
 ]  # fmt: skip
 

@@ -266,5 +266,6 @@ def test_the_tests_run_from_the_published_sources(tmp_path):
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert not [name for name in names if re.search(r"__pycache__|^\.venv|^build/|^dist/|\.so$|\.git/", name)]
     assert {"Makefile", "constraints.txt", "CMakeLists.txt", "cmake/old_glibc.h", ".ci/run", "docs/demo.png"} <= names
-    quick = [f"tests/test_{name}.py" for name in ("house", "csrc")]
-    run(sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not long", "-p", "no:cacheprovider", *quick, cwd=folder)
+    quick = ("tests/test_house.py", "tests/test_csrc.py")
+    options = ("-q", "-x", "-m", "not slow and not long", "-p", "no:cacheprovider")
+    run(sys.executable, "-m", "pytest", *options, *quick, cwd=folder)

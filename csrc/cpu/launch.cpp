@@ -16,6 +16,7 @@ namespace fastclip::cpu {
 namespace {
 
 constexpr int64_t PREFETCH_BYTES = 2048;
+constexpr int64_t SERIAL_WORK = 1 << 16;  // of a table; waking threads for less costs more time than they save
 
 struct Isa {
   const char* name;
@@ -102,14 +103,14 @@ void for_each_chunk(const Table& table, const Threads& threads, Body body) {
         body(i, s, c, static_cast<char*>(s.data) + c * CHUNK * itemsize, std::min(CHUNK, s.numel - c * CHUNK));
     }
   };
-  const int64_t parts = threads.count;
-  if (parts == 1) return run({0, 0}, {table.count, 0});
+  const int64_t parts = table.work < SERIAL_WORK ? 1 : threads.count;
+  if (parts <= 1) return run({0, 0}, {table.count, 0});
   auto run_parts = [&](int64_t begin, int64_t end) {
     run(position_of(table, table.work * begin / parts), position_of(table, table.work * end / parts));
   };
   threads.parallel_for(
       0, parts, 1,
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<decltype(run_parts)*>(context))(begin, end); },
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<decltype(run_parts)*>(context))(begin, end); },
       &run_parts);
 }
 
@@ -188,6 +189,45 @@ void fastclip_cpu_measure(const Table* table, const Threads* threads, double p, 
   if (kernel != k.l2_sum)
     for (int64_t c = 0; c < table->chunks; c++) all.absmax = larger_magnitude(all.absmax, partial[c].absmax);
   *total = all;
+}
+
+void fastclip_cpu_global_norm(const Table* table, const Threads* threads, double p, double max_norm,
+                              const NormPartial* before, NormPartial* per_segment, GlobalNorm* result) {
+  NormPartial total;
+  fastclip_cpu_measure(table, threads, p, /*absmax=*/true, per_segment, &total);
+  if (p == 0) {
+    total.power = 0;
+    for (int64_t i = 0; i < table->count; i++) total.power += per_segment[i].power != 0;
+  }
+  if (before) total.combine(*before);
+  const double norm = finish_norm(norm_kind(p), p, total.power, total.absmax);
+  *result = {total, norm, clip_coefficient(norm, max_norm)};
+}
+
+bool fastclip_cpu_clip(const Table* tables, int64_t count, const Threads* threads, const ClipOptions* options,
+                       NormPartial* per_segment, GlobalNorm* result) {
+  const double p = options->p;
+  NormPartial all;
+  for (int64_t i = 0; i < count; i++) {
+    NormPartial total;
+    fastclip_cpu_measure(&tables[i], threads, p, /*absmax=*/per_segment != nullptr, per_segment, &total);
+    all.combine(total);
+    if (per_segment) per_segment += tables[i].count;
+  }
+  const double norm = finish_norm(norm_kind(p), p, all.power, all.absmax);
+  *result = {all, norm, clip_coefficient(norm, options->max_norm)};
+  if (options->refuse_nonfinite && !std::isfinite(norm)) return true;
+  if (options->write)
+    for (int64_t i = 0; i < count; i++) fastclip_cpu_apply(&tables[i], threads, &result->coef, 0);
+  return false;
+}
+
+void fastclip_cpu_table(const int64_t* addresses, const int64_t* numels, int64_t count, int32_t dtype, char* written,
+                        Segment* segments, Table* table) {
+  *table = {segments, count, 0, 0, Dtype(dtype), [](void* owner) { *static_cast<char*>(owner) = 1; }};
+  for (int64_t i = 0; i < count; i++)
+    segments[i] =
+        next_segment(table->chunks, table->work, reinterpret_cast<void*>(addresses[i]), numels[i], written + i);
 }
 
 void fastclip_cpu_apply(const Table* table, const Threads* threads, const double* coef, int64_t stride) {

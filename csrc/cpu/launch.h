@@ -37,14 +37,36 @@ struct Table {
   void (*written)(void* owner);  // called once for each segment that apply or clamp has changed, from any thread
 };
 
-// Where the work is done: `parallel_for` calls body(context, begin, end) for parts of [begin, end) of at least `grain`
-// indices, on up to `count` threads, and returns when all are done. It is not called if `count` is 1, which is right for
-// tables of less work than SERIAL_WORK: waking the threads would cost more time than they save.
-constexpr int64_t SERIAL_WORK = 1 << 16;
+// The cost of starting on a segment, in elements; balances threads over tiny tensors.
+constexpr int64_t SEGMENT_COST = 256;
+
+// The segment that follows those of so many chunks and so much work, which then count it too.
+inline Segment next_segment(int64_t& chunks, int64_t& work, void* data, int64_t numel, void* owner) {
+  const Segment segment{data, numel, chunks, work, owner};
+  chunks += (numel + CHUNK - 1) / CHUNK;
+  work += numel + SEGMENT_COST;
+  return segment;
+}
+
+// Where the work is done: up to `count` threads. `parallel_for` is torch_parallel_for of torch's stable C interface, so
+// that the threads are torch's own: it calls body(begin, end, context) for parts of [begin, end) of at least `grain`
+// indices and returns when all are done. It is not called where one thread is enough.
 struct Threads {
   int64_t count;
-  void (*parallel_for)(int64_t begin, int64_t end, int64_t grain,
-                       void (*body)(void* context, int64_t begin, int64_t end), void* context);
+  int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain,
+                          void (*body)(int64_t begin, int64_t end, void* context), void* context);
+};
+
+// What one read tells of all gradients of one or more tables.
+struct GlobalNorm {
+  NormPartial total;  // p = 0: power counts the gradients that are not all zero
+  double norm, coef;  // coef: clip_coefficient(norm, max_norm)
+};
+
+struct ClipOptions {
+  double p, max_norm;
+  bool write;             // scale the gradients by the coefficient, not only measure
+  bool refuse_nonfinite;  // unless the norm is inf or NaN
 };
 
 // What an optimizer keeps beside a gradient: arrays of the gradient's dtype, size and layout.
@@ -80,6 +102,22 @@ FASTCLIP_API const char* fastclip_cpu_isa();
 // Power sums (and maxima, if asked for) of each segment, `per_segment` [count] or null, and of everything, `total` [1].
 FASTCLIP_API void fastclip_cpu_measure(const Table* table, const Threads* threads, double p, bool absmax,
                                        NormPartial* per_segment, NormPartial* total);
+
+// The same with what follows from it: the norm of this table and of what was measured `before` (or null), and its clip
+// coefficient.
+FASTCLIP_API void fastclip_cpu_global_norm(const Table* table, const Threads* threads, double p, double max_norm,
+                                           const NormPartial* before, NormPartial* per_segment, GlobalNorm* result);
+
+// Measure, decide and apply for several tables as one: their norm clipped to max_norm. `per_segment` (or null) is for the
+// segments of all tables; only with it are maxima measured. Returns whether nothing was written because of
+// `refuse_nonfinite`.
+FASTCLIP_API bool fastclip_cpu_clip(const Table* tables, int64_t count, const Threads* threads,
+                                    const ClipOptions* options, NormPartial* per_segment, GlobalNorm* result);
+
+// For callers without these structs: fills `segments` [count] and `table` from addresses and element counts.
+// written[i] becomes 1 where apply, clamp or clip has changed gradient i.
+FASTCLIP_API void fastclip_cpu_table(const int64_t* addresses, const int64_t* numels, int64_t count, int32_t dtype,
+                                     char* written, Segment* segments, Table* table);
 
 // Segment i times coef[i * stride], rounded to float32 unless the table is float64; 0 and 1 as `touch` in elementwise.h
 // has them.

@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
@@ -27,33 +28,12 @@ bool alone = false;  // whether to do without other threads
 // OpenMP's threads do not survive fork(): a child process that gives them work waits for ever.
 void work_alone() { alone = true; }
 
-void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end),
-                  void* context) {
-  at::parallel_for(begin, end, grain, [=](int64_t from, int64_t to) { body(context, from, to); });
-}
-
-cpu::Threads threads_for(const cpu::Table& table) {
-  return {table.work < cpu::SERIAL_WORK || alone ? 1 : at::get_num_threads(), parallel_for};
-}
-
-NormPartial measure(const Group& group, double p, bool absmax, NormPartial* per_segment) {
-  const auto table = group.table();
-  const auto threads = threads_for(table);
-  NormPartial total;
-  cpu::fastclip_cpu_measure(&table, &threads, p, absmax, per_segment, &total);
-  return total;
-}
-
-void apply_(const Group& group, const double* coef, int64_t stride) {
-  const auto table = group.table();
-  const auto threads = threads_for(table);
-  cpu::fastclip_cpu_apply(&table, &threads, coef, stride);
-}
+cpu::Threads threads() { return {alone ? 1 : at::get_num_threads(), torch_parallel_for}; }
 
 bool clamp_(const Group& group, double low, double high) {
   const auto table = group.table();
-  const auto threads = threads_for(table);
-  return cpu::fastclip_cpu_clamp(&table, &threads, low, high);
+  const auto workers = threads();
+  return cpu::fastclip_cpu_clamp(&table, &workers, low, high);
 }
 
 // A Python float or int as a double; NaN for anything else.
@@ -114,10 +94,10 @@ PyObject* clip_norm_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return nullptr;
   }
   const bool clips = args[1] == Py_True, per_tensor = args[5] == Py_True;
-  const double max_norm = clips ? number(args[2]) : 0, p = number(args[3]);
-  if (!(max_norm >= 0) || !(p > 0)) Py_RETURN_NONE;
   const int refuses = PyObject_IsTrue(args[4]);
   if (refuses < 0) return nullptr;
+  const cpu::ClipOptions options{number(args[3]), clips ? number(args[2]) : 0, clips, refuses == 1};
+  if (!(options.max_norm >= 0) || !(options.p > 0)) Py_RETURN_NONE;
   std::vector<Group> groups;
   if (watched() || pack_items(args[0], /*gradients_of=*/clips, groups) == Packed::Odd || groups.empty()) Py_RETURN_NONE;
   int64_t work = 0;
@@ -137,19 +117,19 @@ PyObject* clip_norm_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   static thread_local std::vector<NormPartial> per_segment;
   per_segment.resize(per_tensor ? groups[0].segments.size() : 0);  // all are written below
-  NormPartial total;
-  for (const auto& group : groups)
-    total.combine(measure(group, p, /*absmax=*/per_tensor, per_tensor ? per_segment.data() : nullptr));
-  const double norm = finish_norm(norm_kind(p), p, total.power, total.absmax), coef = clip_coefficient(norm, max_norm);
-  const bool refuse = refuses && !std::isfinite(norm);
-  if (clips && !refuse)
-    for (const auto& group : groups) apply_(group, &coef, 0);
+  static thread_local std::vector<cpu::Table> tables;
+  tables.clear();
+  for (const auto& group : groups) tables.push_back(group.table());
+  const auto workers = threads();
+  cpu::GlobalNorm all;
+  const bool refused = cpu::fastclip_cpu_clip(tables.data(), tables.size(), &workers, &options,
+                                              per_tensor ? per_segment.data() : nullptr, &all);
   released.reset();
-  if (refuse) return wrap(std::move(groups)).release().ptr();
+  if (refused) return wrap(std::move(groups)).release().ptr();
   for (auto& group : groups) recycle(std::move(group));
-  if (!per_tensor) return THPVariable_Wrap(scalar(norm, wide ? at::kDouble : at::kFloat));
+  if (!per_tensor) return THPVariable_Wrap(scalar(all.norm, wide ? at::kDouble : at::kFloat));
   const PerTensor each(per_segment);
-  return py::make_tuple(each.power, each.absmax, scalar(norm, at::kDouble), scalar(coef, at::kDouble), wide)
+  return py::make_tuple(each.power, each.absmax, scalar(all.norm, at::kDouble), scalar(all.coef, at::kDouble), wide)
       .release()
       .ptr();
   END_HANDLE_TH_ERRORS
@@ -220,24 +200,23 @@ std::unique_ptr<Group> units(const Group& group) {
 py::tuple measure_group(const Group& group, double p, std::optional<double> max_norm,
                         const std::optional<at::Tensor>& before) {
   std::vector<NormPartial> per_segment(group.segments.size());
-  NormPartial all;
+  NormPartial earlier;
+  if (before) earlier = {before->const_data_ptr<double>()[0], before->const_data_ptr<double>()[1]};
+  cpu::GlobalNorm all;
   {
     py::gil_scoped_release released;
-    all = measure(group, p, /*absmax=*/true, per_segment.data());
+    const auto table = group.table();
+    const auto workers = threads();
+    cpu::fastclip_cpu_global_norm(&table, &workers, p, max_norm.value_or(INFINITY), before ? &earlier : nullptr,
+                                  per_segment.data(), &all);
   }
-  if (p == 0) {
-    all.power = 0;
-    for (const auto& segment : per_segment) all.power += segment.power != 0;
-  }
-  if (before) all.combine({before->const_data_ptr<double>()[0], before->const_data_ptr<double>()[1]});
   at::Tensor total = at::detail::empty_cpu({2}, at::TensorOptions().dtype(at::kDouble));
-  total.mutable_data_ptr<double>()[0] = all.power;
-  total.mutable_data_ptr<double>()[1] = all.absmax;
-  const double norm = finish_norm(norm_kind(p), p, all.power, all.absmax);
+  total.mutable_data_ptr<double>()[0] = all.total.power;
+  total.mutable_data_ptr<double>()[1] = all.total.absmax;
   py::object coef = py::none();
-  if (max_norm) coef = py::cast(scalar(clip_coefficient(norm, *max_norm), at::kDouble));
+  if (max_norm) coef = py::cast(scalar(all.coef, at::kDouble));
   const PerTensor each(per_segment);
-  return py::make_tuple(each.power, each.absmax, scalar(norm, at::kDouble), coef, total);
+  return py::make_tuple(each.power, each.absmax, scalar(all.norm, at::kDouble), coef, total);
 }
 
 // coef: float64 on the host, [] or [T]
@@ -246,7 +225,9 @@ void apply_tensor(const Group& group, const at::Tensor& coef) {
                   (coef.dim() == 0 || coef.numel() == int64_t(group.segments.size())),
               "coef must be float64, on the CPU, of shape [] or [", group.segments.size(), "], got ",
               coef.scalar_type(), " ", coef.sizes());
-  apply_(group, coef.const_data_ptr<double>(), coef.dim() == 0 ? 0 : 1);
+  const auto table = group.table();
+  const auto workers = threads();
+  cpu::fastclip_cpu_apply(&table, &workers, coef.const_data_ptr<double>(), coef.dim() == 0 ? 0 : 1);
 }
 
 // ---- optimizer steps ----
@@ -295,8 +276,8 @@ void take_step(Step step, const StepGroup& group, const at::Tensor& coef, const 
   decision.zero_grad = zero_grad;
   py::gil_scoped_release released;
   const auto table = group.group.table();
-  const auto threads = threads_for(table);
-  step(&table, &threads, group.segments.data(), &decision, &options);
+  const auto workers = threads();
+  step(&table, &workers, group.segments.data(), &decision, &options);
 }
 
 void adamw_(const KeptStepGroup& group, const at::Tensor& coef, const std::optional<at::Tensor>& frozen, double lr,

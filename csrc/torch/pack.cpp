@@ -9,8 +9,7 @@ namespace fastclip {
 namespace {
 
 constexpr size_t BLOCK = 64;
-constexpr int64_t SEGMENT_COST = 256;  // of starting on a tensor, in elements; balances threads over tiny tensors
-constexpr size_t MAX_KEPT = 1 << 15;   // segments whose memory is kept from call to call
+constexpr size_t MAX_KEPT = 1 << 15;  // segments whose memory is kept from call to call
 
 // Anything that is not simply memory: wrapper subclasses, lazy conjugates and negatives, vmap, nested, sparse, meta, ...
 const c10::DispatchKeySet ODD_KEYS{c10::DispatchKey::Python,           c10::DispatchKey::Conjugate,
@@ -135,9 +134,7 @@ void recycle(Group&& group) {
 }
 
 void Group::add(void* data, int64_t numel, c10::TensorImpl* gradient) {
-  segments.push_back({data, numel, chunks, work, gradient});
-  chunks += (numel + cpu::CHUNK - 1) / cpu::CHUNK;
-  work += numel + SEGMENT_COST;
+  segments.push_back(cpu::next_segment(chunks, work, data, numel, gradient));
 }
 
 void Group::own() {

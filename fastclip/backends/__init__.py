@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from . import choice, native
+from . import choice, packers
 from .base import Backend, FusedBackend, GradGroup, Measurement, NativeGroup, StepBackend
 from .choice import BACKENDS, checked, current, use_backend
 from .transfer import UploadCache, added, capturing, loaded, upload
 
 if TYPE_CHECKING:  # so that mypy holds the modules to the interface
-    from . import cpu, cuda, reference, triton
+    from . import cpu, cuda, foreach, reference, triton
 
-    _backends: tuple[Backend, ...] = (reference,)
+    _backends: tuple[Backend, ...] = (foreach, reference)
     _step_backends: tuple[StepBackend, ...] = (cpu, cuda, triton)
 
 __all__ = [
@@ -37,7 +37,8 @@ __all__ = [
     "use_backend",
 ]
 
-AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference"), "xpu": ("triton", "reference")}
+AUTO = {"cpu": ("cpu", "foreach"), "cuda": ("triton", "cuda", "foreach"), "xpu": ("triton", "foreach")}
+ELSEWHERE = ("foreach",)
 
 
 def get(name: str) -> Backend:
@@ -54,17 +55,17 @@ def choose(device: torch.device) -> Backend:
         if reason := backend.why_not(device):
             raise RuntimeError(f"backend {choice!r} was asked for but cannot run on {device}: {reason}")
         return backend
-    for name in AUTO.get(device.type, ("reference",)):
+    for name in AUTO.get(device.type, ELSEWHERE):
         backend = get(name)
         if backend.why_not(device) is None:
             return backend
-    raise AssertionError("the reference backend runs everywhere")
+    raise AssertionError("the foreach backend runs everywhere")
 
 
 def choose_step(device: torch.device) -> StepBackend | None:
     """:func:`choose`, where that backend takes optimizers' steps; else None."""
     backend = choose(device)
-    return None if backend.name == "reference" else cast(StepBackend, backend)
+    return None if backend.name in ("foreach", "reference") else cast(StepBackend, backend)
 
 
 def choose_fused() -> FusedBackend | None:
@@ -72,4 +73,5 @@ def choose_fused() -> FusedBackend | None:
     gradients are on its device."""
     # current(), which here takes a twentieth of the shortest clip, only inside a `with` block.
     name = current() if choice._context.get() else choice._default
-    return native.cpp.opened or native.cpp.load() if name in ("auto", "cpu") else None
+    chosen = packers.chosen or packers.get()
+    return chosen.packer if name == "auto" or (name == "cpu" and chosen.kernels is not None) else None

@@ -12,7 +12,7 @@ import os
 from contextvars import ContextVar
 from types import TracebackType
 
-BACKENDS = ("triton", "cuda", "cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "foreach", "reference")
 
 _default = os.environ.get("FASTCLIP_BACKEND") or "auto"  # of the process; checked when it is used
 _default_number = -1  # of the plain call that set it
@@ -67,7 +67,7 @@ class use_backend:
     choice to begin with.
 
     Args:
-        name: ``"triton"``, ``"cuda"``, ``"cpu"``, ``"reference"``, or ``"auto"`` (the best that runs on each gradient's
+        name: ``"triton"``, ``"cuda"``, ``"cpu"``, ``"foreach"``, ``"reference"``, or ``"auto"`` (the best that runs on each gradient's
             device). Gradients that no kernel handles (complex, sparse, views with gaps) go to ``reference`` anyway.
 
     Raises:

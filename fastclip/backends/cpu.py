@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from . import native
+from . import packers
 from .base import AdamWOptions, GradGroup, Measurement, SGDOptions, StepDecision, StepTable
 from .on_host import repaired_on_host
 
@@ -16,30 +16,36 @@ name = "cpu"
 def why_not(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"it runs on CPU tensors, not on {device.type}"
-    return None if native.cpp.load() is not None else native.cpp.failure()
+    return packers.get().why_not
+
+
+def _kernels() -> packers.Kernels:
+    kernels = packers.get().kernels
+    assert kernels is not None
+    return kernels
 
 
 def describe() -> str:
-    isa, asked = native.cpp.get().isa(), os.environ.get("FASTCLIP_CPU_ISA")
+    isa, asked = _kernels().isa(), os.environ.get("FASTCLIP_CPU_ISA")
     wanted = f" (FASTCLIP_CPU_ISA asks for {asked}, which this CPU lacks)" if asked and asked != isa else ""
-    return f"{isa}{wanted}, {torch.get_num_threads()} threads"
+    return f"{isa}{wanted}, {torch.get_num_threads()} threads, packer {packers.get().name}"
 
 
 def measure(
     group: GradGroup, norm_type: float, max_norm: float | None = None, before: torch.Tensor | None = None
 ) -> Measurement:
     assert group.native is not None
-    return Measurement(*native.cpp.get().measure(group.native, norm_type, max_norm, before))
+    return Measurement(*_kernels().measure(group.native, norm_type, max_norm, before))
 
 
 def apply_(group: GradGroup, coef: torch.Tensor) -> None:
     assert group.native is not None
-    native.cpp.get().apply_(group.native, coef)
+    _kernels().apply_(group.native, coef)
 
 
 def clamp_(group: GradGroup, low: float, high: float) -> torch.Tensor:
     assert group.native is not None
-    return torch.tensor(native.cpp.get().clamp_(group.native, low, high), device="cpu")
+    return torch.tensor(_kernels().clamp_(group.native, low, high), device="cpu")
 
 
 def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[Measurement, torch.Tensor]:
@@ -47,7 +53,7 @@ def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[
 
 
 def adamw_(table: StepTable, decision: StepDecision, options: AdamWOptions) -> None:
-    native.cpp.get().adamw_(
+    _kernels().adamw_(
         *(table.native, decision.coef, decision.frozen_mask, float(options.lr), options.beta1, options.beta2),
         *(options.eps, options.weight_decay, options.maximize, decision.zero_grad, decision.seed),
     )
@@ -55,7 +61,7 @@ def adamw_(table: StepTable, decision: StepDecision, options: AdamWOptions) -> N
 
 
 def sgd_(table: StepTable, decision: StepDecision, options: SGDOptions) -> None:
-    native.cpp.get().sgd_(
+    _kernels().sgd_(
         *(table.native, decision.coef, decision.frozen_mask, float(options.lr), options.momentum),
         *(options.one_minus_dampening, options.weight_decay, options.nesterov, options.maximize),
         *(decision.zero_grad, decision.seed),

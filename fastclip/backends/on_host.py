@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .base import GradGroup, Measurement
+from .wide import has_float64, wide_device, widened
 
 SLICE = 1 << 20  # elements that plain torch works on at a time, so that memory stays bounded
 
@@ -21,6 +23,37 @@ def slices(tensor: Tensor) -> Iterator[Tensor]:
             yield from slices(half)
     elif tensor.numel() > 0:
         yield tensor
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor as one dimension, in the order of its memory."""
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+
+
+def magnitudes(tensor: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """sum |x|^p (0 for p = inf) and max |x|, [] float64, without overflow; both NaN if an element is.
+
+    Slice by slice in float64. A device that has none divides by the largest magnitude first: no power of a quotient
+    overflows, and the host multiplies by that magnitude's power.
+    """
+    device = wide_device(tensor.device)
+    power = torch.zeros((), dtype=torch.float64, device=device)
+    largest = torch.zeros((), dtype=torch.float64, device=device)
+    for piece in slices(tensor):
+        if has_float64(tensor.device):
+            magnitude = piece.to(torch.complex128 if piece.is_complex() else torch.float64).abs()
+            most, factor = magnitude.max(), 1.0
+        else:
+            magnitude = piece.to(torch.promote_types(piece.dtype, torch.float32)).abs()
+            most = magnitude.max().to(device).double()
+            factor = most.item() if 0 < p < math.inf and 0 < most < math.inf else 1.0
+            magnitude = magnitude / factor
+        largest = torch.maximum(largest, most)
+        if p == 0:
+            power += widened((magnitude != 0).sum(), device)
+        elif not math.isinf(p):
+            power += widened(magnitude.pow(p).sum(), device) * factor**p
+    return power, largest
 
 
 @contextlib.contextmanager

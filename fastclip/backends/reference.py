@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .base import GradGroup, Measurement
-from .on_host import repaired_on_host, slices, writing
+from .on_host import magnitudes, repaired_on_host, slices, writing
+from .wide import has_float64
 
 name = "reference"
 
@@ -25,19 +26,7 @@ def describe() -> str:
 def measure(
     group: GradGroup, norm_type: float, max_norm: float | None = None, before: Tensor | None = None
 ) -> Measurement:
-    powers, maxima = [], []
-    for tensor in group.tensors:
-        power = torch.zeros((), dtype=torch.float64, device=group.device)
-        largest = torch.zeros((), dtype=torch.float64, device=group.device)
-        for piece in slices(tensor):
-            magnitude = _accurate(piece).abs()
-            largest = torch.maximum(largest, magnitude.max())
-            if norm_type == 0:
-                power += (magnitude != 0).sum()
-            elif not math.isinf(norm_type):
-                power += magnitude.pow(norm_type).sum()
-        powers.append(power)
-        maxima.append(largest)
+    powers, maxima = zip(*(magnitudes(tensor, norm_type) for tensor in group.tensors))
     return Measurement(torch.stack(powers), torch.stack(maxima))
 
 
@@ -85,6 +74,8 @@ def _shrunk(z: Tensor, limit: float) -> Tensor:
 
 
 def _accurate(piece: Tensor) -> Tensor:
+    if not has_float64(piece.device):
+        return piece.to(_compute_dtype(piece.dtype))
     return piece.to(torch.complex128 if piece.is_complex() else torch.float64)
 
 

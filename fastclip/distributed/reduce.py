@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends import Measurement, capturing, native, upload
+from ..backends import Measurement, capturing, packers, upload
 from ..host_stats import root
 from ..stats import OverRanks, Stats
 from .groups import gather_strings, ranks_of
@@ -53,10 +53,7 @@ class Shards:
 
     def bump_versions(self) -> None:
         """Tell autograd that the gradients were written whose parts were."""
-        if (library := native.cpp.load()) is not None:
-            library.bump_versions(self.wrappers)
-        else:
-            torch.autograd.graph.increment_version([t for t in self.wrappers if not t.is_inference()])
+        packers.get().packer.bump_versions(self.wrappers)
 
     def numels(self) -> list[int]:
         """[T] how many elements the whole tensors have. Of a declared one: as if all parts were alike."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..backends.native import CppLibrary
+from ..backends.packers import Packer
 
 if TYPE_CHECKING:  # torch may have been built without them
     from torch.distributed import ProcessGroup
@@ -75,15 +75,13 @@ class Unwrapped(NamedTuple):
     positions: list[int] | None  # of each gradient among the items; None: all have one
 
 
-def unwrap(
-    items: list[Any], gradients: bool, library: CppLibrary | None, expected: Expected = (None, None)
-) -> Unwrapped | None:
+def unwrap(items: list[Any], gradients: bool, packer: Packer, expected: Expected = (None, None)) -> Unwrapped | None:
     """The parts of `items`, or unless they are `gradients` of the gradients of parameters; None if one is no tensor.
 
     `expected`: specs of items and of gradients, as they were in an earlier call; the same lists where they still are.
     """
-    if library is not None and type(items) is list:
-        unwrapped = library.unwrap(items, not gradients, *expected)
+    if packer.unwrap is not None and type(items) is list:
+        unwrapped = packer.unwrap(items, not gradients, *expected)
         if unwrapped is None:
             return None
         specs, present, gradient_specs, parts, positions = unwrapped

@@ -6,7 +6,6 @@ this file is the general packer: it handles what is not plain, and says clearly 
 
 from __future__ import annotations
 
-import operator
 import types
 import warnings
 from collections import defaultdict
@@ -17,14 +16,14 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import GradGroup, NativeGroup, native
+from ..backends import GradGroup, NativeGroup, packers
 from ..backends.base import StepTable
-from ..backends.native import CppLibrary
+from ..backends.packers import Packer
 from ..distributed.declare import MARKED, Marks, marks_of
 from ..distributed.plan import latest_specs, plan_of
 from ..distributed.reduce import Shards
 from ..distributed.unwrap import Unwrapped, any_dtensor, local_of, spec_of, unwrap
-from .modes import check_not_traced
+from ..modes import check_not_traced
 from .table import GradTable
 
 if TYPE_CHECKING:
@@ -87,21 +86,21 @@ def pack(
     rank reaches the others; the table then carries it there.
     """
     check_not_traced()
-    library = native.cpp.load()
+    packer = packers.get().packer
     plain = process_group is None and not MARKED
-    packed = library.pack(items, not gradients) if plain and library is not None else None
+    packed = packer.pack(items, not gradients) if plain else None
     if packed:
         return from_native(packed)
     if not plain or any_dtensor(items):
-        return _pack_sharded(items, gradients, write, argument, library, process_group, reduces)
-    return _pack_plain(items, gradients, write, argument, library)
+        return _pack_sharded(items, gradients, write, argument, packer, process_group, reduces)
+    return _pack_plain(items, gradients, write, argument, packer)
 
 
-def _pack_plain(items: list[Any], gradients: bool, write: bool, argument: str, library: CppLibrary | None) -> GradTable:
+def _pack_plain(items: list[Any], gradients: bool, write: bool, argument: str, packer: Packer) -> GradTable:
     labelled = _labelled(items, gradients, argument)
     if not labelled and not gradients:
         check_not_gradients(items, argument)
-    return _pack_any(labelled, write, library) if labelled else _nothing(items)
+    return _pack_any(labelled, write, packer) if labelled else _nothing(items)
 
 
 def _nothing(items: list[Any]) -> GradTable:
@@ -142,24 +141,24 @@ def _pack_sharded(
     gradients: bool,
     write: bool,
     argument: str,
-    library: CppLibrary | None,
+    packer: Packer,
     process_group: ProcessGroup | DeviceMesh | None,
     reduces: bool,
 ) -> GradTable:
     """:func:`pack`, where some of the tensors may be parts of larger ones."""
-    unwrapped = unwrap(items, gradients, library, latest_specs())
+    unwrapped = unwrap(items, gradients, packer, latest_specs())
     if unwrapped is None:  # an item is no tensor, but perhaps a parameter group
         flat = flatten_params(items, argument)
         if not any(isinstance(item, dict) for item in items):
-            return _pack_plain(flat, gradients, write, argument, library)
-        return _pack_sharded(flat, gradients, write, argument, library, process_group, reduces)
+            return _pack_plain(flat, gradients, write, argument, packer)
+        return _pack_sharded(flat, gradients, write, argument, packer, process_group, reduces)
     marks = marks_of(items)
     sharded = marks is not None or process_group is not None or any(spec is not None for spec in unwrapped.specs)
     if not sharded:
-        return _pack_plain(items, gradients, write, argument, library)
+        return _pack_plain(items, gradients, write, argument, packer)
     shards = Shards(plan_of(unwrapped.specs, marks, process_group, same_items))
     try:
-        table = _pack_parts(items, unwrapped, gradients, write, argument, library, shards)
+        table = _pack_parts(items, unwrapped, gradients, write, argument, packer, shards)
     except Exception as error:
         if not reduces:
             raise
@@ -174,7 +173,7 @@ def _pack_parts(
     gradients: bool,
     write: bool,
     argument: str,
-    library: CppLibrary | None,
+    packer: Packer,
     shards: Shards,
 ) -> GradTable:
     """The table of this rank's parts."""
@@ -183,20 +182,20 @@ def _pack_parts(
     shards.index, shards.wrappers = unwrapped.positions, unwrapped.gradients
     layouts = plan.gradient_layouts(unwrapped.gradient_specs, unwrapped.positions, argument, same_items)
     shards.partial, shards.other_layouts = layouts.partial, layouts.other
-    packed = library.pack(parts, False) if library is not None else None
+    packed = packer.pack(parts, False)
     if packed and plan.all_dtensors:
         table = from_native(packed)
     else:
         labelled = _labelled(items, gradients, argument, plan.marks)
         relabelled = [(label, part) for (label, _), part in zip(labelled, parts)]
-        table = from_native(packed) if packed else _pack_any(relabelled, write, library) if parts else _nothing(items)
+        table = from_native(packed) if packed else _pack_any(relabelled, write, packer) if parts else _nothing(items)
     if len(table) < len(parts):  # tied ones
         firsts = {identity(part): i for i, part in reversed(list(enumerate(parts)))}
         shards.keep(sorted(firsts.values()))
     return table
 
 
-def _pack_any(labelled: list[tuple[str, Tensor]], write: bool, library: CppLibrary | None) -> GradTable:
+def _pack_any(labelled: list[tuple[str, Tensor]], write: bool, packer: Packer) -> GradTable:
     """The general packer; at least one gradient."""
     memories: list[Tensor] = []
     numels: list[int] = []
@@ -228,7 +227,7 @@ def _pack_any(labelled: list[tuple[str, Tensor]], write: bool, library: CppLibra
     groups = []
     for (device, _, is_plain), positions in members.items():
         tensors = [memories[p] for p in positions]
-        packed = library.pack(tensors, False) if library is not None and is_plain else None
+        packed = packer.pack(tensors, False) if is_plain else None
         backend = backends.choose(device) if is_plain else backends.get("reference")
         if backend.name == "cpu" and not packed:  # views that overlap, to be read only
             backend = backends.get("reference")
@@ -243,8 +242,7 @@ def pack_step(
 ) -> StepTable | None:
     """The StepTable of these, `steps` being float32 counters or empty; None if it is for another path."""
     check_not_traced()
-    library = native.cpp.load()
-    packed = library.pack_step(params, grads, states, steps) if library is not None else None
+    packed = packers.get().packer.pack_step(params, grads, states, steps)
     return None if packed is None else StepTable(params, len(states), packed)
 
 
@@ -273,8 +271,7 @@ def unit_tables(table: GradTable, parameters: list[Tensor]) -> list[tuple[GradTa
 
 def are_apart(tensors: list[Tensor]) -> bool:
     """Whether no two share memory, for certain: False also where the native packer cannot tell."""
-    library = native.cpp.load()
-    packed = library.pack(tensors, False) if library is not None else None
+    packed = packers.get().packer.pack(tensors, False)
     return packed is not None and sum(map(len, packed)) == len(tensors)
 
 
@@ -285,8 +282,7 @@ def may_overlap(tensors: list[Tensor]) -> bool:
 
 def same_items(a: list[Any], b: list[Any]) -> bool:
     """Whether two lists hold the same objects in the same order."""
-    library = native.cpp.load()
-    return library.same_items(a, b) if library is not None else len(a) == len(b) and all(map(operator.is_, a, b))
+    return packers.get().packer.same_items(a, b)
 
 
 def identity(gradient: Tensor) -> Any:

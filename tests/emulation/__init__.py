@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 from fastclip.backends import cuda_interface, native
+from fastclip.backends.library import Library
 
 FOLDER = Path(__file__).parent
 THREADS = 64  # of a block: two warps, so that tests see several, and small enough to run as real threads
@@ -30,4 +31,4 @@ def _compile(path, verbose):
     os.replace(unfinished, path)
 
 
-library = native.Library("emulated CUDA", "nothing", _path, _compile, cuda_interface.open_library)
+library = Library("emulated CUDA", "nothing", _path, _compile, cuda_interface.open_library)

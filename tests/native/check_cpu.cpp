@@ -183,10 +183,11 @@ struct Packed {
   }
 };
 
-void parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
+int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
   std::vector<std::thread> threads;
-  for (int64_t i = begin; i < end; i++) threads.emplace_back(body, context, i, i + 1);
+  for (int64_t i = begin; i < end; i++) threads.emplace_back(body, i, i + 1, context);
   for (auto& thread : threads) thread.join();
+  return 0;
 }
 
 const Threads THREADS[] = {{1, nullptr}, {5, parallel_for}};

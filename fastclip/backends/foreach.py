@@ -1,0 +1,195 @@
+"""The `foreach` backend: torch's own operations, for any device that no kernel runs on, at about torch's speed.
+
+A norm is taken by rows of ROW elements, then by rows of these rows' norms, so that float32 keeps six digits of it
+whatever the size. A tensor whose squares overflow or vanish in float32 is read once more, in float64. bfloat16 and
+float16 are widened slice by slice, since torch would round their norms to 16 bits. GPUs accumulate in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import GradGroup, Measurement
+from .on_host import flat, magnitudes, repaired_on_host, slices, writing
+from .wide import has_float64, wide_device
+
+name = "foreach"
+
+ROW = 256  # elements; in vectors of 4 lanes float32 rounds each sum ROW / 4 times
+SMALL = 1 << 14  # elements; smaller tensors are measured together
+SLICE = 1 << 17  # elements that are widened at a time
+GPUS = ("cuda", "xpu")
+VANISHING = 1e-31  # a power sum below this for each element may lack what float32 cannot hold
+
+
+def why_not(device: torch.device) -> str | None:
+    return None
+
+
+def describe() -> str:
+    return "torch's own operations"
+
+
+def measure(
+    group: GradGroup, norm_type: float, max_norm: float | None = None, before: Tensor | None = None
+) -> Measurement:
+    tensors, p = group.tensors, norm_type
+    if group.device.type in GPUS and has_float64(group.device):
+        return _measured_on_gpu(tensors, p)
+    absmax = _gathered([_absmax(tensor) for tensor in tensors])
+    if math.isinf(p):
+        return Measurement(torch.zeros_like(absmax), absmax)
+    if p not in (1, 2):
+        return Measurement(_gathered([magnitudes(tensor, p)[0] for tensor in tensors]), absmax)
+    power = _gathered([_norm(tensor, p) for tensor in tensors]).pow(p)
+    doubtful = ~power.isfinite() | ((power < VANISHING * group.numels()) & (absmax != 0))
+    for i in doubtful.nonzero().flatten().tolist():
+        power[i] = magnitudes(tensors[i], p)[0]
+    return Measurement(power, absmax)
+
+
+def clip(groups: Sequence[Any], p: float, max_norm: float, write: bool, refuse_nonfinite: bool) -> float | None:
+    """The p-norm of all gradients of some groups, clipped to `max_norm` if they are to be written; None if it was refused.
+
+    As ``fastclip_cpu_clip`` in csrc/cpu/launch.h. Each tensor's own norm and largest magnitude are not asked for, so one
+    read is enough, and small tensors are read as one.
+    """
+    tensors = [tensor for group in groups for tensor in group.tensors]
+    norm = _norm_of_all(tensors, p)
+    if refuse_nonfinite and not math.isfinite(norm):
+        return None
+    if write and (coef := _coefficient(norm, max_norm)) != 1:
+        for group in groups:
+            _multiply(group.tensors, coef)
+            group.bump_version()
+    return norm
+
+
+def apply_(group: GradGroup, coef: Tensor) -> None:
+    compute = torch.promote_types(group.dtype, torch.float32)
+    by_coef: dict[tuple[float, float], list[Tensor]] = {}
+    for tensor, c in zip(group.tensors, coef.to(compute).expand(len(group)).tolist()):
+        by_coef.setdefault((c, math.copysign(1, c)), []).append(tensor)
+    for (c, _), tensors in by_coef.items():
+        if c != 1:
+            _multiply(tensors, c)
+
+
+def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[Measurement, Tensor]:
+    return repaired_on_host(group, measured, lambda: measure(group, norm_type))
+
+
+def clamp_(group: GradGroup, low: float, high: float) -> Tensor:
+    low, high = torch.tensor([low, high], dtype=torch.promote_types(group.dtype, torch.float32), device="cpu").tolist()
+    changed = False
+    for tensor in group.tensors:
+        if tensor.numel() and _outside(tensor, low, high):
+            changed = True
+            with writing(tensor):
+                tensor.clamp_(low, high)
+    return torch.tensor(changed, device=group.device)
+
+
+def _outside(tensor: Tensor, low: float, high: float) -> bool:
+    """Whether any element is."""
+    least, largest = (x.item() for x in torch.aminmax(tensor))
+    if not math.isnan(least):
+        return least < low or largest > high
+    return any(bool(((piece < low) | (piece > high)).any()) for piece in slices(tensor))
+
+
+def _multiply(tensors: list[Tensor], coef: float) -> None:
+    """Multiply by a float32, or a float64 if they are: +0 writes zeros, whatever there was."""
+    compute = torch.promote_types(tensors[0].dtype, torch.float32)
+    with writing(tensors[0]):  # autograd treats those of a group alike, or else raises before it writes
+        if coef == 0 and math.copysign(1, coef) > 0:
+            torch._foreach_zero_(tensors)
+        else:
+            torch._foreach_mul_(tensors, torch.tensor(coef, dtype=compute, device=tensors[0].device))
+
+
+def _coefficient(norm: float, max_norm: float) -> float:
+    """clip_coefficient in csrc/elementwise.h."""
+    if math.isinf(max_norm):
+        return 1.0
+    if math.isinf(norm):
+        return -0.0
+    c = max_norm / (norm + 1e-6)
+    return 1.0 if c >= 1 else c
+
+
+# ---- measuring ----
+
+
+def _measured_on_gpu(tensors: list[Tensor], p: float) -> Measurement:
+    """By one launch of torch's for each norm, without waiting for the device."""
+    absmax = torch.stack(torch._foreach_norm(tensors, math.inf)).double()
+    if math.isinf(p):
+        return Measurement(torch.zeros_like(absmax), absmax)
+    norms = torch.stack(torch._foreach_norm(tensors, p, dtype=torch.float64))
+    return Measurement(norms.pow(p) if p else norms, absmax)
+
+
+def _norm_of_all(tensors: list[Tensor], p: float) -> float:
+    """The p-norm of all tensors, 0 < p <= inf, as one vector."""
+    if math.isinf(p):
+        found = [_absmax(tensor) for tensor in tensors]
+        return float(_gathered(found).max())
+    if p not in (1, 2):
+        return float(_gathered([magnitudes(tensor, p)[0] for tensor in tensors]).sum().pow(1 / p))
+    by_kind: dict[Any, list[Tensor]] = {}
+    pieces = []
+    for tensor in tensors:
+        if tensor.numel() > SMALL:
+            pieces.append(tensor)
+        else:
+            by_kind.setdefault((tensor.device, tensor.dtype), []).append(flat(tensor))
+    pieces += [small[0] if len(small) == 1 else torch.cat(small) for small in by_kind.values()]
+    power = _gathered([_norm(piece, p) for piece in pieces]).pow(p).sum()
+    if VANISHING * sum(piece.numel() for piece in pieces) <= power < math.inf:
+        return float(power.pow(1 / p))
+    return float(_gathered([magnitudes(piece, p)[0] for piece in pieces]).sum().pow(1 / p))
+
+
+def _norm(tensor: Tensor, p: float) -> Tensor:
+    """[] the 1- or 2-norm, float32 or float64."""
+    elements = flat(tensor)
+    if tensor.itemsize > 2:
+        return _by_rows(elements, p)
+    buffer = torch.empty(min(SLICE, len(elements)), dtype=torch.float32, device=tensor.device)
+    norms = []
+    for piece in elements.split(SLICE):
+        norms.append(_by_rows(buffer[: len(piece)].copy_(piece), p))
+    return _by_rows(torch.stack(norms), p)
+
+
+def _by_rows(elements: Tensor, p: float) -> Tensor:
+    """[] the p-norm of [n]: of the rows' norms, of their rows' norms, and so on."""
+    while len(elements) > ROW:
+        rows, rest = divmod(len(elements), ROW)
+        norms = torch.linalg.vector_norm(elements[: rows * ROW].view(rows, ROW), p, dim=1)
+        if rest:
+            norms = torch.cat([norms, torch.linalg.vector_norm(elements[rows * ROW :], p).view(1)])
+        elements = norms
+    return torch.linalg.vector_norm(elements, p)
+
+
+def _absmax(tensor: Tensor) -> Tensor:
+    """[] max |x|, NaN if there is one."""
+    if not tensor.numel():
+        return tensor.new_zeros(())
+    least, largest = torch.aminmax(tensor)
+    return torch.maximum(-least, largest)
+
+
+def _gathered(numbers: list[Tensor]) -> Tensor:
+    """Numbers of several devices as float64, [T] where statistics are gathered: see :func:`wide_device`."""
+    device = wide_device(numbers[0].device)
+    if len({(x.device, x.dtype) for x in numbers}) == 1:
+        return torch.stack(numbers).to(device).double()
+    return torch.stack([x.to(device).double() for x in numbers])
