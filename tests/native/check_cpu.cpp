@@ -286,6 +286,68 @@ void check_measure(const Format& f) {
   }
 }
 
+// Several tables as one, described by addresses: measured, decided and applied in one call, and in two.
+void check_clip(const Format& f) {
+  for (const Values& values : values_for(f))
+    for (const Threads& threads : THREADS)
+      for (double p : {2.0, 1.0, double(HUGE_VAL)})
+        for (bool refuse : {false, true}) {
+          where = std::string(f.name) + " clip " + values.name + " p=" + std::to_string(p);
+          const auto sizes = sizes_of_all_kinds();
+          Tensors parts[2] = {Tensors(f, sizes), Tensors(f, {5, 0, CHUNK + 3})};
+          Table tables[2];
+          std::vector<Segment> segments[2];
+          std::vector<char> written[2];
+          NormPartial all;
+          std::vector<NormPartial> each;
+          for (int k = 0; k < 2; k++) {
+            fill(parts[k], values, 13 + k);
+            const size_t count = parts[k].sizes.size();
+            std::vector<int64_t> addresses;
+            for (size_t t = 0; t < count; t++) addresses.push_back(reinterpret_cast<int64_t>(parts[k].data(t)));
+            segments[k].resize(count);
+            written[k].resize(count);
+            fastclip_cpu_table(addresses.data(), parts[k].sizes.data(), int64_t(count), int32_t(f.dtype),
+                               written[k].data(), segments[k].data(), &tables[k]);
+            std::vector<NormPartial> own(count);
+            GlobalNorm so_far;
+            fastclip_cpu_global_norm(&tables[k], &threads, p, 0.5, k ? &all : nullptr, own.data(), &so_far);
+            all = so_far.total;
+            each.insert(each.end(), own.begin(), own.end());
+            const Wide norm = p == 2 ? std::sqrt(Wide(all.power)) : p == 1 ? Wide(all.power) : Wide(all.absmax);
+            expect_near("norm", so_far.norm, norm, norm * 0x1p-51);
+            const Wide coef = 0.5 / (norm + 1e-6);
+            if (std::isinf(norm)) expect(so_far.coef == 0 && std::signbit(so_far.coef), "coef", so_far.coef, -0.0);
+            else expect_near("coef", so_far.coef, coef > 1 ? 1 : coef, 0x1p-50);
+          }
+          Tensors before[2] = {parts[0], parts[1]};
+          const ClipOptions options{p, 0.5, true, refuse};
+          std::vector<NormPartial> per_segment(each.size());
+          GlobalNorm got;
+          const bool refused = fastclip_cpu_clip(tables, 2, &threads, &options, per_segment.data(), &got);
+          const bool finite = std::isfinite(got.norm);
+          expect(refused == (refuse && !finite), "refused", refused, refuse && !finite);
+          expect_near("power", got.total.power, all.power, std::fabs(all.power) * 0x1p-50);
+          expect_near("absmax", got.total.absmax, all.absmax, 0);
+          for (size_t i = 0; i < each.size(); i++) {
+            expect_near("power of one", per_segment[i].power, each[i].power, 0);
+            expect_near("absmax of one", per_segment[i].absmax, each[i].absmax, 0);
+          }
+          const bool untouched = refused || got.coef == 1;
+          const double c = f.dtype == Dtype::F64 ? got.coef : double(float(got.coef));
+          for (int k = 0; k < 2; k++)
+            for (size_t t = 0; t < parts[k].sizes.size(); t++) {
+              const int64_t n = parts[k].sizes[t];
+              expect(written[k][t] == (n > 0 && !untouched && c != 1), "written", written[k][t], !untouched);
+              for (int64_t i = 0; i < n; i = next(i, n)) {
+                const double x = before[k].at(t, i);
+                const double product = f.dtype == Dtype::F64 ? x * c : double(float(x) * float(c));
+                expect_near("element", parts[k].at(t, i), untouched ? x : rounded(f, product), 0);
+              }
+            }
+        }
+}
+
 void expect_written(const Packed& packed, const std::vector<bool>& want) {
   for (size_t t = 0; t < want.size(); t++)
     expect(packed.owners[t].written == int(want[t]), "times reported as written", packed.owners[t].written, want[t]);
@@ -537,6 +599,7 @@ int main() {
     check_measure(f);
     check_apply(f);
     if (f.itemsize == 2) check_all_words(f);
+    check_clip(f);
     check_clamp(f);
     check_adamw(f);
     check_sgd(f);
