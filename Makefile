@@ -1,8 +1,8 @@
-# make demo | test | lint | bench: each makes its own .venv first; Python >= 3.10, make and a C++ compiler are enough.
+# make demo | test | lint | docs | bench: each makes its own .venv first; Python >= 3.10, make and a C++ compiler are enough.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long test-integrations test-isas test-torch lint format wheel bench gpu gpu-sanitize clean
+.PHONY: demo test test-long test-integrations test-isas test-torch lint format docs wheel bench gpu gpu-sanitize clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -32,7 +32,7 @@ test-torch: $(if $(TORCH),.venv-torch-$(TORCH)/ready)
 	@test -n "$(TORCH)" || (echo "usage: make test-torch TORCH=2.14.1"; exit 2)
 	.venv-torch-$(TORCH)/bin/python -m pytest -q -n 2 --dist worksteal -m "not long"
 
-CXX_SOURCES = $(wildcard csrc/*.h csrc/*/* tests/emulation/*.h tests/emulation/*.cpp tests/native/*.cpp)
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*/* $(foreach folder,emulation native no_float64,tests/$(folder)/*.h tests/$(folder)/*.cpp))
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,7 +53,11 @@ wheel: .venv/ready
 	$(BIN)/twine check --strict dist/*
 	if [ -x $(BIN)/auditwheel ]; then $(BIN)/auditwheel show dist/*-linux_*.whl; fi
 
-# On the GPU if there is one. Under ten minutes; writes bench/results/, the README's block and its pictures.
+# The documentation site, in docs/_build/html. Warnings are errors.
+docs: .venv-docs/ready
+	.venv-docs/bin/python -m sphinx -q -W --keep-going -n -b html docs docs/_build/html
+
+# On the GPU if there is one. Under ten minutes; writes bench/results/, docs/benchmarks.md and the README's table.
 DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 bench: .venv/ready
 	$(BIN)/python -m bench.clip --minutes 3 --json bench/results/$(DEVICE)-clip.json
@@ -72,11 +76,16 @@ gpu-sanitize:
 	python3 -m bench.gpu --only sanitize
 
 clean:
-	rm -rf .venv .venv-integrations .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-integrations .venv-torch-* docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-docs/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 .venv-integrations/ready: pyproject.toml constraints.txt

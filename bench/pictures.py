@@ -1,4 +1,4 @@
-"""The README's pictures of speed: ratios to torch, shares of what the memory can do, and how cost grows."""
+"""The pictures of docs/benchmarks.md: ratios to torch, shares of what the memory can do, and how cost grows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STYLE = {
 
 
 def draw(runs: dict[tuple[str, str], Run]) -> dict[str, Figure]:
-    """The pictures that the README's block refers to, by name."""
+    """The pictures that docs/benchmarks.md refers to, by name."""
     figures = {}
     for device in ("cpu", "cuda"):
         if clip := runs.get(("clip", device)):

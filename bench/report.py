@@ -1,4 +1,4 @@
-"""The README's block on speed and its pictures, from the runs in bench/results/.
+"""docs/benchmarks.md and its pictures, and what README.md says of speed, from the runs in bench/results/.
 
     python -m bench.report
 
@@ -9,6 +9,7 @@ while a shared machine's times mean little by themselves. The same results give 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
@@ -20,8 +21,12 @@ from .models import find
 from .providers import BASELINE
 from .runs import MODES, NAMES, Row, Run, curve, label, newest, ours, pairs, times
 
-README = ROOT / "README.md"
+README, INDEX, PAGE = ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- bench:begin, written by bench.report -->", "<!-- bench:end -->"
+HEADLINE = "<!-- bench:headline, written by bench.report -->"
+HEADLINE_OF = ("gpt2-124m", "bf16")
+IN_BRIEF = (("gpt2-124m", "fp32"), ("gpt2-124m", "bf16"), ("resnet50", "fp32"), ("llama-3.2-1b", "bf16"),
+            ("2000x256", "fp32"))  # fmt: skip
 
 GPU_COMPARED = ("fastclip triton", "fastclip cuda", "torch foreach", "torch.compile", "apex", "transformer engine")
 RULES_INTRO = (
@@ -30,11 +35,63 @@ RULES_INTRO = (
 )
 
 
+def texts(runs: dict[tuple[str, str], Run]) -> dict[Path, list[str]]:
+    """What is generated of each document: each text from its marker to the next END."""
+    return {README: [headline(runs), brief(runs)], INDEX: [headline(runs)], PAGE: [block(runs)]}
+
+
+def headline(runs: dict[tuple[str, str], Run]) -> str:
+    """The first sentence of all, with one number."""
+    rows = runs["clip", "cpu"]["rows"]
+    row = next(modes for first, modes in pairs(rows) if (first["model"], first["dtype"]) == HEADLINE_OF)
+    ratio = row["not triggered"]["fastclip cpu"]["vs_torch"]["median"]
+    return (
+        f"{HEADLINE}\n"
+        f"Gradient clipping for PyTorch by changing one line: **{times(ratio)}** as fast as torch's `clip_grad_norm_` "
+        f"on\nthe bfloat16 gradients of GPT-2 (on a CPU, nothing to clip), and with an exact norm.\n"
+        f"{END}"
+    )
+
+
+def brief(runs: dict[tuple[str, str], Run]) -> str:
+    """README's table: a few models, for each device that was measured."""
+    parts = [f"{BEGIN}\n<!-- Do not edit: see docs/benchmarks.md. -->"]
+    for device in ("cpu", "cuda"):
+        if clip := runs.get(("clip", device)):
+            step = runs.get(("step", device), {"rows": []})
+            on = f"{clip['machine']['name']}, {clip['threads']} threads" if device == "cpu" else clip["machine"]["name"]
+            parts += [
+                f"Times as fast as torch {clip['versions']['torch']}, on the same gradients ({on}). The last column: "
+                f"beside torch's clip and its fused AdamW."
+            ]
+            parts += [brief_table(clip["rows"], step["rows"])]
+    if ("clip", "cuda") not in runs:
+        parts += ["GPUs have not been measured yet."]
+    return "\n\n".join([*parts, END])
+
+
+def brief_table(rows: list[Row], steps: list[Row]) -> str:
+    lines = []
+    fused = {
+        (r["model"], r["dtype"]): times(r["vs_torch"]["median"])
+        for r in steps
+        if (r["provider"], r["optimizer"], r["mode"]) == ("fastclip.optim", "AdamW", "triggered") and r["vs_torch"]
+    }
+    for first, modes in pairs(rows):
+        key = first["model"], first["dtype"]
+        if key in IN_BRIEF and first["input_sets"] == 1 and set(MODES) <= set(modes):
+            measured = [modes[mode].get(ours(rows)) for mode in MODES]
+            cells = [f"**{times(r['vs_torch']['median'])}**" if r and r["vs_torch"] else "" for r in measured]
+            lines.append([label(first), *cells, fused.get(key, "")])
+    headers = ["gradients", *MODES.values(), "clip and step, `fastclip.optim.AdamW`"]
+    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * 3))
+
+
 def block(runs: dict[tuple[str, str], Run]) -> str:
-    """What stands between the README's markers."""
+    """What stands between the markers of docs/benchmarks.md."""
     parts = [BEGIN, "<!-- Do not edit: `make bench` measures anew, `python -m bench.report` writes it again. -->"]
     if clip := runs.get(("clip", "cpu")):
-        parts += ["### CPU", cpu_intro(clip), picture("cpu-ratio", "how many times faster than torch, by model")]
+        parts += ["## CPU", cpu_intro(clip), picture("cpu-ratio", "how many times faster than torch, by model")]
         parts += [cpu_table(clip["rows"])]
         parts += [picture("cpu-floor", "share of the machine's own speed of memory that fastclip and torch reach")]
     if growth := runs.get(("growth", "cpu")):
@@ -48,9 +105,9 @@ def block(runs: dict[tuple[str, str], Run]) -> str:
     if monitor := runs.get(("monitor", "cpu")):
         parts += [monitor_words(monitor["rows"])]
     if distributed := runs.get(("distributed", "cpu")):
-        parts += ["### Ranks", distributed_words(distributed), distributed_table(distributed["rows"])]
+        parts += ["## Ranks", distributed_words(distributed), distributed_table(distributed["rows"])]
         parts += [message_table(distributed["rows"])]
-    parts += ["### GPU"]
+    parts += ["## GPU"]
     if clip := runs.get(("clip", "cuda")):
         parts += [gpu_intro(clip), picture("cuda-ratio", "how many times faster than torch, by model")]
         parts += [gpu_table(clip["rows"]), picture("cuda-bandwidth", "bandwidth against that of a copy")]
@@ -70,7 +127,7 @@ def block(runs: dict[tuple[str, str], Run]) -> str:
 
 
 def picture(name: str, words: str) -> str:
-    return f"![{words[0].upper()}{words[1:]}](docs/bench-{name}.svg)"
+    return f"![{words[0].upper()}{words[1:]}](bench-{name}.svg)"
 
 
 def cpu_intro(run: Run) -> str:
@@ -278,12 +335,16 @@ def growth_words(rows: list[Row]) -> str:
 def main() -> int:
     runs = newest()
     pictures.save_all(runs)
-    text = README.read_text()
-    before, found, rest = text.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not (found and ended):
-        sys.exit(f"{README.name} does not have the markers {BEGIN} and {END}")
-    README.write_text(before + block(runs) + after)
+    for path, written in texts(runs).items():
+        text = path.read_text()
+        for each in written:
+            begin = each.splitlines()[0]
+            before, found, rest = text.partition(begin)
+            _, ended, after = rest.partition(END)
+            if not (found and ended):
+                sys.exit(f"{path.name} does not have the markers {begin} and {END}")
+            text = before + each + after
+        path.write_text(text)
     print(goals(runs))
     return 0
 

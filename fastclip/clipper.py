@@ -58,7 +58,7 @@ class Clipper:
     Args:
         parameters: as torch.optim takes them: an iterable of tensors, of parameter-group dicts, or of (name, tensor)
             pairs such as ``model.named_parameters()``; in an order, so no set.
-        rule: a :mod:`fastclip.rules` rule, a function from :class:`Stats` to coefficients, a list of such (run in
+        rule: one of ``fastclip.rules``, a function from :class:`Stats` to coefficients, a list of such (run in
             order, each seeing what those before it leave), or a number, which means ``GlobalNorm(number)``.
         nonfinite: what to do when a gradient holds an inf or a NaN: ``"propagate"`` it as torch does; ``"skip"`` (the
             gradients stay as they are, and :meth:`step` leaves the parameters as they are); ``"zero"`` the elements
@@ -146,7 +146,7 @@ class Clipper:
         """Make what the rules will remember, as a first step would."""
         for rule in self.rules:
             if self.parameters:
-                rule.init_state(self.parameters[0].device, len(self.parameters))
+                rule.init_state(backends.wide_device(self.parameters[0].device), len(self.parameters))
 
     def clip_(self) -> Stats:
         """Clip the gradients in place; what they were before, and what was done, as :class:`Stats`.
@@ -177,7 +177,8 @@ class Clipper:
 
         Raises:
             ValueError: the rule looks at more than the norm of all gradients; see :attr:`goes_by_total_norm`.
-            As :meth:`clip_`.
+
+        Otherwise raises as :meth:`clip_`.
         """
         if not self.goes_by_total_norm:
             raise ValueError(f"rule must go by the total norm alone, which {self.rules} do not: use clip_()")
@@ -271,7 +272,8 @@ class Clipper:
                 by itself.
             RuntimeError: a second step with `scaler` without its ``update()``; a wrapper that changed parameters
                 without a step of the optimizer inside.
-            As :meth:`clip_`.
+
+        Otherwise raises as :meth:`clip_`.
 
         A skip is decided on the device and read back to the host only for optimizers that are not fused (torch's SGD
         with dampening counts as such) and where the rules have a ``Value``. ``Mask(freeze=True)`` reads which are

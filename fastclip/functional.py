@@ -120,8 +120,7 @@ def clip_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor,
         total_norm: one number >= 0, a tensor on any device or a float. NaN makes all gradients NaN.
         foreach: ignored.
 
-    Raises:
-        As :func:`clip_norm_`; TypeError too where gradients were passed instead of parameters.
+    Raises as :func:`clip_norm_`; TypeError too where gradients were passed instead of parameters.
     """
     items = flatten_params(parameters)
     if _leaves_the_graph(items):
@@ -146,8 +145,7 @@ def clip_value_(parameters: Parameters, clip_value: float, foreach: bool | None 
         clip_value: the limit, >= 0, in the gradients' unit.
         foreach: ignored.
 
-    Raises:
-        As :func:`clip_norm_`.
+    Raises as :func:`clip_norm_`.
     """
     items = flatten_params(parameters)
     if _leaves_the_graph(items):
@@ -189,7 +187,7 @@ def clip_tensor_norm_(
         return torch_ops.clip_tensor_norm_(grads, limit, p) if grads else _nothing(items, 0)
     rule = TensorNorm(max_norm, norm_type)
     table = _pack_parameters(items, process_group)
-    return clip(table, [rule], rule.norm_type).tensor_norms
+    return table.at_home(clip(table, [rule], rule.norm_type).tensor_norms)
 
 
 def mask_small_(
@@ -207,8 +205,7 @@ def mask_small_(
     Returns:
         [T] bool, True where a gradient was zeroed, in the order of the parameters that have a gradient.
 
-    Raises:
-        As :func:`clip_norm_`.
+    Raises as :func:`clip_norm_`.
     """
     items = flatten_params(parameters)
     if _leaves_the_graph(items, process_group):
@@ -219,7 +216,7 @@ def mask_small_(
         return torch_ops.mask_small_(grads, limit) if grads else _nothing(items, 0).bool()
     rule = Mask(threshold)
     table = _pack_parameters(items, process_group)
-    return clip(table, [rule], math.inf).coef.expand(len(table)) == 0
+    return table.at_home(clip(table, [rule], math.inf).coef.expand(len(table)) == 0)
 
 
 def _pack_parameters(items: list[Tensor], process_group: ProcessGroup | DeviceMesh | None) -> GradTable:
@@ -266,7 +263,8 @@ def _global_norm(
             process_group=process_group,
             reduces=True,
         )
-    return clip(table, [rule], rule.norm_type, refuse_nonfinite if error_if_nonfinite else None).total_norm
+    stats = clip(table, [rule], rule.norm_type, refuse_nonfinite if error_if_nonfinite else None)
+    return table.at_home(stats.total_norm)
 
 
 def _global_norm_in_graph(

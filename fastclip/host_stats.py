@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import upload
+from .backends import upload, wide_device
 
 VECTORS = ("absmax", "power", "zeroed")  # whatever T is; coefficients are one for all or [T]
 
@@ -39,12 +39,12 @@ class StatsLayout(NamedTuple):
 def flattened(stats: StatsTensors, loss: Tensor | None = None) -> tuple[Tensor, StatsLayout]:
     """All that `stats` tells, and the loss, in one new float64 tensor, without waiting for the device.
 
-    It is on the statistics' device, or on the loss's if only that is no CPU. Being a copy, it keeps these values when
-    the next replay of a CUDA graph writes others to where they were.
+    It is on the statistics' device, or on the loss's if only that is no CPU and has float64. Being a copy, it keeps
+    these values when the next replay of a CUDA graph writes others to where they were.
     """
     tensors = stats.tensors if loss is None else {**stats.tensors, "loss": loss.detach()}
     layout = _layout(stats, tensors)
-    device = stats.device if loss is None or stats.device.type != "cpu" else loss.device
+    device = stats.device if loss is None or stats.device.type != "cpu" else wide_device(loss.device)
     return torch.cat([_flat(tensors[name], device) for name in (*layout.numbers, *layout.vectors)]), layout
 
 
@@ -58,7 +58,7 @@ def _flat(piece: Tensor, device: torch.device) -> Tensor:
     """`piece` on `device`, with one dimension; what it is already costs no call."""
     if piece.device != device:
         on_host = piece.device.type == "cpu"
-        piece = upload(piece, piece.dtype, device) if on_host else piece.to(device, non_blocking=True)
+        piece = upload(piece, piece.dtype, device) if on_host else piece.to(device, non_blocking=device.type != "cpu")
     if piece.dtype != torch.float64:
         piece = piece.double()
     return piece if piece.dim() == 1 else piece.reshape(-1)

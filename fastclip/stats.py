@@ -28,9 +28,10 @@ class OverRanks(NamedTuple):
 class Stats:
     """The gradients of one call, in numbers, as they were before clipping.
 
-    Everything is a tensor on the first gradient's device; nothing waits for the device until a value is read. T is the
-    number of distinct gradients, in the order of the parameters (a parameter without a gradient has no entry). Norms
-    and coefficients are float32, or float64 if any gradient is.
+    Everything is a tensor on the first gradient's device (on the CPU where that has no float64, as Apple's MPS);
+    nothing waits for the device until a value is read. T is the number of distinct gradients, in the order of the
+    parameters (a parameter without a gradient has no entry). Norms and coefficients are float32, or float64 if any
+    gradient is.
 
     Attributes:
         total_norm: [] p-norm of all gradients as one vector, p being the rule's norm type (2 if it has none).

@@ -18,7 +18,9 @@ import fastclip
 from fastclip.backends import cuda, native
 
 # Without a GPU, Triton's kernels and CUDA's run on CPU tensors; with one, the tests marked gpu cover them.
-BACKENDS = ("reference", "cpu") if torch.cuda.is_available() else ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "foreach", "cpu")
+if not torch.cuda.is_available():
+    BACKENDS += ("triton", "cuda")
 
 if not torch.cuda.is_available():
     cuda.DEVICE, native.cuda = "cpu", emulation.library

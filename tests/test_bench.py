@@ -1,4 +1,4 @@
-"""The benchmarks: the models' sizes, what a run writes down, what it refuses to time, and the README's block."""
+"""The benchmarks: the models' sizes, what a run writes down, what it refuses to time, and what the documents say."""
 
 import importlib.util
 import json
@@ -180,17 +180,27 @@ def test_distributed(tmp_path, capsys):
     assert "×" in words and "per sharding" in words
 
 
-def test_readme_shows_the_committed_results():
+def test_the_documents_show_the_committed_results():
     newest = runs.newest()
     assert ("clip", "cpu") in newest
-    assert report.block(newest) in report.README.read_text(), "run `python -m bench.report`"
+    for path, written in report.texts(newest).items():
+        for text in written:
+            assert text in path.read_text(), f"{path.name}: run `python -m bench.report`"
+
+
+def test_the_headline_and_the_brief_table_hold_numbers_of_the_full_one():
+    newest = runs.newest()
+    full = report.block(newest)
+    numbers = re.findall(r"\*\*([\d.]+×)\*\*", report.headline(newest) + report.brief(newest))
+    assert len(numbers) == 1 + 2 * len(report.IN_BRIEF)
+    assert all(f"**{number}**" in full for number in numbers)
 
 
 def test_pictures(tmp_path):
     newest = runs.newest()
     text = report.block(newest)
     for name, figure in pictures.draw(newest).items():
-        assert f"docs/bench-{name}.svg" in text
+        assert f"(bench-{name}.svg)" in text
         assert (pictures.FOLDER / f"bench-{name}.svg").is_file(), "run `python -m bench.report`"
         pictures.save(figure, tmp_path / "1.svg")
         pictures.save(pictures.draw(newest)[name], tmp_path / "2.svg")
@@ -224,11 +234,14 @@ def test_report_of_a_gpu_run():
     text = report.block(newest)
     assert "not measured" not in text.lower()
     assert "1,000 GB/s" in text
+    assert report.brief(newest).count("| GPT-2 124M, bf16 ") == 2 and "not been measured" not in report.brief(newest)
     assert {"cuda-ratio", "cuda-bandwidth", "cuda-growth"} <= pictures.draw(newest).keys()
     assert "of a copy" in goals.goals(newest)
 
 
-@pytest.mark.parametrize("document", ["Makefile", "README.md", "CONTRIBUTING.md", "bench/NOTES.md"])
+@pytest.mark.parametrize(
+    "document", ["Makefile", "README.md", "docs/benchmarks.md", "CONTRIBUTING.md", "bench/NOTES.md"]
+)
 def test_documented_commands_exist(document):
     text = (method.ROOT / document).read_text()
     assert not re.findall(r"python3? bench/\S+", text), "the benchmarks are modules: python -m bench.clip"

@@ -120,12 +120,12 @@ def test_the_map_in_contributing_is_the_tree():
 
 
 def test_every_rule_is_held_to_the_conformance_suite_and_timed_and_described():
-    """`fastclip.rules.__all__` is the registry; suite, benchmark and README's table have a line for each."""
-    described = (ROOT / "README.md").read_text()
+    """`fastclip.rules.__all__` is the registry; suite, benchmark and the rules' page have a line for each."""
+    described = (ROOT / "docs" / "rules.md").read_text()
     for name in fastclip.rules.__all__:
         rule = getattr(fastclip.rules, name)
         if rule in (fastclip.rules.Rule, fastclip.rules.InPlaceRule) or not issubclass(rule, fastclip.rules.Rule):
             continue
         assert isinstance(RULES[name](), rule), f"tests/test_conformance.py does not hold {name} to the suite"
         assert name in AT_REST, f"bench/rules.py does not time {name}"
-        assert re.search(rf"^\|.*`{name}\(.*`.* \|", described, flags=re.MULTILINE), f"README's table has no {name}"
+        assert re.search(rf"^\|.*`{name}\(.*`.* \|", described, flags=re.MULTILINE), f"docs/rules.md has no {name}"

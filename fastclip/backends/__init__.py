@@ -10,6 +10,7 @@ import torch
 from . import choice, packers
 from .base import Backend, FusedBackend, GradGroup, Measurement, NativeGroup, StepBackend
 from .choice import BACKENDS, checked, current, use_backend
+from .devices import place_of, wide_device, widened
 from .transfer import UploadCache, added, capturing, loaded, upload
 
 if TYPE_CHECKING:  # so that mypy holds the modules to the interface
@@ -33,8 +34,11 @@ __all__ = [
     "current",
     "get",
     "loaded",
+    "place_of",
     "upload",
     "use_backend",
+    "wide_device",
+    "widened",
 ]
 
 AUTO = {"cpu": ("cpu", "foreach"), "cuda": ("triton", "cuda", "foreach"), "xpu": ("triton", "foreach")}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Measurement(NamedTuple):
-    """What one read of a group's gradients gives, on the group's device, in float64."""
+    """What one read of a group's gradients gives, in float64: on the group's device or, if that has none, the host."""
 
     power: Tensor  # [T] sum of |g|^p of each tensor
     absmax: Tensor  # [T] max |g| of each tensor, NaN if it holds one
@@ -171,7 +171,8 @@ class SGDOptions(NamedTuple):
 
 
 class Backend(Protocol):
-    """Tensors that a verb takes or returns besides the gradients are on the group's device."""
+    """Tensors that a verb takes or returns besides the gradients are on the group's device, or on the host where that
+    has no float64."""
 
     name: str
 

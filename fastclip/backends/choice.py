@@ -67,8 +67,9 @@ class use_backend:
     choice to begin with.
 
     Args:
-        name: ``"triton"``, ``"cuda"``, ``"cpu"``, ``"foreach"``, ``"reference"``, or ``"auto"`` (the best that runs on each gradient's
-            device). Gradients that no kernel handles (complex, sparse, views with gaps) go to ``reference`` anyway.
+        name: ``"triton"``, ``"cuda"``, ``"cpu"``, ``"foreach"``, ``"reference"``, or ``"auto"`` (the best that runs on
+            each gradient's device). Gradients that no kernel handles (complex, sparse, views with gaps) go to
+            ``reference`` anyway.
 
     Raises:
         ValueError: no backend has that name. One that cannot run raises RuntimeError, with the reason, when it is used.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .base import GradGroup, Measurement
+from .devices import has_float64, wide_device
 from .on_host import flat, magnitudes, repaired_on_host, slices, writing
-from .wide import has_float64, wide_device
 
 name = "foreach"
 
@@ -54,10 +54,10 @@ def measure(
 
 
 def clip(groups: Sequence[Any], p: float, max_norm: float, write: bool, refuse_nonfinite: bool) -> float | None:
-    """The p-norm of all gradients of some groups, clipped to `max_norm` if they are to be written; None if it was refused.
+    """The p-norm of all gradients of some groups, clipped to `max_norm` if they are to be written; None if refused.
 
-    As ``fastclip_cpu_clip`` in csrc/cpu/launch.h. Each tensor's own norm and largest magnitude are not asked for, so one
-    read is enough, and small tensors are read as one.
+    As ``fastclip_cpu_clip`` in csrc/cpu/launch.h. Each tensor's own norm and largest magnitude are not asked for, so
+    one read is enough, and small tensors are read as one.
     """
     tensors = [tensor for group in groups for tensor in group.tensors]
     norm = _norm_of_all(tensors, p)
@@ -159,24 +159,28 @@ def _norm_of_all(tensors: list[Tensor], p: float) -> float:
 def _norm(tensor: Tensor, p: float) -> Tensor:
     """[] the 1- or 2-norm, float32 or float64."""
     elements = flat(tensor)
-    if tensor.itemsize > 2:
-        return _by_rows(elements, p)
-    buffer = torch.empty(min(SLICE, len(elements)), dtype=torch.float32, device=tensor.device)
-    norms = []
-    for piece in elements.split(SLICE):
-        norms.append(_by_rows(buffer[: len(piece)].copy_(piece), p))
-    return _by_rows(torch.stack(norms), p)
+    if p == 2 and tensor.itemsize > 2:
+        return _by_rows(elements)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    buffer = torch.empty(min(SLICE, len(elements)), dtype=wide, device=tensor.device)
+    parts = []
+    for piece in torch.split(elements, SLICE) if len(elements) else ():
+        held = buffer[: len(piece)].copy_(piece)
+        parts.append(_by_rows(held) if p == 2 else held.abs_().sum())  # torch's sum goes pairwise
+    if not parts:
+        return torch.zeros((), dtype=wide, device=tensor.device)
+    return _by_rows(torch.stack(parts)) if p == 2 else torch.stack(parts).sum()
 
 
-def _by_rows(elements: Tensor, p: float) -> Tensor:
-    """[] the p-norm of [n]: of the rows' norms, of their rows' norms, and so on."""
+def _by_rows(elements: Tensor) -> Tensor:
+    """[] the 2-norm of [n]: of the rows' norms, of their rows' norms, and so on."""
     while len(elements) > ROW:
         rows, rest = divmod(len(elements), ROW)
-        norms = torch.linalg.vector_norm(elements[: rows * ROW].view(rows, ROW), p, dim=1)
+        norms = torch.linalg.vector_norm(elements[: rows * ROW].view(rows, ROW), dim=1)
         if rest:
-            norms = torch.cat([norms, torch.linalg.vector_norm(elements[rows * ROW :], p).view(1)])
+            norms = torch.cat([norms, torch.linalg.vector_norm(elements[rows * ROW :]).view(1)])
         elements = norms
-    return torch.linalg.vector_norm(elements, p)
+    return torch.linalg.vector_norm(elements)
 
 
 def _absmax(tensor: Tensor) -> Tensor:

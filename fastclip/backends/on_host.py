@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import GradGroup, Measurement
-from .wide import has_float64, wide_device, widened
+from .devices import has_float64, wide_device, widened
 
 SLICE = 1 << 20  # elements that plain torch works on at a time, so that memory stays bounded
 
@@ -67,11 +67,11 @@ def repaired_on_host(
     group: GradGroup, measured: Measurement, measure: Callable[[], Measurement]
 ) -> tuple[Measurement, Tensor]:
     """``repair_`` where the host may know what was measured: on a CPU."""
-    counts = torch.zeros(len(group), dtype=torch.int64, device=group.device)
+    counts = torch.zeros(len(group), dtype=torch.int64, device=measured.absmax.device)
     for i in (~measured.absmax.isfinite()).nonzero().flatten().tolist():
         with writing(group.tensors[i]):
             for piece in slices(group.tensors[i]):
                 broken = ~piece.isfinite()
-                counts[i] += broken.sum()
+                counts[i] += broken.sum().to(counts.device)
                 piece.masked_fill_(broken, 0)
     return measure() if counts.any() else measured, counts

@@ -23,8 +23,8 @@ from . import foreach
 from .base import NativeGroup
 from .cpu_interface import DTYPES, ClipOptions, Segment, StepSegment, Table
 from .cpu_kernels import CpuKernels, scalar
+from .devices import ADDRESSED, place_of
 
-ADDRESSED = ("cpu", "cuda", "xpu")  # where data_ptr() is an address
 PLAIN_TYPES = frozenset((Tensor, Parameter))
 IS_CPU, IS_NESTED = operator.attrgetter("is_cpu"), operator.attrgetter("is_nested")
 
@@ -330,10 +330,8 @@ def _distinct(tensors: list[Tensor], memory: Memory) -> list[int] | None:
     told, since two begin at one place and are not the same."""
     key: Any
     first: dict[Any, int] = {}
-    for i, (tensor, address, numel) in enumerate(zip(tensors, memory.addresses, memory.numels)):
-        key = (tensor.device, address) if numel else id(tensor)
-        if tensor.device.type not in ADDRESSED and numel:
-            key = (memory.storages[i]._cdata, tensor.storage_offset())
+    for i, (tensor, numel) in enumerate(zip(tensors, memory.numels)):
+        key = place_of(tensor) if numel else id(tensor)
         j = first.setdefault(key, i)
         if i != j and (memory.numels[j], tensors[j].dtype) != (numel, tensor.dtype):
             return None

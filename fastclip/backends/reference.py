@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .base import GradGroup, Measurement
+from .devices import has_float64
 from .on_host import magnitudes, repaired_on_host, slices, writing
-from .wide import has_float64
 
 name = "reference"
 

@@ -31,6 +31,8 @@ def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         return host
     if isinstance(values, Tensor) and host.data_ptr() == values.data_ptr():
         host = host.clone()  # pinned already, it would be read after its owner has changed it
+    if device.type not in ("cuda", "xpu"):
+        return host.to(device)
     host = host.pin_memory()
     if capturing(device):
         _captured.append(host)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..backends import wide_device
 from . import groups
 from .declare import NOTHING, Marks, marks_of
 from .groups import ranks_of
@@ -285,6 +286,6 @@ def warm_up(parameters: list[Tensor], process_group: ProcessGroup | DeviceMesh |
                 holder._flatten()
         _plans.remove(plan)
         plan = plan_of(specs, marks, process_group)
-    message = torch.zeros(1, dtype=torch.float64, device=parameters[0].device if parameters else "cpu")
+    message = torch.zeros(1, dtype=torch.float64, device=wide_device(parameters[0].device) if parameters else "cpu")
     for group in dict.fromkeys((*plan.groups, *plan.mesh_groups, *plan.stage_groups)):
         plan.all_reduce(message, [group])

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends import Measurement, capturing, packers, upload
+from ..backends import Measurement, capturing, packers, upload, widened
 from ..host_stats import root
 from ..stats import OverRanks, Stats
 from .groups import gather_strings, ranks_of
@@ -147,7 +147,7 @@ def reduce(
     everybody = [plan.world] if agreed[agreement] and plan.world is not None else plan.groups
     # Behind the amounts of the norm: the count of broken gradients, and what else the configuration has.
     slots = [weights.dot(broken.double()) if shards.error is None else weights.new_tensor(CANNOT)]
-    slots += [flag.to(device, torch.float64) for flag in (skip, found_inf) if flag is not None]
+    slots += [widened(flag, device) for flag in (skip, found_inf) if flag is not None]
     if local.zeroed is not None:
         slots.append(weights.dot(local.zeroed.double()))
     shared = plan.on(device)[1]

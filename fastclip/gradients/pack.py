@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import GradGroup, NativeGroup, packers
+from ..backends import GradGroup, NativeGroup, packers, place_of
 from ..backends.base import StepTable
 from ..backends.packers import Packer
 from ..distributed.declare import MARKED, Marks, marks_of
@@ -291,7 +291,8 @@ def identity(gradient: Tensor) -> Any:
     if not plain or gradient.is_nested or not gradient.numel():
         return id(gradient)
     dense = torch.ops.aten.is_non_overlapping_and_dense.default(gradient)
-    return gradient.data_ptr(), gradient.numel() if dense else (gradient.shape, gradient.stride()), gradient.dtype
+    elements = gradient.numel() if dense else (gradient.shape, gradient.stride())
+    return place_of(gradient), elements, gradient.dtype
 
 
 def _is_wrapped(gradient: Tensor) -> bool:
@@ -335,9 +336,7 @@ def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
 
 def _is_plain(memory: Tensor) -> bool:
     dense = memory.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(memory)
-    return (
-        dense and memory.dtype in PLAIN_DTYPES and not memory.is_neg() and memory.device.type in ("cpu", "cuda", "xpu")
-    )
+    return bool(dense and memory.dtype in PLAIN_DTYPES and not memory.is_neg())
 
 
 def check_not_gradients(items: list[Any], argument: str) -> None:
@@ -358,20 +357,17 @@ def _check_overlaps(tensors: list[Tensor]) -> None:
 
 def clusters(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors, those together that lie one in the reach of another."""
-    spans = sorted(
-        (t.device.type, t.device.index or 0, t.data_ptr(), t.data_ptr() + _extent(t), i)
-        for i, t in enumerate(tensors)
-        if t.numel()
-    )
+    spans = sorted((*place_of(t), i) for i, t in enumerate(tensors) if t.numel())
     cluster: list[int] = []
-    end: tuple[Any, ...] = ()
-    for kind, index, begin, stop, i in spans:
-        if cluster and (kind, index) == end[:2] and begin < end[2]:
+    end: tuple[Any, int] = (None, 0)
+    for space, begin, i in spans:
+        stop = begin + _extent(tensors[i])
+        if cluster and space == end[0] and begin < end[1]:
             cluster.append(i)
-            end = (kind, index, max(end[2], stop))
+            end = space, max(end[1], stop)
         else:
             yield [tensors[k] for k in cluster]
-            cluster, end = [i], (kind, index, stop)
+            cluster, end = [i], (space, stop)
     yield [tensors[k] for k in cluster]
 
 
@@ -379,12 +375,12 @@ def _check_cluster(cluster: list[Tensor]) -> None:
     # Views with gaps may interleave without sharing an element, so tick off every element.
     if len(cluster) < 2:
         return
-    start = min(t.data_ptr() for t in cluster)
-    size = cluster[0].itemsize
-    last = max(t.data_ptr() + _extent(t) for t in cluster)
+    begins = [place_of(t)[1] for t in cluster]
+    start, size = min(begins), cluster[0].itemsize
+    last = max(begin + _extent(t) for begin, t in zip(begins, cluster))
     taken = torch.zeros((last - start) // size, dtype=torch.bool, device="cpu")
-    for t in cluster:
-        offset, remainder = divmod(t.data_ptr() - start, size)
+    for begin, t in zip(begins, cluster):
+        offset, remainder = divmod(begin - start, size)
         if not remainder and t.itemsize == size:
             own = taken.as_strided(t.shape, t.stride(), offset)
             if not own.any():

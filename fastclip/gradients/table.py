@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..backends import GradGroup, UploadCache, upload
+from ..backends import GradGroup, UploadCache, upload, wide_device
 from ..distributed.reduce import Shards
 
 _sizes: UploadCache[Tensor] = UploadCache()
@@ -22,7 +22,8 @@ class GradTable:
 
     def __init__(self, groups: list[GradGroup], device: torch.device) -> None:
         self.groups = groups
-        self.device = device  # where statistics are gathered: the first gradient's, else the first parameter's
+        self.home = device  # the first gradient's, else the first parameter's
+        self.device = wide_device(device)  # where statistics are gathered
         wide = any(group.dtype in (torch.float64, torch.complex128) for group in groups)
         self.dtype = torch.float64 if wide else torch.float32  # of norms and coefficients
         self.shards: Shards | None = None  # where they are this rank's parts of larger ones
@@ -54,13 +55,19 @@ class GradTable:
         make = functools.partial(upload, host, torch.float64, self.device)
         return _sizes.get(self.device, (self.device, stream), host, make)
 
+    def at_home(self, tensor: Tensor) -> Tensor:
+        """`tensor`, from where statistics are gathered, on the first gradient's device."""
+        if self.home == self.device:
+            return tensor
+        return (tensor.float() if tensor.dtype == torch.float64 else tensor).to(self.home)
+
     def apply_(self, coef: Tensor) -> None:
         """Multiply every gradient by its coefficient: float64, [] or [T], on the table's device."""
         for group in self.groups:
             group_coef = coef
             if len(self.groups) > 1 and coef.dim() == 1:
                 group_coef = coef[upload(group.positions, torch.int64, coef.device)]
-            group.backend.apply_(group, group_coef.to(group.device).contiguous())
+            group.backend.apply_(group, group_coef.to(wide_device(group.device)).contiguous())
         if self.shards is not None and not (coef.device.type == "cpu" and (coef == 1).all()):
             self.shards.bump_versions()
 

@@ -42,8 +42,7 @@ def clip_grad_norm_(
     Returns:
         The norm of the whole model before clipping: a plain [] tensor, the same bits on all ranks.
 
-    Raises:
-        As :func:`fastclip.clip_norm_`.
+    Raises as :func:`fastclip.clip_norm_`.
     """
     return functional.clip_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach, process_group=pp_mesh)
 

@@ -21,9 +21,9 @@ from ..gradients.pack import has_memory, pack, pack_step, refuse_set
 from ..gradients.param_index import check_names
 from ..pipeline.amp import given_by_scaler
 from ..pipeline.decide import ClipDecision
-from ..pipeline.step import TakesDecision, divisor_of, flat_params, has_divisor
+from ..pipeline.step import FUSED_DEVICES, TakesDecision, divisor_of, flat_params, has_divisor
 from ..stats import Stats
-from .step_inputs import StepInputs, StepPlan, for_torch, rows_of, seed_of, shared_addresses, zero_
+from .step_inputs import StepInputs, StepPlan, for_torch, rows_of, seed_of, shared_places, zero_
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -224,8 +224,8 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
     def _decided(self) -> ClipDecision | None:
         """The decision of the optimizer's own rule, and of a GradScaler whose ``step`` called this one's."""
         scale, found_inf = given_by_scaler(self)
-        inv_scale = None if scale is None else scale.double().reciprocal()
-        skip = None if found_inf is None else found_inf > 0
+        inv_scale = None if scale is None else backends.widened(scale).reciprocal()
+        skip = None if found_inf is None else found_inf.to(backends.wide_device(found_inf.device)) > 0
         clipper = self.clipper
         if clipper is not None:
             self._update_clipper()
@@ -250,7 +250,7 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
         """Step all parameters as decided; None: with their gradients as they are."""
         frozen = decision.frozen_params() if decision and _needs_host_decision(self.param_groups) else []
         plan = self._plan(set(map(id, frozen)))  # complains before anything is written
-        shared = shared_addresses(plan)
+        shared = shared_places(plan)
         zero_later = [p.grad for p in frozen]
         positions = decision.positions() if decision and decision.differs_by_tensor() else {}
         coef, mask = (None, None) if decision is None else (decision.coef, decision.frozen_mask())
@@ -332,7 +332,7 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
         group: dict[str, Any],
         decision: ClipDecision | None,
         positions: dict[int, int],
-        shared: set[int],
+        shared: set[Any],
     ) -> None:
         """The step by torch's fused kernel."""
         if decision is not None and decision.frozen is not None:
@@ -341,14 +341,20 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
                 return
         grad_scale, found_inf = None, None
         plain, copies = for_torch(inputs, shared)
-        if decision is not None:
-            device = inputs.params[0].device
+        device = inputs.params[0].device
+        if decision is not None and device.type not in FUSED_DEVICES:
+            if decision.is_skipped():
+                return
+            pack(plain.grads, gradients=True, write=True, argument="grads").apply_(
+                rows_of(decision.coef, inputs, positions)
+            )
+        elif decision is not None:
             in_float32 = all(g.dtype != torch.float64 for g in plain.grads) and has_divisor(decision.common)
             in_place = decision.each if in_float32 else decision.coef
             if in_place is not None:
                 rows = rows_of(decision.unless_skipped(in_place), inputs, positions)
                 pack(plain.grads, gradients=True, write=True, argument="grads").apply_(rows)
-            grad_scale = divisor_of(decision.common.to(device)) if in_float32 else None  # torch's is float32
+            grad_scale = divisor_of(decision.common).to(device) if in_float32 else None  # torch's is float32
             if decision.skip is not None:
                 found_inf = decision.skip.to(device, torch.float32)
             else:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import upload
+from ..backends import place_of, upload, wide_device
 from ..backends.base import StepBackend, StepTable
 from ..distributed.unwrap import local_of
 from ..gradients.pack import are_apart, clusters, may_overlap
@@ -67,7 +67,7 @@ def rows_of(each: Tensor, inputs: StepInputs, positions: dict[int, int]) -> Tens
         order = [positions[id(p)] for p in inputs.owners]
         if order != list(range(len(each))):
             each = each[upload(order, torch.int64, each.device)]
-    return each.to(inputs.params[0].device).contiguous()
+    return each.to(wide_device(inputs.params[0].device)).contiguous()
 
 
 def zero_(gradients: Iterable[Tensor | None]) -> None:
@@ -78,17 +78,17 @@ def zero_(gradients: Iterable[Tensor | None]) -> None:
         torch._foreach_zero_(plain)
 
 
-def shared_addresses(plan: list[StepPlan]) -> set[int]:
-    """The addresses of gradients that reach into another: what is written to one would be read of the other."""
+def shared_places(plan: list[StepPlan]) -> set[Any]:
+    """The places of gradients that reach into another: what is written to one would be read of the other."""
     if len(plan) == 1 and plan[0].table is not None:  # in a table each is there once
         return set()
     gradients = [gradient for one in plan for gradient in one.inputs.grads]
     if are_apart(gradients):
         return set()
-    return {gradient.data_ptr() for cluster in clusters(gradients) if len(cluster) > 1 for gradient in cluster}
+    return {place_of(gradient) for cluster in clusters(gradients) if len(cluster) > 1 for gradient in cluster}
 
 
-def for_torch(inputs: StepInputs, shared: set[int]) -> tuple[StepInputs, list[tuple[Tensor, Tensor]]]:
+def for_torch(inputs: StepInputs, shared: set[Any]) -> tuple[StepInputs, list[tuple[Tensor, Tensor]]]:
     """The inputs as torch's fused kernels take them, and which of them are copies to be copied back (original, copy).
 
     The kernels go through memory, whatever the strides, and take all inputs for the same dtype; they write gradients
@@ -104,7 +104,7 @@ def for_torch(inputs: StepInputs, shared: set[int]) -> tuple[StepInputs, list[tu
         if narrow or not dense or any(t.stride() != p.stride() or t.dtype != p.dtype for t in tensors):
             tensors = [t.to(torch.float32 if narrow else p.dtype, copy=True).contiguous() for t in tensors]
             copies += [(p, tensors[0]), *zip(states, tensors[2:])]
-        elif gradient.data_ptr() in shared:
+        elif place_of(gradient) in shared:
             tensors[1] = tensors[1].clone()
         plain.params.append(tensors[0])
         plain.grads.append(tensors[1])

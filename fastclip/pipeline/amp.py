@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
 from ..arguments import is_bool
-from ..backends import upload
+from ..backends import upload, widened
 from ..stats import Stats
 
 
@@ -31,7 +31,7 @@ class GradScalerState:
             raise ValueError("scaler must be left out: the optimizer's wrapper steps with a GradScaler of its own")
         if scale is not None or found_inf is not None:
             self.by_wrapper = True
-            self._scale = None if scale is None else scale.to(device, torch.float64)
+            self._scale = None if scale is None else widened(scale, device)
             self.found_inf = None if found_inf is None else found_inf.to(device) > 0
         if scaler is None or not self.active:
             return
@@ -47,7 +47,7 @@ class GradScalerState:
             self.found_inf = torch.stack(flags).sum() > 0 if flags else None
             self.unscaled = True
         else:
-            self._scale = scaler._scale.to(device, torch.float64)
+            self._scale = widened(scaler._scale, device)
 
     @classmethod
     def of(cls, scaler: Any, optimizers: list[Any], device: torch.device) -> GradScalerState:
@@ -67,7 +67,7 @@ class GradScalerState:
             on_host = count.device.type == "cpu"
             if on_host and not 0 < count.item() < float("inf"):
                 raise ValueError(f"divide_by must be > 0 and finite, got {count.item()}")
-            count = upload(count, torch.float64, self.device) if on_host else count.to(self.device, torch.float64)
+            count = upload(count, torch.float64, self.device) if on_host else widened(count, self.device)
             divisor = count if divisor is None else divisor * count
         else:
             if is_bool(divide_by) or not isinstance(divide_by, numbers.Real):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import Measurement, capturing, upload
+from ..backends import Measurement, capturing, upload, widened
 from ..distributed.reduce import Wanted, reduce
 from ..gradients.measure import measure
 from ..gradients.table import GradTable
@@ -223,12 +223,12 @@ def stats_of_norm(table: GradTable, norm: Tensor, norm_type: float) -> Stats:
 
 def clip_by_norm(table: GradTable, norm: Tensor, max_norm: float | Tensor) -> None:
     """Scale every gradient by the clip coefficient of a norm measured elsewhere."""
-    limit = max_norm.to(table.device, torch.float64) if isinstance(max_norm, Tensor) else max_norm
+    limit = widened(max_norm, table.device) if isinstance(max_norm, Tensor) else max_norm
     table.apply_(clip_coefficient(_on(table.device, norm), limit))
 
 
 def _on(device: torch.device, norm: Tensor) -> Tensor:
-    return upload(norm, torch.float64, device) if norm.device.type == "cpu" else norm.to(device, torch.float64)
+    return upload(norm, torch.float64, device) if norm.device.type == "cpu" else widened(norm, device)
 
 
 def refuse_nonfinite(stats: Stats) -> None:

@@ -23,6 +23,7 @@ from .decide import ClipDecision
 
 # Their fused step divides the gradients by `grad_scale` and, where `found_inf` is 1, leaves everything as it was.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+FUSED_DEVICES = ("cpu", "cuda", "xpu")  # that of MPS takes no scale: Adam's passes over it, SGD's raises
 FUSED_ON_DTENSORS = (torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -150,7 +151,7 @@ def prepare(
             table.apply_(decision.unless_skipped(decision.each))
         if type(optimizer) is torch.optim.SGD:
             _start_momentum(optimizer)
-        divisor = divisor_of(decision.common)
+        divisor = divisor_of(decision.common).to(table.home)
         attributes: dict[str, Any] = {} if scale is None else {"grad_scale": None}
         attributes |= {} if found_inf is None else {"found_inf": None}
         if not on_host:
@@ -302,6 +303,7 @@ def _divides_by_scale(optimizer: torch.optim.Optimizer, table: GradTable) -> boo
     return (
         type(optimizer) in FUSED
         and all(group.get("fused") for group in optimizer.param_groups)
+        and all(group.device.type in FUSED_DEVICES for group in table.groups)
         and all(group.dtype != torch.float64 for group in table.groups)  # whose coefficient float32 would round
         and not _dampens(optimizer)
         and not _tied(optimizer, table)

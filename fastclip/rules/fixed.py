@@ -83,7 +83,8 @@ class GlobalNorm(Rule):
     def decide(self, stats: Stats, context: StepContext) -> Tensor:
         limit = self.limit(context.step)
         if isinstance(limit, Tensor):  # a copy: the statistics keep it, and it changes
-            limit = limit.to(stats.device, torch.float64, non_blocking=True, copy=True)
+            to_device = stats.device.type != "cpu"  # only there what follows waits for the copy
+            limit = limit.to(stats.device, non_blocking=to_device, copy=True).double()
         context.limit = limit
         return clip_coefficient(stats.norm, limit)
 

@@ -1,12 +1,25 @@
-"""Where float64 is to be had: statistics and decisions are float64, which some devices (Apple's MPS, some of Intel's) lack.
-There they are gathered, and decided, on the host."""
+"""What devices differ in: whether they have float64, and whether ``data_ptr()`` is an address.
+
+Statistics and decisions are float64. Where a device (Apple's MPS, some of Intel's) has none, they are gathered, and
+decided, on the host.
+"""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
+
+ADDRESSED = ("cpu", "cuda", "xpu")  # elsewhere data_ptr() may be a handle, as that of MPS is
+
+
+def place_of(tensor: Tensor) -> tuple[Any, int]:
+    """Where a strided tensor begins: a space of memory, and the byte in it. Spaces of other kinds do not compare."""
+    if tensor.device.type in ADDRESSED:
+        return (tensor.device.type, tensor.device.index or 0), tensor.data_ptr()
+    return (tensor.device.type, tensor.untyped_storage()._cdata), int(tensor.storage_offset()) * tensor.itemsize
 
 
 @functools.cache
