@@ -50,8 +50,8 @@ wheel: .venv/ready
 	rm -rf dist
 	FASTCLIP_MUST_COMPILE=1 $(BIN)/python -m build --outdir dist
 	$(BIN)/python -m build --wheel --outdir dist -C wheel.cmake=false -C wheel.py-api=py3
-	$(BIN)/twine check --strict dist/*
-	if [ -x $(BIN)/auditwheel ]; then $(BIN)/auditwheel show dist/*-linux_*.whl; fi
+	$(BIN)/python -m twine check --strict dist/*
+	if $(BIN)/python -c "import auditwheel" 2>/dev/null; then $(BIN)/python -m auditwheel show dist/*-linux_*.whl; fi
 
 # The documentation site, in docs/_build/html. Warnings are errors.
 docs: .venv-docs/ready
@@ -99,6 +99,6 @@ clean:
 	$(PYTHON) -m venv .venv-torch-$*
 	(grep -v -E '^(torch|triton)==' constraints.txt; echo torch==$*) > .venv-torch-$*/constraints.txt
 	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==$*
-	.venv-torch-$*/bin/python -c "import triton" || grep '^triton==' constraints.txt >> .venv-torch-$*/constraints.txt
+	.venv-torch-$*/bin/python -c "import triton" 2>/dev/null || grep '^triton==' constraints.txt >> .venv-torch-$*/constraints.txt
 	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-torch-$*/constraints.txt -e '.[test]'
 	touch $@
