@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long test-integrations test-isas lint format docs bench gpu gpu-sanitize clean
+.PHONY: demo test test-long test-integrations test-isas test-torch lint format docs wheel bench gpu gpu-sanitize clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -27,7 +27,12 @@ test-isas: .venv/ready
 	  env $$isa $(BIN)/python -m pytest -q -n 2 -m "isa and not slow" -k "not triton and not cuda" || exit 1; \
 	done
 
-CXX_SOURCES = $(wildcard csrc/*.h csrc/*/* tests/emulation/*.h tests/emulation/*.cpp tests/no_float64/*.cpp)
+# The tests with another torch: `make test-torch TORCH=2.14.1`, in an environment of its own.
+test-torch: $(if $(TORCH),.venv-torch-$(TORCH)/ready)
+	@test -n "$(TORCH)" || (echo "usage: make test-torch TORCH=2.14.1"; exit 2)
+	.venv-torch-$(TORCH)/bin/python -m pytest -q -n 2 --dist worksteal -m "not long"
+
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*/* $(foreach folder,emulation native no_float64,tests/$(folder)/*.h tests/$(folder)/*.cpp))
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,6 +43,15 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# What is published, as far as this machine can build it, in dist/: the sources, the wheel for this machine (with the CUDA
+# kernels where nvcc is) and the one without libraries. .github/workflows/release.yml builds for the others.
+wheel: .venv/ready
+	rm -rf dist
+	FASTCLIP_MUST_COMPILE=1 $(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --wheel --outdir dist -C wheel.cmake=false -C wheel.py-api=py3
+	$(BIN)/python -m twine check --strict dist/*
+	if $(BIN)/python -c "import auditwheel" 2>/dev/null; then $(BIN)/python -m auditwheel show dist/*-linux_*.whl; fi
 
 # The documentation site, in docs/_build/html. Warnings are errors.
 docs: .venv-docs/ready
@@ -62,7 +76,7 @@ gpu-sanitize:
 	python3 -m bench.gpu --only sanitize
 
 clean:
-	rm -rf .venv .venv-docs .venv-integrations docs/_build build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-integrations .venv-torch-* docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -78,4 +92,13 @@ clean:
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test-integrations]'
 	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm torchtitan spmd_types
+	touch $@
+
+# As constraints.txt has it, but for torch, and with the Triton that this torch brings; one without a GPU brings none.
+.venv-torch-%/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-torch-$*
+	(grep -v -E '^(torch|triton)==' constraints.txt; echo torch==$*) > .venv-torch-$*/constraints.txt
+	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==$*
+	.venv-torch-$*/bin/python -c "import triton" 2>/dev/null || grep '^triton==' constraints.txt >> .venv-torch-$*/constraints.txt
+	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-torch-$*/constraints.txt -e '.[test]'
 	touch $@

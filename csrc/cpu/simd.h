@@ -7,6 +7,22 @@
 #include "../elementwise.h"
 
 #if FASTCLIP_VECTOR_BYTES > 16
+#if defined(__clang__) && defined(_MSC_VER)  // whose immintrin.h leaves out what the whole file is not compiled for
+#define __SSE3__ 1
+#define __SSSE3__ 1
+#define __SSE4_1__ 1
+#define __SSE4_2__ 1
+#define __AVX__ 1
+#define __AVX2__ 1
+#define __FMA__ 1
+#define __F16C__ 1
+#if FASTCLIP_VECTOR_BYTES == 64
+#define __AVX512F__ 1
+#define __AVX512BW__ 1
+#define __AVX512VL__ 1
+#define __AVX512DQ__ 1
+#endif
+#endif
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>

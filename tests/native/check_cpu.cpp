@@ -1,10 +1,11 @@
-// Every function of csrc/cpu/launch.h against plain arithmetic in long double, without torch and Python, so that it runs
+// Every function of csrc/cpu/launch.h against plain arithmetic in wider numbers, without torch and Python, so that it runs
 // wherever a compiler or an emulator is: test_wheel.py says how. One line for each dtype; fails if any check does.
 //
 // u is the unit roundoff of the arithmetic (float, or double for F64). A bound is a number of roundings, each at most u
 // times the largest magnitude that was added, and the rounding to the stored dtype.
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -14,15 +15,20 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/cpu/launch.h"
 
 using namespace fastclip;
 using namespace fastclip::cpu;
-using Wide = long double;
 
 namespace {
+
+// Where the CPU has no numbers wider than double, what is expected of a float64 has roundings of its own.
+constexpr bool WIDER = LDBL_MANT_DIG == 64;
+using Wide = std::conditional_t<WIDER, long double, double>;
+constexpr double HALF_UNIT = WIDER ? 0x1p-53 : 0x1p-52;
 
 int checks = 0, failures = 0;
 std::string where;
@@ -58,7 +64,7 @@ struct Format {
   double u;  // of the arithmetic
 };
 const Format FORMATS[] = {{"float32", Dtype::F32, 4, 24, -149, 0x1p-24},
-                          {"float64", Dtype::F64, 8, 53, -1074, 0x1p-53},
+                          {"float64", Dtype::F64, 8, 53, -1074, HALF_UNIT},
                           {"bfloat16", Dtype::BF16, 2, 8, -133, 0x1p-24},
                           {"float16", Dtype::F16, 2, 11, -24, 0x1p-24}};
 
@@ -265,9 +271,9 @@ void check_measure(const Format& f) {
             const Wide want_largest = t < count ? largest[t] : most;
             // float32 sums: a product, RUN additions, three that join the eight sums; the rest is in float64
             const bool narrow = f.u > 0x1p-50 && (p == 1 || p == 2);
-            const Wide roundings = narrow ? 24 * 0x1p-24L : 0;
-            const Wide elements = t < count ? Wide(tensors.sizes[t]) : 2e5L;
-            const Wide bound = want * (roundings + (elements + 16) * 0x1p-53L) + elements * 0x1p-1074L;
+            const Wide roundings = narrow ? 24 * 0x1p-24 : 0;
+            const Wide elements = t < count ? Wide(tensors.sizes[t]) : 2e5;
+            const Wide bound = want * (roundings + (elements + 16) * HALF_UNIT) + elements * 0x1p-1074;
             if (!std::isinf(p)) expect_near("power", got[t].power, want, p == 0 ? 0 : bound);
             expect_near("absmax", got[t].absmax, want_largest, 0);
             if (t < count) {
@@ -278,6 +284,68 @@ void check_measure(const Format& f) {
         }
     }
   }
+}
+
+// Several tables as one, described by addresses: measured, decided and applied in one call, and in two.
+void check_clip(const Format& f) {
+  for (const Values& values : values_for(f))
+    for (const Threads& threads : THREADS)
+      for (double p : {2.0, 1.0, double(HUGE_VAL)})
+        for (bool refuse : {false, true}) {
+          where = std::string(f.name) + " clip " + values.name + " p=" + std::to_string(p);
+          const auto sizes = sizes_of_all_kinds();
+          Tensors parts[2] = {Tensors(f, sizes), Tensors(f, {5, 0, CHUNK + 3})};
+          Table tables[2];
+          std::vector<Segment> segments[2];
+          std::vector<char> written[2];
+          NormPartial all;
+          std::vector<NormPartial> each;
+          for (int k = 0; k < 2; k++) {
+            fill(parts[k], values, 13 + k);
+            const size_t count = parts[k].sizes.size();
+            std::vector<int64_t> addresses;
+            for (size_t t = 0; t < count; t++) addresses.push_back(reinterpret_cast<int64_t>(parts[k].data(t)));
+            segments[k].resize(count);
+            written[k].resize(count);
+            fastclip_cpu_table(addresses.data(), parts[k].sizes.data(), int64_t(count), int32_t(f.dtype),
+                               written[k].data(), segments[k].data(), &tables[k]);
+            std::vector<NormPartial> own(count);
+            GlobalNorm so_far;
+            fastclip_cpu_global_norm(&tables[k], &threads, p, 0.5, k ? &all : nullptr, own.data(), &so_far);
+            all = so_far.total;
+            each.insert(each.end(), own.begin(), own.end());
+            const Wide norm = p == 2 ? std::sqrt(Wide(all.power)) : p == 1 ? Wide(all.power) : Wide(all.absmax);
+            expect_near("norm", so_far.norm, norm, norm * 0x1p-51);
+            const Wide coef = 0.5 / (norm + 1e-6);
+            if (std::isinf(norm)) expect(so_far.coef == 0 && std::signbit(so_far.coef), "coef", so_far.coef, -0.0);
+            else expect_near("coef", so_far.coef, coef > 1 ? 1 : coef, 0x1p-50);
+          }
+          Tensors before[2] = {parts[0], parts[1]};
+          const ClipOptions options{p, 0.5, true, refuse};
+          std::vector<NormPartial> per_segment(each.size());
+          GlobalNorm got;
+          const bool refused = fastclip_cpu_clip(tables, 2, &threads, &options, per_segment.data(), &got);
+          const bool finite = std::isfinite(got.norm);
+          expect(refused == (refuse && !finite), "refused", refused, refuse && !finite);
+          expect_near("power", got.total.power, all.power, std::fabs(all.power) * 0x1p-50);
+          expect_near("absmax", got.total.absmax, all.absmax, 0);
+          for (size_t i = 0; i < each.size(); i++) {
+            expect_near("power of one", per_segment[i].power, each[i].power, 0);
+            expect_near("absmax of one", per_segment[i].absmax, each[i].absmax, 0);
+          }
+          const bool untouched = refused || got.coef == 1;
+          const double c = f.dtype == Dtype::F64 ? got.coef : double(float(got.coef));
+          for (int k = 0; k < 2; k++)
+            for (size_t t = 0; t < parts[k].sizes.size(); t++) {
+              const int64_t n = parts[k].sizes[t];
+              expect(written[k][t] == (n > 0 && !untouched && c != 1), "written", written[k][t], !untouched);
+              for (int64_t i = 0; i < n; i = next(i, n)) {
+                const double x = before[k].at(t, i);
+                const double product = f.dtype == Dtype::F64 ? x * c : double(float(x) * float(c));
+                expect_near("element", parts[k].at(t, i), untouched ? x : rounded(f, product), 0);
+              }
+            }
+        }
 }
 
 void expect_written(const Packed& packed, const std::vector<bool>& want) {
@@ -459,17 +527,23 @@ void check_adamw(const Format& f) {
             const Packed packed(step.arrays[0]);
             const AdamWOptions o{1e-2, beta1, 0.99, 1e-6, 0.1};
             fastclip_cpu_adamw(&packed.table, &threads, step.segments.data(), &step.decision, &o);
-            const Wide u = f.u, tiny = f.dtype == Dtype::F64 ? 0x1p-1070L : 0x1p-145L;
+            const Wide b1 = o.beta1, b2 = o.beta2;
+            Wide bias1[5], bias2[5];
+            for (int taken = 0; taken < 5; taken++) {
+              bias1[taken] = 1 - std::pow(b1, Wide(taken + 1));
+              bias2[taken] = 1 - std::pow(b2, Wide(taken + 1));
+            }
+            const Wide u = f.u, tiny = f.dtype == Dtype::F64 ? 0x1p-1070 : 0x1p-145;
             step.expect_all(
                 [&](size_t t, int64_t i) {
                   const Wide g = step.gradient(t, i), p = step.before[1].at(t, i), m = step.before[2].at(t, i);
-                  const Wide v = step.before[3].at(t, i), b1 = o.beta1, b2 = o.beta2, count = t % 5 + 1;
+                  const Wide v = step.before[3].at(t, i);
                   const Wide m_new = b1 * m + (1 - b1) * g, m_size = std::fabs(m) + std::fabs(g);
                   const Wide v_new = b2 * v + (1 - b2) * g * g;
                   const Wide most = amsgrad ? Wide(step.before[4].at(t, i)) : 0;
                   const Wide square = most > v_new ? most : v_new;
-                  const Wide size = o.lr / (1 - std::pow(b1, count));
-                  const Wide below = std::sqrt(square / (1 - std::pow(b2, count))) + o.eps;
+                  const Wide size = o.lr / bias1[t % 5];
+                  const Wide below = std::sqrt(square / bias2[t % 5]) + o.eps;
                   const Wide p_new = p * (1 - Wide(o.lr) * o.weight_decay) - size * m_new / below;
                   expect_near("exp_avg", step.arrays[2].at(t, i), m_new, step.rounding(m_new) + 6 * u * m_size + tiny);
                   expect_near("exp_avg_sq", step.arrays[3].at(t, i), v_new,
@@ -494,7 +568,7 @@ void check_sgd(const Format& f) {
         const Packed packed(step.arrays[0]);
         const SgdOptions o{0.05, momentum ? 0.9 : 0, 0.75, 0.02, nesterov};
         fastclip_cpu_sgd(&packed.table, &threads, step.segments.data(), &step.decision, &o);
-        const Wide u = f.u, tiny = f.dtype == Dtype::F64 ? 0x1p-1070L : 0x1p-145L;
+        const Wide u = f.u, tiny = f.dtype == Dtype::F64 ? 0x1p-1070 : 0x1p-145;
         step.expect_all(
             [&](size_t t, int64_t i) {
               const Wide p = step.before[1].at(t, i), decay = o.weight_decay * p;
@@ -525,6 +599,7 @@ int main() {
     check_measure(f);
     check_apply(f);
     if (f.itemsize == 2) check_all_words(f);
+    check_clip(f);
     check_clamp(f);
     check_adamw(f);
     check_sgd(f);
