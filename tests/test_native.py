@@ -25,20 +25,26 @@ def test_without_a_compiler_it_works_and_warns_once(tmp_path):
     result = run(sys.executable, "-c", program, CXX="/nowhere/c++", FASTCLIP_CACHE=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("[0.49")
-    assert result.stderr.count("could not build its C++ backend") == 1
+    assert result.stderr.count("fastclip has no kernels for the CPU here and works by plain torch") == 1
     assert "there is no C++ compiler: '/nowhere/c++' is not on the PATH" in result.stderr
+    assert "compiling" not in result.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_broken_compiler_is_reported_by_its_message(tmp_path):
+def test_where_the_packer_does_not_compile_the_kernels_may(tmp_path):
+    """As without Python's headers. `info` says why; the clip itself does without a warning."""
     compiler = tmp_path / "c++"
     compiler.write_text(
         "#!/bin/sh\ncase $1 in -MMD) echo 'x.cpp:1: error: out of luck' >&2; exit 1;; esac\nexec c++ \"$@\"\n"
     )
     compiler.chmod(0o755)
     program = CLIP.format("print(fastclip.clip_norm_([p], 1.0).item())")
-    result = run(sys.executable, "-c", program, CXX=str(compiler), FASTCLIP_CACHE=str(tmp_path / "cache"))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "2.0\n" and "out of luck" in result.stderr
+    environment = {"CXX": str(compiler), "FASTCLIP_CACHE": str(tmp_path / "cache")}
+    result = run(sys.executable, "-W", "error", "-c", program, **environment)
+    assert result.returncode == 0 and result.stdout == "2.0\n", result.stderr
+    assert result.stderr.count("compiling") == 2  # and of other ranks none: the failure is remembered
+    assert not run(sys.executable, "-W", "error", "-c", program, **environment).stderr
+    info = run(sys.executable, "-m", "fastclip", "info", **environment).stdout
+    assert "not compiled: x.cpp:1: error: out of luck." in info and "on cpu, auto takes cpu" in info
 
 
 def test_a_backend_asked_for_that_cannot_run_says_why(tmp_path):
@@ -141,18 +147,19 @@ def test_info_command():
         "compiler",
         "nvcc",
         "csrc",
-        "build",
+        "packer",
+        "built",
         "on cpu, auto takes cpu",
     ):
         assert word in result.stdout
-    for name in ("triton", "cuda", "cpu", "reference"):
+    for name in ("triton", "cuda", "cpu", "foreach", "reference"):
         assert f"\n  {name:10} yes: " in result.stdout or f"\n  {name:10} no:  " in result.stdout
 
 
 def test_info_says_why_a_backend_cannot_run(tmp_path):
     environment = {"CXX": "/nowhere/c++", "FASTCLIP_CACHE": str(tmp_path), "TRITON_INTERPRET": "0"}
     result = run(sys.executable, "-m", "fastclip", "info", **environment)
-    assert "on cpu, auto takes reference" in result.stdout
+    assert "on cpu, auto takes foreach" in result.stdout
     assert "cpu        no:  there is no C++ compiler" in result.stdout
     assert "triton     no:  its kernels run on GPUs, not on cpu" in result.stdout
     assert "cuda       no:  it runs on NVIDIA GPUs, not on cpu" in result.stdout
@@ -178,7 +185,9 @@ for call in (lambda: fastclip.clip_norm_([p], 1.0), lambda: fastclip.Clipper([p]
     )
     for environment in ({}, {"CXX": "/nowhere/c++"}):
         result = run(sys.executable, "-W", "error", "-c", program, FASTCLIP_CPU_ISA="avx3", **environment)
-        assert result.stdout == "FASTCLIP_CPU_ISA must be one of portable, avx2, avx512, got 'avx3' 4.0\n" * 4, result
+        assert result.stdout == "FASTCLIP_CPU_ISA must be one of portable, neon, avx2, avx512, got 'avx3' 4.0\n" * 4, (
+            result
+        )
     program = "from fastclip.native import libraries; print(libraries.cpp.load().isa())"
     assert run(sys.executable, "-c", program, FASTCLIP_CPU_ISA="").stdout == f"{_best_isa()}\n"
 
@@ -235,5 +244,5 @@ runpy.run_module("fastclip", run_name="__main__")
     environment |= {"TMPDIR": str(tmp_path), "CXX": "/nowhere/c++"}
     result = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert f"build      {tmp_path}/fastclip-{os.getuid()}/" in result.stdout
+    assert f"built      {tmp_path}/fastclip-{os.getuid()}/" in result.stdout
     assert "compiler   none found: /nowhere/c++" in result.stdout

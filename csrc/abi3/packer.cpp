@@ -1,7 +1,9 @@
 // The packer for torch >= 2.14 that needs no compiler: a Python module on CPython's limited API (3.10) and torch's stable C
 // interface, so that one build serves all later versions of both. What it cannot say is plain, it leaves to the packer in
 // Python, fastclip/packers/python.py.
+#ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030A0000
+#endif
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -205,17 +207,24 @@ bool group(Found& found) {
   found.elements = 0;
   for (size_t i = 0; i < found.gradients.size(); i++)
     if (!add(found.gradients[i].get(), i, found.groups)) return false;
-  for (const auto& group : found.groups)
-    for (auto numel : group.numels) found.elements += numel;
-  return !any_overlap(found.groups);
+  std::vector<PyObject*> empty;
+  for (const auto& group : found.groups) {
+    for (size_t i = 0; i < group.numels.size(); i++) {
+      found.elements += group.numels[i];
+      if (group.numels[i] == 0) empty.push_back(found.gradients[group.positions[i]].get());
+    }
+  }
+  std::sort(empty.begin(), empty.end());  // without elements they are the same only as one object
+  return std::adjacent_find(empty.begin(), empty.end()) == empty.end() && !any_overlap(found.groups);
 }
 
-// The storages of the gradients, which keep their memory alive whatever happens to the gradients meanwhile. Null: an error.
+// The storages of the gradients, which keep their memory alive whatever happens to the gradients meanwhile. Null if one has
+// none.
 Object storages_of(const Found& found) {
   Object list(PyList_New(0));
   for (const auto& gradient : found.gradients) {
     Object storage(PyObject_CallFunctionObjArgs(python.untyped_storage, gradient.get(), nullptr));
-    if (!list || !storage || PyList_Append(list.get(), storage.get()) < 0) return Object();
+    if (!list || !storage || PyList_Append(list.get(), storage.get()) < 0) return PyErr_Clear(), Object();
   }
   return list;
 }
@@ -234,8 +243,7 @@ PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const NoGarbageCollection guard;
     if (!collect(args[0], args[1] == Py_True, found) || found.gradients.empty()) Py_RETURN_NONE;
     storages = storages_of(found);
-    if (!storages) return nullptr;
-    if (!group(found)) Py_RETURN_NONE;
+    if (!storages || !group(found)) Py_RETURN_NONE;
   }
   Object gradients(PyList_New(0)), groups(PyList_New(0));
   if (!gradients || !groups) return nullptr;
@@ -323,8 +331,7 @@ PyObject* clip_norm_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const bool is_long = found.elements > LONG_WORK;
     if (is_long) {
       storages = storages_of(found);
-      if (!storages) return nullptr;
-      if (!group(found)) Py_RETURN_NONE;  // their addresses, now that nothing takes them away
+      if (!storages || !group(found)) Py_RETURN_NONE;  // their addresses, now that nothing takes them away
     }
     written.resize(found.gradients.size());
     std::vector<cpu::Segment> segments(found.gradients.size());

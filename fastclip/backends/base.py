@@ -78,8 +78,10 @@ class GradGroup:
     def units(self) -> GradGroup | None:
         """The rows (slices along dimension 0) of all tensors of two or more dimensions, and the others whole, in order,
         as one group; None where they are not contiguous pieces of memory, or no kernel works on this one."""
-        units = None if self.native is None or self.backend.name in WITHOUT_KERNELS else self.native.units()
-        return None if units is None else GradGroup(self.backend, [], None, units)
+        units = None if self.native is None else self.native.units()
+        if units is None or self.backend.name in WITHOUT_KERNELS:
+            return None
+        return GradGroup(self.backend, [], None, units)
 
     def bump_version(self) -> None:
         """Tell autograd that the tensors were written."""

@@ -261,7 +261,7 @@ def unit_tables(table: GradTable, parameters: list[Tensor]) -> list[tuple[GradTa
             if rows is not None and weight_rows is not None:
                 pairs.append((GradTable([rows], group.device), GradTable([weight_rows], group.device)))
                 continue
-        for tensors in zip(group.tensors, params):
+        for tensors in zip(group.tensors, map(local_of, params)):
             views = [list(t.detach().unbind()) if t.dim() > 1 else [t.detach()] for t in tensors]
             if views[0]:
                 grad_rows, weight_rows_ = (pack(v, gradients=True, write=False, argument="rows") for v in views)

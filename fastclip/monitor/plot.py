@@ -42,7 +42,7 @@ def draw(history: History, path: str | os.PathLike[str] | None = None, title: st
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"drawing needs matplotlib: pip install 'fastclip[demo]' ({error})") from error
+        raise ImportError(f"drawing needs matplotlib: pip install 'torch-fastclip[demo]' ({error})") from error
     if path is not None and os.path.splitext(path)[1] not in FORMATS:
         raise ValueError(f"path must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {os.fspath(path)!r}")
     if not (spans := history.spans):

@@ -54,6 +54,8 @@ def temporary_folder() -> pathlib.Path:
     Raises:
         PermissionError: somebody else made it.
     """
+    if not hasattr(os, "getuid"):  # Windows, where each user has a temporary folder
+        return pathlib.Path(tempfile.gettempdir()) / "fastclip"
     user = os.getuid()
     folder = pathlib.Path(tempfile.gettempdir()) / f"fastclip-{user}"
     with contextlib.suppress(FileExistsError):

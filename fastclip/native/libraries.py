@@ -32,7 +32,7 @@ from .library import Library
 NAME = "fastclip_native"
 CFLAGS = ["-O3", "-ffp-contract=fast", "-Wno-psabi"]
 LIBRARY_FLAGS = [*CFLAGS, "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden"]  # of those without torch
-ISAS = ("portable", "avx2", "avx512")  # of csrc/cpu/, the least first
+ISAS = ("portable", "neon", "avx2", "avx512")  # of csrc/cpu/, the least first
 NVCC_FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static"]
 
 
@@ -147,6 +147,7 @@ def check_isa() -> None:
 cpp = Library(
     *("C++", "a slower packer", _cpp_path, _compile_cpp, functools.partial(_open_module, NAME)),
     circumstances=lambda: _circumstances(cxx()),
+    needs=_found_cxx,
     check=check_isa,
 )
 
@@ -165,6 +166,7 @@ def _compile_kernels(library: pathlib.Path, verbose: bool) -> None:
 kernels = Library(
     *("C++ kernels", "plain torch", _kernels_path, _compile_kernels, cpu_interface.open_library),
     circumstances=lambda: _circumstances(cxx()),
+    needs=_found_cxx,
     check=check_isa,
     prebuilt={"darwin": "libfastclip_cpu.dylib", "win32": "fastclip_cpu.dll"}.get(sys.platform, "libfastclip_cpu.so"),
 )
@@ -183,6 +185,7 @@ def _compile_abi3(library: pathlib.Path, verbose: bool) -> None:
 abi3 = Library(
     *("abi3", "a slower packer", _abi3_path, _compile_abi3, functools.partial(_open_module, "packer")),
     circumstances=lambda: _circumstances(cxx()),
+    needs=_found_cxx,
     prebuilt="packer.pyd" if sys.platform == "win32" else "packer.abi3.so",
 )
 
@@ -234,6 +237,7 @@ def _compile_cuda(library: pathlib.Path, verbose: bool) -> None:
 cuda = Library(
     *("CUDA", "the next best one", _cuda_path, _compile_cuda, cuda_interface.open_library),
     circumstances=lambda: _circumstances([nvcc()]),
+    needs=nvcc,
     prebuilt="fastclip_cuda.dll" if sys.platform == "win32" else "libfastclip_cuda.so",
 )
 

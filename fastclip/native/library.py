@@ -29,6 +29,7 @@ class Library(Generic[Opened]):
         circumstances: -> what else decides whether a build fails.
         check: raises ValueError for a setting that is wrong, whether or not there is a compiler.
         prebuilt: the name of the file that a wheel has instead.
+        needs: raises FileNotFoundError where there is no compiler.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Library(Generic[Opened]):
         circumstances: Callable[[], str] = str,
         check: Callable[[], None] = lambda: None,
         prebuilt: str | None = None,
+        needs: Callable[[], object] = lambda: None,
     ) -> None:
         self.name, self.path = name, path
         self._instead, self._compile_to, self._open_at = instead, compile_to, open_at
-        self._circumstances, self._check = circumstances, check
+        self._circumstances, self._check, self._needs = circumstances, check, needs
         self._prebuilt = None if prebuilt is None else PREBUILT / prebuilt
         self._lock = threading.Lock()
         self.opened: Opened | None = None  # as the last load() left it
@@ -119,6 +121,7 @@ class Library(Generic[Opened]):
                 return self._open_at(entry.path), entry.path
             except (ImportError, OSError):
                 pass  # whole, but built on a machine with other system libraries, say
+        self._needs()
         with entry.locked():
             if not retry and (reason := entry.failure()):
                 raise RuntimeError(reason)

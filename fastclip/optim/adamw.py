@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends.base import AdamWOptions, StepBackend, StepDecision, StepTable
 from .base import ClippingOptimizer
-from .step_inputs import StepInputs
+from .step_inputs import StepInputs, rate_for_torch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -119,8 +119,8 @@ class AdamW(ClippingOptimizer):
         steps = torch._foreach_add(inputs.steps, 1)
         torch._fused_adamw_(  # type: ignore[call-overload]
             inputs.params, inputs.grads, *inputs.states[:2], inputs.states[2] if group["amsgrad"] else [], steps,
-            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-            weight_decay=group["weight_decay"], amsgrad=group["amsgrad"], maximize=group["maximize"],
+            lr=rate_for_torch(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1], eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]), amsgrad=bool(group["amsgrad"]), maximize=bool(group["maximize"]),
             grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
         if found_inf is not None:

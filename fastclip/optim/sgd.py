@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends.base import SGDOptions, StepBackend, StepDecision, StepTable
 from .base import ClippingOptimizer
-from .step_inputs import StepInputs
+from .step_inputs import StepInputs, rate_for_torch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -98,7 +98,7 @@ class SGD(ClippingOptimizer):
     ) -> None:
         torch._fused_sgd_(
             inputs.params, inputs.grads, inputs.states[0] if inputs.states else [],
-            weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
-            dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
+            lr=rate_for_torch(group["lr"]), weight_decay=float(group["weight_decay"]), momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]), nesterov=bool(group["nesterov"]), maximize=bool(group["maximize"]),
             is_first_step=inputs.first, grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip

@@ -113,6 +113,11 @@ def for_torch(inputs: StepInputs, shared: set[Any]) -> tuple[StepInputs, list[tu
     return plain, copies
 
 
+def rate_for_torch(lr: Any) -> float | Tensor:
+    """A learning rate as torch's fused kernels take it, which know no numbers of numpy's."""
+    return lr if isinstance(lr, Tensor) else float(lr)
+
+
 def seed_of(group: dict[str, Any], number: int, part: int) -> int | None:
     """32 bits for the random numbers of this step of a part of the group, from the seed and the count of steps."""
     if group["stochastic_rounding"] is None:

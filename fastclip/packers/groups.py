@@ -124,6 +124,8 @@ class Group:
 
     def _has_its_memory(self, i: int) -> bool:
         gradient = self.gradients[i]
+        if not self.numels[i]:
+            return gradient.numel() == 0
         storage = gradient.untyped_storage()
         address = storage.data_ptr() + gradient.storage_offset() * gradient.itemsize
         return (
