@@ -98,7 +98,7 @@ class SGD(ClippingOptimizer):
     ) -> None:
         torch._fused_sgd_(
             inputs.params, inputs.grads, inputs.states[0] if inputs.states else [],
-            lr=rate_for_torch(group["lr"]), weight_decay=float(group["weight_decay"]), momentum=float(group["momentum"]),
-            dampening=float(group["dampening"]), nesterov=bool(group["nesterov"]), maximize=bool(group["maximize"]),
-            is_first_step=inputs.first, grad_scale=grad_scale, found_inf=found_inf,
+            lr=rate_for_torch(group["lr"]), weight_decay=float(group["weight_decay"]),
+            momentum=float(group["momentum"]), dampening=float(group["dampening"]), nesterov=bool(group["nesterov"]),
+            maximize=bool(group["maximize"]), is_first_step=inputs.first, grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
