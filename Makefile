@@ -19,8 +19,9 @@ test-long: .venv/ready
 test-integrations: .venv-integrations/ready
 	.venv-integrations/bin/python -m pytest -q -n 2 tests/integrations tests/test_guides.py tests/test_wrapped.py tests/test_rules_agc.py
 
-# What depends on the instructions of the CPU, with those that other CPUs have: torch's, then ours.
-ISAS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 FASTCLIP_CPU_ISA=portable FASTCLIP_CPU_ISA=avx2
+# What depends on the instructions of the CPU, with those that other CPUs have (torch's, then ours); and without the compiled
+# packer.
+ISAS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 FASTCLIP_CPU_ISA=portable FASTCLIP_CPU_ISA=avx2 FASTCLIP_PACKER=python
 test-isas: .venv/ready
 	for isa in $(ISAS); do \
 	  echo $$isa; \

@@ -63,14 +63,15 @@ class Machine(NamedTuple):
     copy: float | None  # bytes per second, on a GPU
 
 
-def measure(case: Case, machine: Machine, seconds: float) -> list[dict[str, Any]]:
-    """The rows of a case, in about so many seconds."""
+def measure(case: Case, machine: Machine, seconds: float, rivals: list[Any] | None = None) -> list[dict[str, Any]]:
+    """The rows of a case, in about so many seconds. `rivals`: instead of this file's providers."""
     start = time.perf_counter()
     model, dtype, device = find(case.model), DTYPES[case.dtype], machine.device
     size = model.elements * dtype.itemsize
     cache = method.cache_bytes(device)
     sets = min(MOST_SETS, max(1, math.ceil(2 * cache / size))) if case.cold else 1
-    rivals = [p for p in providers(device) if case.providers is None or p.name in case.providers]
+    everyone = providers(device) if rivals is None else rivals
+    rivals = [p for p in everyone if case.providers is None or p.name in case.providers]
     common = {
         "model": case.model, "dtype": case.dtype, "tensors": len(model.shapes), "elements": model.elements,
         "input_sets": sets, "in_cache": sets * size <= cache,

@@ -61,17 +61,21 @@ def get() -> Chosen:
     return chosen
 
 
+def named(name: str) -> Chosen:
+    """The packer called `name`, whatever the choice. RuntimeError if it cannot run."""
+    if name == "compiled":
+        return _compiled(libraries.cpp.get())
+    if name == "abi3":
+        return _abi3(libraries.abi3.get(), libraries.kernels.get())
+    return _python()
+
+
 def _choose() -> Chosen:
     libraries.check_isa()
-    asked = os.environ.get("FASTCLIP_PACKER")
-    if asked and asked not in PACKERS:
-        raise ValueError(f"FASTCLIP_PACKER must be one of {', '.join(PACKERS)}, got {asked!r}")
-    if asked == "compiled":
-        return _compiled(libraries.cpp.get())
-    if asked == "abi3":
-        return _abi3(libraries.abi3.get(), libraries.kernels.get())
-    if asked == "python":
-        return _python()
+    if asked := os.environ.get("FASTCLIP_PACKER"):
+        if asked not in PACKERS:
+            raise ValueError(f"FASTCLIP_PACKER must be one of {', '.join(PACKERS)}, got {asked!r}")
+        return named(asked)
     if (library := libraries.cpp.load_built()) is not None:
         return _compiled(library)
     if torch_library() is not None:
