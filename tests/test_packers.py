@@ -62,7 +62,7 @@ def gradient_lists(draw):
         gradient = torch.randn(shape).to(dtype)
         if kind == "part":
             gradient = torch.randn(gradient.numel() + 3).to(dtype)[3:].view(shape)
-        elif kind == "view" and found and found[-1] is not None and found[-1].numel():
+        elif kind == "view" and found and found[-1] is not None and found[-1].numel() and found[-1].is_contiguous():
             gradient = found[-1].view(-1)[: draw(st.integers(1, found[-1].numel()))]
         elif kind == "channels last" and len(shape) == 4:
             gradient = gradient.to(memory_format=torch.channels_last)

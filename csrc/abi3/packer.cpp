@@ -162,11 +162,13 @@ bool add(PyObject* gradient, int64_t position, std::vector<Group>& groups) {
   const auto end = (tensor.ask<int64_t>(torch.aoti_torch_get_storage_offset) + numel) * itemsize_of(dtype);
   if (numel > 0 && tensor.ask<int64_t>(torch.aoti_torch_get_storage_size) < end) return false;  // freed
   if (!tensor.ask<bool>(torch.aoti_torch_is_contiguous) && !is_dense(tensor)) return false;
+  const void* data = tensor.ask<void*>(torch.aoti_torch_get_data_ptr);
+  if (numel > 0 && !data) return false;
   auto group = std::find_if(groups.begin(), groups.end(), [&](const Group& g) {
     return g.device_type == device && g.device_index == index && g.dtype == dtype;
   });
   if (group == groups.end()) group = groups.insert(group, Group{device, index, dtype, {}, {}, {}});
-  group->addresses.push_back(reinterpret_cast<int64_t>(tensor.ask<void*>(torch.aoti_torch_get_data_ptr)));
+  group->addresses.push_back(reinterpret_cast<int64_t>(data));
   group->numels.push_back(numel);
   group->positions.push_back(position);
   return true;

@@ -74,6 +74,8 @@ def memory_of(tensors: list[Tensor]) -> Memory | None:
         ends = list(map(operator.sub, ends, starts))
     if any(map(operator.gt, nbytes, ends)):  # freed or shrunk
         return None
+    if 0 in addresses and any(n and not a for n, a in zip(numels, addresses)):
+        return None
     kind = (devices.pop(), dtypes.pop()) if alike else None
     return Memory(storages, addresses, numels, nbytes, on_host, kind)
 
