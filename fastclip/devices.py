@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .torch_internals import storage_key
+
 ADDRESSED = ("cpu", "cuda", "xpu")  # elsewhere data_ptr() may be a handle, as that of MPS is
 
 
@@ -19,7 +21,7 @@ def place_of(tensor: Tensor) -> tuple[Any, int]:
     """Where a strided tensor begins: a space of memory, and the byte in it. Spaces of other kinds do not compare."""
     if tensor.device.type in ADDRESSED:
         return (tensor.device.type, tensor.device.index or 0), tensor.data_ptr()
-    return (tensor.device.type, tensor.untyped_storage()._cdata), int(tensor.storage_offset()) * tensor.itemsize
+    return (tensor.device.type, storage_key(tensor.untyped_storage())), int(tensor.storage_offset()) * tensor.itemsize
 
 
 @functools.cache

@@ -15,9 +15,9 @@ PACKAGE = ROOT / "fastclip"
 
 # Each room imports only from those above it. A folder is a room, and so is a file beside them.
 ROOMS = [
-    "version", "arguments", "modes", "devices", "native", "packers", "backends", "host_stats", "stats", "distributed",
-    "gradients", "rules", "pipeline",
-    "graph_breaks", "clipper", "optim", "torch_ops", "functional", "monitor", "integrations", "__init__", "__main__",
+    "version", "arguments", "torch_internals", "modes", "devices", "native", "packers", "backends", "host_stats",
+    "stats", "distributed", "gradients", "rules", "pipeline", "graph_breaks", "clipper", "optim", "torch_ops",
+    "functional", "monitor", "integrations", "__init__", "__main__",
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from ..distributed.reduce import Shards
 from ..distributed.unwrap import Unwrapped, any_dtensor, local_of, spec_of, unwrap
 from ..modes import check_not_traced
 from ..packers import Packer
+from ..torch_internals import is_dense, is_in_transform, is_wrapper, overlaps_itself
 from .table import GradTable
 
 if TYPE_CHECKING:
@@ -290,21 +291,19 @@ def identity(gradient: Tensor) -> Any:
     plain = gradient.layout is torch.strided and not _is_wrapped(gradient) and not gradient.is_meta
     if not plain or gradient.is_nested or not gradient.numel():
         return id(gradient)
-    dense = torch.ops.aten.is_non_overlapping_and_dense.default(gradient)
-    elements = gradient.numel() if dense else (gradient.shape, gradient.stride())
+    elements = gradient.numel() if is_dense(gradient) else (gradient.shape, gradient.stride())
     return place_of(gradient), elements, gradient.dtype
 
 
 def _is_wrapped(gradient: Tensor) -> bool:
-    keys = torch._C._dispatch_keys(gradient)
-    return keys.has(torch._C.DispatchKey.Python) or torch._C._functorch.is_functorch_wrapped_tensor(gradient)
+    return is_wrapper(gradient) or is_in_transform(gradient)
 
 
 def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
     """The strided tensor whose elements are the (coalesced) gradient's values; an error if there is none to be had."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(gradient):
+    if is_in_transform(gradient):
         raise NotImplementedError(f"{label} is a tensor inside torch.func.vmap or grad, which is not supported")
-    if torch._C._dispatch_keys(gradient).has(torch._C.DispatchKey.Python):
+    if is_wrapper(gradient):
         raise NotImplementedError(
             f"{label} is a {type(gradient).__name__}; wrapper subclasses other than DTensor are not supported"
         )
@@ -326,7 +325,7 @@ def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
         memory = torch._neg_view(memory) if memory.is_neg() else memory
     if not has_memory(memory):
         raise RuntimeError(f"{label} has no memory: its storage was freed or shrunk")
-    if write and torch._debug_has_internal_overlap(memory) == 1:
+    if write and overlaps_itself(memory):
         raise RuntimeError(
             f"{label} is expanded: several elements (shape {tuple(memory.shape)}, stride {memory.stride()}) share one "
             f"place in memory, so it cannot be changed in place. Clone it first"
@@ -335,7 +334,7 @@ def _memory_of(gradient: Tensor, label: str, write: bool) -> Tensor:
 
 
 def _is_plain(memory: Tensor) -> bool:
-    dense = memory.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(memory)
+    dense = memory.is_contiguous() or is_dense(memory)
     return bool(dense and memory.dtype in PLAIN_DTYPES and not memory.is_neg())
 
 

@@ -12,6 +12,7 @@ from ..backends import place_of, upload, wide_device
 from ..backends.base import StepBackend, StepTable
 from ..distributed.unwrap import local_of
 from ..gradients.pack import are_apart, clusters, may_overlap
+from ..torch_internals import is_dense
 
 
 class StepInputs(NamedTuple):
@@ -99,7 +100,7 @@ def for_torch(inputs: StepInputs, shared: set[Any]) -> tuple[StepInputs, list[tu
     plain = StepInputs(inputs.owners, [], [], [[] for _ in inputs.states], inputs.steps, inputs.momenta)
     for p, gradient, *states in zip(inputs.params, inputs.grads, *inputs.states):
         narrow = p.device.type == "cpu" and p.itemsize < 4
-        dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)
+        dense = is_dense(p)
         tensors = [p.detach(), gradient.detach().resolve_neg(), *states]
         if narrow or not dense or any(t.stride() != p.stride() or t.dtype != p.dtype for t in tensors):
             tensors = [t.to(torch.float32 if narrow else p.dtype, copy=True).contiguous() for t in tensors]

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from ..devices import ADDRESSED
 from ..native.cpu_interface import DTYPES, Segment, StepSegment, Table
+from ..torch_internals import is_dense, storage_key
 
 PLAIN_TYPES = frozenset((Tensor, Parameter))
 IS_CPU, IS_NESTED = operator.attrgetter("is_cpu"), operator.attrgetter("is_nested")
@@ -47,8 +48,7 @@ def memory_of(tensors: list[Tensor]) -> Memory | None:
     try:
         if any(map(Tensor.is_neg, tensors)) or any(map(IS_NESTED, tensors)):
             return None
-        dense = torch.ops.aten.is_non_overlapping_and_dense.default
-        if not all(map(Tensor.is_contiguous, tensors)) and not all(map(dense, tensors)):
+        if not all(map(Tensor.is_contiguous, tensors)) and not all(map(is_dense, tensors)):
             return None
         storages = list(map(Tensor.untyped_storage, tensors))
         numels = list(map(Tensor.numel, tensors))
@@ -85,7 +85,7 @@ def are_apart(memory: Memory, tensors: list[Tensor]) -> bool:
     if len(tensors) == 1:
         return True
     if not memory.on_host and any(t.device.type not in ADDRESSED for t in tensors):
-        owners = [storage._cdata for storage, numel in zip(memory.storages, memory.numels) if numel]
+        owners = [storage_key(storage) for storage, numel in zip(memory.storages, memory.numels) if numel]
         return len(set(owners)) == len(owners)
     begins, ends = memory.addresses, list(map(operator.add, memory.addresses, memory.nbytes))
     if 0 in memory.numels:
@@ -131,7 +131,7 @@ class Group:
         storage = gradient.untyped_storage()
         address = storage.data_ptr() + gradient.storage_offset() * gradient.itemsize
         return (
-            storage._cdata == self._storages[i]._cdata
+            storage_key(storage) == storage_key(self._storages[i])
             and address == self.addresses[i]
             and gradient.numel() == self.numels[i]
         )
