@@ -8,7 +8,10 @@ that clip as they step, :mod:`fastclip.monitor` to watch a run, :func:`fastclip.
 :mod:`fastclip.integrations` where a framework does the clipping.
 """
 
-from . import integrations, monitor, optim, rules
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import rules
 from .backends import use_backend
 from .clipper import Clipper
 from .functional import (
@@ -23,9 +26,12 @@ from .functional import (
     mask_small_,
     total_norm,
 )
-from .integrations.torch_patch import patch_torch, unpatch_torch
 from .stats import Stats
 from .version import __version__
+
+if TYPE_CHECKING:
+    from . import integrations, monitor, optim
+    from .integrations.torch_patch import patch_torch, unpatch_torch
 
 __all__ = [
     "Clipper",
@@ -49,3 +55,26 @@ __all__ = [
     "unpatch_torch",
     "use_backend",
 ]
+
+
+# Imported when first asked for, since many programs do without.
+_LATER = {
+    "integrations": ("integrations", None),
+    "monitor": ("monitor", None),
+    "optim": ("optim", None),
+    "patch_torch": ("integrations.torch_patch", "patch_torch"),
+    "unpatch_torch": ("integrations.torch_patch", "unpatch_torch"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module_name, attribute = _LATER[name]
+    module = importlib.import_module(f".{module_name}", __name__)
+    globals()[name] = found = module if attribute is None else getattr(module, attribute)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

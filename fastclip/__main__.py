@@ -27,7 +27,7 @@ from .version import __version__
 def info() -> int:
     """Versions, devices, and each backend with the reason why it can or cannot run: what a bug report needs."""
     rows: list[tuple[str, Callable[[], Any]]] = [
-        ("fastclip", lambda: __version__),
+        ("fastclip", lambda: f"{__version__} (distribution torch-fastclip)"),
         ("python", lambda: f"{platform.python_version()} on {platform.platform()}"),
         ("torch", lambda: f"{torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"),
         ("triton", lambda: _version("triton")),

@@ -142,6 +142,11 @@ bool is_false(PyObject* object) {
   return Object(object).get() == Py_False;
 }
 
+bool is_on_cpu(PyObject* object) {
+  const auto tensor = Tensor::of(object);
+  return tensor && tensor.ask<int32_t>(torch.aoti_torch_get_device_type) == torch.aoti_torch_device_type_cpu();
+}
+
 // Appends a gradient to the group that it belongs to. False if it is not plain memory that the kernels know.
 bool add(PyObject* gradient, int64_t position, std::vector<Group>& groups) {
   if (!is_false(PyObject_GetAttr(gradient, python.is_nested)) ||
@@ -319,42 +324,39 @@ PyObject* clip_norm_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
   Found found;
   Object storages;
-  cpu::GlobalNorm all;
-  std::vector<NormPartial> each;
-  std::vector<char> written;
-  bool wide = false, refused;
   {
     const NoGarbageCollection guard;
-    if (!collect(args[0], clips, found) || found.gradients.empty()) Py_RETURN_NONE;
-    if (Tensor::of(found.gradients[0].get()).ask<int32_t>(torch.aoti_torch_get_device_type) !=
-        torch.aoti_torch_device_type_cpu())
+    if (!collect(args[0], clips, found) || found.gradients.empty() || !is_on_cpu(found.gradients[0].get()))
       Py_RETURN_NONE;
     if (!group(found) || (per_tensor && found.groups.size() > 1)) Py_RETURN_NONE;
-    const bool is_long = found.elements > LONG_WORK;
-    if (is_long) {
+    if (found.elements > LONG_WORK) {
       storages = storages_of(found);
       if (!storages || !group(found)) Py_RETURN_NONE;  // their addresses, now that nothing takes them away
     }
-    written.resize(found.gradients.size());
-    std::vector<cpu::Segment> segments(found.gradients.size());
-    std::vector<cpu::Table> tables(found.groups.size());
-    size_t first = 0;
-    for (size_t i = 0; i < tables.size(); i++) {
-      const auto& g = found.groups[i];
-      if (g.device_type != torch.aoti_torch_device_type_cpu()) Py_RETURN_NONE;
-      wide |= g.dtype == Dtype::F64;
-      fill_table(g.addresses.data(), g.numels.data(), g.addresses.size(), int32_t(g.dtype), &written[first],
-                 &segments[first], &tables[i]);
-      first += g.addresses.size();
-    }
-    each.resize(per_tensor ? segments.size() : 0);
-    uint32_t workers = 1;
-    if (!alone) torch.torch_get_num_threads(&workers);
-    const cpu::Threads threads{workers, torch.torch_parallel_for};
-    PyThreadState* const released = is_long ? PyEval_SaveThread() : nullptr;
-    refused = clip_tables(tables.data(), tables.size(), &threads, &options, per_tensor ? each.data() : nullptr, &all);
-    if (released) PyEval_RestoreThread(released);
   }
+  // From here on no Python runs, unless the interpreter is released, which only happens where `storages` owns the memory.
+  std::vector<char> written(found.gradients.size());
+  std::vector<cpu::Segment> segments(found.gradients.size());
+  std::vector<cpu::Table> tables(found.groups.size());
+  bool wide = false;
+  size_t first = 0;
+  for (size_t i = 0; i < tables.size(); i++) {
+    const auto& g = found.groups[i];
+    if (g.device_type != torch.aoti_torch_device_type_cpu()) Py_RETURN_NONE;
+    wide |= g.dtype == Dtype::F64;
+    fill_table(g.addresses.data(), g.numels.data(), g.addresses.size(), int32_t(g.dtype), &written[first],
+               &segments[first], &tables[i]);
+    first += g.addresses.size();
+  }
+  std::vector<NormPartial> each(per_tensor ? segments.size() : 0);
+  uint32_t workers = 1;
+  if (!alone) torch.torch_get_num_threads(&workers);
+  const cpu::Threads threads{workers, torch.torch_parallel_for};
+  cpu::GlobalNorm all;
+  PyThreadState* const released = storages ? PyEval_SaveThread() : nullptr;
+  const bool refused =
+      clip_tables(tables.data(), tables.size(), &threads, &options, per_tensor ? each.data() : nullptr, &all);
+  if (released) PyEval_RestoreThread(released);
   if (refused) Py_RETURN_NONE;
   if (!bump_versions(found, written)) return nullptr;
   if (!per_tensor) return scalar(all.norm, wide).release();

@@ -46,6 +46,8 @@ def _no_kernels(index: int) -> str | None:
 
 
 def describe() -> str:
+    if libraries.cuda.is_prebuilt():
+        return f"prebuilt ({libraries.cuda.file})"
     return f"nvcc for sm_{', sm_'.join(libraries.architectures())}"
 
 

@@ -92,6 +92,10 @@ class Library(Generic[Opened]):
         except (ImportError, OSError, AttributeError):
             return None
 
+    def is_prebuilt(self) -> bool:
+        """Whether what is opened came with the wheel."""
+        return self.file is not None and self.file == self._prebuilt
+
     def _opens(self, opened_at: tuple[Opened, pathlib.Path]) -> Opened:
         self.opened, self.file = opened_at
         return self.opened
