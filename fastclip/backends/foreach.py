@@ -8,7 +8,7 @@ float16 are widened slice by slice, since torch would round their norms to 16 bi
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..devices import has_float64, wide_device
 from ..modes import is_watched
 from ..packers import NativeGroup
 from ..packers.cpu_kernels import scalar
+from ..packers.groups import Group
 from ..packers.python import number
 from .base import GradGroup, Measurement
 from .on_host import flat, magnitudes, repaired_on_host, slices, writing
@@ -26,7 +27,7 @@ name = "foreach"
 
 ROW = 256  # elements; in vectors of 4 lanes float32 rounds each sum ROW / 4 times
 SMALL = 1 << 14  # elements; smaller tensors are measured together
-SLICE = 1 << 17  # elements that are widened at a time
+SLICE = 1 << 20  # elements that are widened at a time
 GPUS = ("cuda", "xpu")
 UNDERFLOW = 1e-31  # a power sum below this for each element may lack what float32 cannot hold
 
@@ -57,20 +58,19 @@ def measure(
     return Measurement(power, absmax)
 
 
-def clip(groups: list[NativeGroup], p: float, max_norm: float, write: bool, refuse_nonfinite: bool) -> float | None:
+def clip(groups: list[Group], p: float, max_norm: float, write: bool, refuse_nonfinite: bool) -> float | None:
     """The p-norm of all gradients of some groups, clipped to `max_norm` if they are to be written; None if refused.
 
     As ``fastclip_cpu_clip`` in csrc/cpu/launch.h. Each tensor's own norm and largest magnitude are not asked for, so
     one read is enough, and small tensors are read as one.
     """
-    tensors = [tensor for group in groups for tensor in group.tensors]
-    norm = _norm_of_all(tensors, p)
+    with torch.no_grad():
+        norm = _norm_of_all([gradient for group in groups for gradient in group.gradients], p)
     if refuse_nonfinite and not math.isfinite(norm):
         return None
     if write and (coef := _coefficient(norm, max_norm)) != 1:
         for group in groups:
-            _multiply(group.tensors, coef)
-            group.bump_version()
+            _multiply(group.gradients, coef)
     return norm
 
 
@@ -84,11 +84,12 @@ def clip_norm_fused(
     groups = packers.get().packer.pack(items, of_parameters)
     if not groups or per_tensor or any(group.device.type in GPUS for group in groups):
         return groups
-    norm = clip(groups, p, limit, of_parameters, bool(error_if_nonfinite))
+    norm = clip(cast("list[Group]", groups), p, limit, of_parameters, bool(error_if_nonfinite))
     if norm is None:
         return groups
     wide = any(group.dtype == torch.float64 for group in groups) and has_float64(groups[0].device)
-    return scalar(norm, torch.float64 if wide else torch.float32).to(groups[0].device)
+    returned = scalar(norm, torch.float64 if wide else torch.float32)
+    return returned if groups[0].device.type == "cpu" else returned.to(groups[0].device)
 
 
 def apply_(group: GradGroup, coef: Tensor) -> None:
@@ -158,10 +159,7 @@ def _measured_on_gpu(tensors: list[Tensor], p: float) -> Measurement:
 
 def _norm_of_all(tensors: list[Tensor], p: float) -> float:
     """The p-norm of all tensors, 0 < p <= inf, as one vector."""
-    if math.isinf(p):
-        found = [_absmax(tensor) for tensor in tensors]
-        return float(_gathered(found).max())
-    if p not in (1, 2):
+    if p not in (1, 2, math.inf):
         return float(_gathered([magnitudes(tensor, p)[0] for tensor in tensors]).sum().pow(1 / p))
     by_kind: dict[Any, list[Tensor]] = {}
     pieces = []
@@ -169,12 +167,25 @@ def _norm_of_all(tensors: list[Tensor], p: float) -> float:
         if tensor.numel() > SMALL:
             pieces.append(tensor)
         else:
-            by_kind.setdefault((tensor.device, tensor.dtype), []).append(flat(tensor))
-    pieces += [small[0] if len(small) == 1 else torch.cat(small) for small in by_kind.values()]
-    power = _gathered([_norm(piece, p) for piece in pieces]).pow(p).sum()
+            by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for small in by_kind.values():
+        same = len(small) == 1
+        pieces.append(small[0] if same else torch.cat([t if t.dim() == 1 else flat(t) for t in small]))
+    if math.isinf(p):
+        numbers = _numbers([_absmax(piece) for piece in pieces])
+        return max(numbers, key=lambda x: (math.isnan(x), x))
+    numbers = _numbers([_norm(piece, p) for piece in pieces])
+    power = sum(x * x for x in numbers) if p == 2 else sum(numbers)
     if UNDERFLOW * sum(piece.numel() for piece in pieces) <= power < math.inf:
-        return float(power.pow(1 / p))
+        return math.sqrt(power) if p == 2 else power
     return float(_gathered([magnitudes(piece, p)[0] for piece in pieces]).sum().pow(1 / p))
+
+
+def _numbers(tensors: list[Tensor]) -> list[float]:
+    """Of one device and dtype, as most are, by one copy."""
+    if len(tensors) == 1:
+        return [tensors[0].item()]
+    return _gathered(tensors).tolist()
 
 
 def _norm(tensor: Tensor, p: float) -> Tensor:

@@ -59,10 +59,11 @@ class CpuKernels:
 
     def clip(self, groups: list[Group], options: ClipOptions, each: Tensor | None) -> GlobalNorm | None:
         """Measure, decide and apply. `each`: [T, 2] float64, takes power and absmax. None: the norm was refused."""
-        tables, found = (Table * len(groups))(*map(self._table, groups)), GlobalNorm()
+        tables = self._table(groups[0]) if len(groups) == 1 else (Table * len(groups))(*map(self._table, groups))
+        found = GlobalNorm()
         per_segment = None if each is None else each.data_ptr()
         refused = self.library.fastclip_cpu_clip(tables, len(groups), self._threads(), options, per_segment, found)
-        if options.write and not refused:
+        if options.write and not refused and found.coef != 1:
             self._bump_written(groups)
         return None if refused else found
 

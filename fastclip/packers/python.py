@@ -22,6 +22,8 @@ from .base import NativeGroup
 from .cpu_kernels import CpuKernels, scalar
 from .groups import Group, Memory, StepGroup, are_apart, bump_versions, memory_of, together
 
+GRAD = operator.attrgetter("grad")
+
 
 class PythonPacker:
     """See :class:`fastclip.packers.Packer`."""
@@ -41,7 +43,7 @@ class PythonPacker:
         if gradients_of:
             if is_flattened(items):
                 return None
-            items = [gradient for item in items if (gradient := item.grad) is not None]
+            items = [gradient for gradient in map(GRAD, items) if gradient is not None]
         if not items:
             return []
         memory = memory_of(items)
