@@ -523,7 +523,7 @@ def test_without_matplotlib(monkeypatch):
     monitor = GradMonitor()
     monitor.update(Model("a").step(0.5))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'fastclip\[demo\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'torch-fastclip\[demo\]'"):
         monitor.plot()
 
 
