@@ -66,6 +66,7 @@ bench: .venv/ready
 	$(BIN)/python -m bench.step --minutes 2.5 --json bench/results/$(DEVICE)-step.json
 	$(BIN)/python -m bench.rules --minutes 0.7 --json bench/results/$(DEVICE)-rules.json
 	$(BIN)/python -m bench.monitor --json bench/results/$(DEVICE)-monitor.json
+	$(BIN)/python -m bench.platform --json bench/results/cpu-platform.json
 	$(BIN)/python -m bench.distributed --quick --json bench/results/cpu-distributed.json
 	$(BIN)/python -m bench.report
 

@@ -55,16 +55,19 @@ def rivals() -> list[Any]:
 
 
 def table(rows: list[dict[str, Any]], form: str = "simple") -> str:
-    """Times as fast as torch, a line for each packer."""
-    known = {(label(first), mode): by for first, modes in pairs(rows) for mode, by in modes.items()}
-    names = dict.fromkeys(r["provider"] for r in rows if r["provider"] != BASELINE)
+    """Times as fast as torch, a column for each packer."""
+    names = list(dict.fromkeys(r["provider"] for r in rows if r["provider"] != BASELINE))
 
     def cell(r: dict[str, Any]) -> str:
         return times(r["vs_torch"]["median"]) if r["status"] == "ok" else f"{r['status']}: {r['reason']}"
 
-    lines = [[name, *(cell(by[name]) for by in known.values())] for name in names]
-    headers = ["", *(f"{gradients}, {MODES[mode]}" for gradients, mode in known)]
-    return tabulate(lines, headers, tablefmt=form, disable_numparse=True, colalign=("left", *["right"] * len(known)))
+    lines = [
+        [f"{label(first)}, {MODES[mode]}", *(cell(by[name]) for name in names)]
+        for first, modes in pairs(rows)
+        for mode, by in modes.items()
+    ]
+    alignment = ("left", *["right"] * len(names))
+    return tabulate(lines, ["", *names], tablefmt=form, disable_numparse=True, colalign=alignment)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from . import pictures
 from .goals import goals
 from .method import ROOT
 from .models import find
+from .platform import table as platform_table
 from .providers import BASELINE
 from .runs import MODES, NAMES, Row, Run, curve, label, newest, ours, pairs, times
 
@@ -104,6 +105,8 @@ def block(runs: dict[tuple[str, str], Run]) -> str:
         parts += [f"{RULES_INTRO}:", rules_table(rules["rows"])]
     if monitor := runs.get(("monitor", "cpu")):
         parts += [monitor_words(monitor["rows"])]
+    if platform := runs.get(("platform", "cpu")):
+        parts += ["## Without a compiler", platform_words(platform), platform_table(platform["rows"], "pipe")]
     if distributed := runs.get(("distributed", "cpu")):
         parts += ["## Ranks", distributed_words(distributed), distributed_table(distributed["rows"])]
         parts += [message_table(distributed["rows"])]
@@ -233,6 +236,14 @@ def step_table(rows: list[Row]) -> str:
     headers = ["", *(f"{o}, {NAMES.get(m, m.replace('x', ' × '))}, {d}" for o, m, d in columns)]
     return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True,
                     colalign=("left", *["right"] * len(columns)))  # fmt: skip
+
+
+def platform_words(run: Run) -> str:
+    return (
+        f"Each packer, and the way without kernels, as times as fast as torch {run['versions']['torch']}'s "
+        f"`clip_grad_norm_` on a CPU ({run['threads']} threads). [Backends and platforms](backends.md) says which runs "
+        f"where."
+    )
 
 
 def rules_table(rows: list[Row]) -> str:
