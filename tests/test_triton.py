@@ -200,3 +200,14 @@ def test_threads_share_the_tables_safely():
         finally:
             sys.setswitchinterval(interval)
     assert not wrong
+
+
+def test_a_gpu_without_float64_is_told_of(monkeypatch):
+    """As some of Intel's: torch's own operations do the work there."""
+    clip = importlib.import_module("fastclip.backends.triton.clip")
+    monkeypatch.setattr(clip, "_no_driver", lambda: None)
+    monkeypatch.setattr(clip, "has_float64", lambda device: device.index == 0)
+    assert clip.why_not(torch.device("xpu", 0)) is None
+    assert clip.why_not(torch.device("xpu", 1)) == "its kernels compute in float64 too, which this GPU has not"
+    monkeypatch.setattr(fastclip.backends.get("triton"), "why_not", clip.why_not)
+    assert fastclip.backends.choose(torch.device("xpu", 1)).name == "foreach"

@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ...devices import has_float64
 from ..base import GradGroup, Measurement
 from ..transfer import upload
 from .reduction import measure_into
@@ -161,7 +162,7 @@ def why_not(device: torch.device) -> str | None:
     if INTERPRET and device.type == "cpu":
         return None
     if device.type in ("cuda", "xpu"):
-        return _no_driver()
+        return _no_driver() if has_float64(device) else "its kernels compute in float64 too, which this GPU has not"
     return f"its kernels run on GPUs, not on {device.type} (TRITON_INTERPRET=1 interprets them there, slowly)"
 
 
