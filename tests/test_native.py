@@ -30,6 +30,8 @@ def test_without_a_compiler_it_works_and_warns_once(tmp_path):
     assert "compiling" not in result.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_where_the_packer_does_not_compile_the_kernels_may(tmp_path):
     """As without Python's headers. `info` says why; the clip itself does without a warning."""
     compiler = tmp_path / "c++"
