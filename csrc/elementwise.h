@@ -15,7 +15,7 @@
 
 namespace fastclip {
 
-// The numbers by which a dtype crosses the C interfaces; fastclip/backends/cuda.py has the same.
+// The numbers by which a dtype crosses the C interfaces; fastclip/native/cpu_interface.py has the same.
 enum class Dtype : int { F32, F64, BF16, F16 };
 
 // Which power sum a read of the gradients accumulates. Max needs none: every read can give max|g|.

@@ -52,9 +52,14 @@ def info() -> int:
 def build(force: bool) -> int:
     """Compile csrc/ now, showing what the compilers say, instead of on first use; for CUDA too where there is a GPU, or
     TORCH_CUDA_ARCH_LIST names one."""
+    asked = os.environ.get("FASTCLIP_PACKER") or ""
     try:
         module = libraries.cpp.build(verbose=True, force=force)
         print(f"{libraries.cpp.path()}\nCPU kernels: {module.isa()}")
+        if asked in ("abi3", "python"):
+            libraries.kernels.build(verbose=True, force=force)
+        if asked == "abi3":
+            libraries.abi3.build(verbose=True, force=force)
         if torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST"):
             libraries.cuda.build(verbose=True, force=force)
             print(f"{libraries.cuda.path()}\nCUDA kernels: sm_{', sm_'.join(libraries.architectures())}")
@@ -113,6 +118,8 @@ def _packer() -> str:
         reasons.append(f"compiled: {failure}")
     if chosen.name == "python" and packers.torch_library() is None:
         reasons.append("abi3: needs torch 2.14")
+    elif chosen.name == "python":
+        reasons.append("abi3: not in this installation")
     return f"{chosen.name} ({where})" + "".join(f"; not {reason}" for reason in reasons)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_internals import storage_key
+from .torch_internals import no_modes, storage_key
 
 ADDRESSED = ("cpu", "cuda", "xpu")  # elsewhere data_ptr() may be a handle, as that of MPS is
 
@@ -31,8 +31,11 @@ def has_float64(device: torch.device) -> bool:
         return True
     if device.type == "xpu":
         return bool(torch.xpu.get_device_properties(device).has_fp64)
+    if device.type == "mps":
+        return False
     try:
-        torch.ones((), dtype=torch.float64, device=device)
+        with no_modes():  # a fake device would know any dtype
+            torch.ones((), dtype=torch.float64, device=device)
     except (TypeError, RuntimeError, NotImplementedError):
         return False
     return True

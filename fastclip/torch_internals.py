@@ -5,6 +5,7 @@ tests/test_torch_internals.py names everything of that kind in the package, and 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from typing import Any
 
@@ -28,9 +29,11 @@ internal_overlap = found("_debug_has_internal_overlap")
 dense = found("ops.aten.is_non_overlapping_and_dense.default")
 modes_on_stack = found("_C._len_torch_dispatch_stack")
 function_mode = found("_C._is_torch_function_mode_enabled")
+functions_disabled = found("_C.DisableTorchFunction")
 key_included = found("_C._dispatch_tls_is_dispatch_key_included")
 mode_of = found("_C._get_dispatch_mode")
 mode_key = found("_C._TorchDispatchModeKey")
+modes_disabled = found("utils._python_dispatch._disable_current_modes")
 
 
 def is_wrapper(tensor: Tensor) -> bool:
@@ -72,6 +75,21 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 def any_dispatch_mode() -> bool:
     """Whether a TorchDispatchMode is active. Else: no."""
     return modes_on_stack is not None and modes_on_stack() > 0
+
+
+def any_function_mode() -> bool:
+    """Whether a TorchFunctionMode is active. Else: no."""
+    return function_mode is not None and bool(function_mode())
+
+
+def no_functions() -> contextlib.AbstractContextManager[Any]:
+    """Within it neither a TorchFunctionMode nor a subclass sees what is asked of tensors. Else: they do."""
+    return contextlib.nullcontext() if functions_disabled is None else functions_disabled()
+
+
+def no_modes() -> contextlib.AbstractContextManager[Any]:
+    """Within it no TorchDispatchMode is active. Else: those that are stay."""
+    return contextlib.nullcontext() if modes_disabled is None else modes_disabled()
 
 
 def traces_before_autograd() -> bool:

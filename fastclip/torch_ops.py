@@ -25,7 +25,8 @@ TAGS = (torch.Tag.cudagraph_unsafe,)  # the address table is uploaded from the h
 @torch.library.custom_op("fastclip::clip_norm_", mutates_args={"grads"}, tags=TAGS)
 def clip_norm_(grads: list[Tensor], max_norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> Tensor:
     check = refuse_nonfinite if error_if_nonfinite else None
-    return clip(_table(grads), [GlobalNorm(max_norm, norm_type)], norm_type, check).total_norm
+    table = _table(grads)
+    return table.at_home(clip(table, [GlobalNorm(max_norm, norm_type)], norm_type, check).total_norm)
 
 
 @torch.library.custom_op("fastclip::total_norm", mutates_args=(), tags=TAGS)
@@ -33,7 +34,7 @@ def total_norm(tensors: list[Tensor], norm_type: float, error_if_nonfinite: bool
     check = refuse_nonfinite if error_if_nonfinite else None
     rule = GlobalNorm(math.inf, norm_type)
     table = pack(tensors, gradients=True, write=False, argument="tensors")
-    return clip(table, [rule], norm_type, check).total_norm
+    return table.at_home(clip(table, [rule], norm_type, check).total_norm)
 
 
 @torch.library.custom_op("fastclip::clip_with_norm_", mutates_args={"grads"}, tags=TAGS)
@@ -51,12 +52,14 @@ def clip_value_(grads: list[Tensor], clip_value: Tensor) -> None:
 @torch.library.custom_op("fastclip::clip_tensor_norm_", mutates_args={"grads"}, tags=TAGS)
 def clip_tensor_norm_(grads: list[Tensor], max_norm: Tensor, norm_type: float) -> Tensor:
     rule = TensorNorm(nonnegative(max_norm, "max_norm"), norm_type)
-    return clip(_distinct(grads), [rule], norm_type).tensor_norms
+    table = _distinct(grads)
+    return table.at_home(clip(table, [rule], norm_type).tensor_norms)
 
 
 @torch.library.custom_op("fastclip::mask_small_", mutates_args={"grads"}, tags=TAGS)
 def mask_small_(grads: list[Tensor], threshold: Tensor) -> Tensor:
-    return clip(_distinct(grads), [Mask(nonnegative(threshold, "threshold"))], math.inf).coef == 0
+    table = _distinct(grads)
+    return table.at_home(clip(table, [Mask(nonnegative(threshold, "threshold"))], math.inf).coef == 0)
 
 
 @clip_norm_.register_fake

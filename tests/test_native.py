@@ -17,7 +17,9 @@ CLIP = "import torch, fastclip; p = torch.nn.Parameter(torch.zeros(4)); p.grad =
 
 
 def run(*command, **environment):
-    return subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        command, env={**os.environ, "FASTCLIP_PACKER": "", **environment}, cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_without_a_compiler_it_works_and_warns_once(tmp_path):

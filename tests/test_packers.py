@@ -5,6 +5,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -292,6 +294,55 @@ def test_a_rule_that_gives_gradients_other_memory(chosen):
     assert all((m == 1.5).all() for m in memory) and all((x == 5).all() for x in other)
 
 
+def test_other_threads_give_gradients_other_memory_meanwhile(chosen):
+    """Only what had been a gradient's memory when a call began is written."""
+    ps = [parameter(torch.full((500,), 3.0)) for _ in range(100)]
+    stop, foreign = threading.Event(), []
+
+    def clip():
+        while not stop.is_set():
+            fastclip.clip_norm_(ps, 1e-3)
+            fastclip.clip_value_(ps, 1e-3)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=clip)
+    thread.start()
+    try:
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            for q in ps[::7]:
+                q.grad.data = torch.full((500,), 5.0)
+                other = torch.full((500,), 7.0)
+                foreign += [other] if not (other == 7).all() else []
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not foreign
+
+
+def test_modes_that_see_functions_are_not_asked(chosen):
+    """As torch.set_default_device's: each question of a tensor would go through Python, where anything may happen."""
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if args and isinstance(args[0], torch.Tensor) and "is_neg" in str(func):
+                seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    ps = [parameter(torch.ones(4)) for _ in range(3)]
+    with Mode():
+        assert chosen.packer.pack(ps, True)
+        assert fastclip.clip_norm_(ps, 1.0).item() == pytest.approx(12**0.5)
+    assert not seen
+
+
+def test_no_module_of_the_users_is_hidden(all_packers):
+    assert "packer" not in sys.modules
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_are_torchs_own_and_change_nothing(all_packers, monkeypatch, threads):
     torch.manual_seed(0)
@@ -373,8 +424,10 @@ def test_the_order(monkeypatch, compiled, abi3, kernels, new_torch, expected):
     monkeypatch.setattr(packers, "_abi3", lambda module, found: packers.Chosen("abi3", module, found))
     monkeypatch.setattr(packers, "_cpu_kernels", lambda found: found)
     if expected == "none":
+        monkeypatch.setattr(packers, "chosen", None)
         with pytest.warns(RuntimeWarning, match="no kernels for the CPU here .* plain torch.*there is no compiler"):
-            chosen = packers._choose()
+            packers.get()
+        chosen = packers.get()  # without another warning
         assert chosen.kernels is None and chosen.why_not == "there is no compiler."
     else:
         chosen = packers._choose()

@@ -25,9 +25,11 @@ WITH_FALLBACK = {
     "dense": "ops.aten.is_non_overlapping_and_dense.default",
     "modes_on_stack": "_C._len_torch_dispatch_stack",
     "function_mode": "_C._is_torch_function_mode_enabled",
+    "functions_disabled": "_C.DisableTorchFunction",
     "key_included": "_C._dispatch_tls_is_dispatch_key_included",
     "mode_of": "_C._get_dispatch_mode",
     "mode_key": "_C._TorchDispatchModeKey",
+    "modes_disabled": "utils._python_dispatch._disable_current_modes",
 }
 
 # ATen operators, which torch.optim and torch.nn.utils call by these names, too

@@ -25,7 +25,11 @@ PURE = {"wheel.cmake": "false", "wheel.py-api": "py3"}
 
 def run(*command, cwd=ROOT, **environment):
     result = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**os.environ, "FASTCLIP_PACKER": "", **environment},
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -25,10 +25,10 @@ Shim torch;
 decltype(&cpu::fastclip_cpu_clip) clip_tables;
 decltype(&cpu::fastclip_cpu_table) fill_table;
 struct {
-  PyObject *tensor, *parameter;          // types
-  PyObject *is_neg, *untyped_storage;    // methods of tensors
-  PyObject *bump_versions, *is_watched;  // functions
-  PyObject *grad, *is_nested;            // names of attributes
+  PyObject *tensor, *parameter;                                            // types
+  PyObject *is_neg, *untyped_storage, *storage_data_ptr, *storage_nbytes;  // methods of tensors
+  PyObject *bump_versions, *is_watched;                                    // functions
+  PyObject *grad, *is_nested;                                              // names of attributes
 } python;
 bool alone = false;
 
@@ -45,18 +45,6 @@ class Object {
 
  private:
   PyObject* object_;
-};
-
-// No finalizer of garbage runs while addresses are taken: it might give a gradient other memory.
-class NoGarbageCollection {
- public:
-  NoGarbageCollection() : enabled_(PyGC_Disable()) {}
-  ~NoGarbageCollection() {
-    if (enabled_) PyGC_Enable();
-  }
-
- private:
-  const int enabled_;
 };
 
 class Tensor {
@@ -98,6 +86,7 @@ struct Group {
 
 struct Found {
   std::vector<Object> gradients;
+  std::vector<Object> storages;  // of the gradients, which keep their memory alive; empty until hold()
   std::vector<Group> groups;
   int64_t elements = 0;
 };
@@ -147,11 +136,23 @@ bool is_on_cpu(PyObject* object) {
   return tensor && tensor.ask<int32_t>(torch.aoti_torch_get_device_type) == torch.aoti_torch_device_type_cpu();
 }
 
-// Appends a gradient to the group that it belongs to. False if it is not plain memory that the kernels know.
-bool add(PyObject* gradient, int64_t position, std::vector<Group>& groups) {
-  if (!is_false(PyObject_GetAttr(gradient, python.is_nested)) ||
-      !is_false(PyObject_CallFunctionObjArgs(python.is_neg, gradient, nullptr)))
-    return false;
+// Whether a gradient is real memory, as far as Python must be asked. Other threads may run meanwhile.
+bool is_real(PyObject* gradient) {
+  return is_false(PyObject_GetAttr(gradient, python.is_nested)) &&
+      is_false(PyObject_CallFunctionObjArgs(python.is_neg, gradient, nullptr));
+}
+
+// An integer that a method of `object` returns; -1 if it fails.
+int64_t integer(PyObject* method, PyObject* object) {
+  const Object result(PyObject_CallFunctionObjArgs(method, object, nullptr));
+  const int64_t value = result ? PyLong_AsLongLong(result.get()) : -1;
+  if (PyErr_Occurred()) PyErr_Clear();
+  return value;
+}
+
+// Appends a gradient to the group that it belongs to. False if it is not plain memory that the kernels know. Where a storage
+// is held, the address is the storage's, whatever another thread does to the gradient; else no other thread can run.
+bool add(PyObject* gradient, PyObject* storage, int64_t position, std::vector<Group>& groups) {
   const auto tensor = Tensor::of(gradient);
   Dtype dtype;
   if (!tensor || !tensor.ask<bool>(torch.torch_has_storage) ||
@@ -163,17 +164,22 @@ bool add(PyObject* gradient, int64_t position, std::vector<Group>& groups) {
   if (device != torch.aoti_torch_device_type_cpu() && device != torch.aoti_torch_device_type_cuda() &&
       device != torch.aoti_torch_device_type_xpu())
     return false;
-  const auto numel = tensor.ask<int64_t>(torch.aoti_torch_get_numel);
-  const auto end = (tensor.ask<int64_t>(torch.aoti_torch_get_storage_offset) + numel) * itemsize_of(dtype);
-  if (numel > 0 && tensor.ask<int64_t>(torch.aoti_torch_get_storage_size) < end) return false;  // freed
   if (!tensor.ask<bool>(torch.aoti_torch_is_contiguous) && !is_dense(tensor)) return false;
-  const void* data = tensor.ask<void*>(torch.aoti_torch_get_data_ptr);
-  if (numel > 0 && !data) return false;
+  const auto numel = tensor.ask<int64_t>(torch.aoti_torch_get_numel);
+  const auto begin = tensor.ask<int64_t>(torch.aoti_torch_get_storage_offset) * itemsize_of(dtype);
+  auto address = reinterpret_cast<int64_t>(tensor.ask<void*>(torch.aoti_torch_get_data_ptr));
+  auto bytes = tensor.ask<int64_t>(torch.aoti_torch_get_storage_size);
+  if (numel > 0 && !address) return false;
+  if (storage) {
+    address = integer(python.storage_data_ptr, storage) + begin;
+    bytes = integer(python.storage_nbytes, storage);
+  }
+  if (numel > 0 && bytes < begin + numel * itemsize_of(dtype)) return false;  // freed
   auto group = std::find_if(groups.begin(), groups.end(), [&](const Group& g) {
     return g.device_type == device && g.device_index == index && g.dtype == dtype;
   });
   if (group == groups.end()) group = groups.insert(group, Group{device, index, dtype, {}, {}, {}});
-  group->addresses.push_back(reinterpret_cast<int64_t>(data));
+  group->addresses.push_back(address);
   group->numels.push_back(numel);
   group->positions.push_back(position);
   return true;
@@ -192,8 +198,9 @@ bool any_overlap(const std::vector<Group>& groups) {
   return false;
 }
 
-// The gradients of a list of parameters, or its tensors themselves. False if an item is not a plain parameter.
-bool collect(PyObject* items, bool gradients_of, Found& found) {
+// The gradients of a list of parameters, or its tensors themselves. False if an item is not a plain parameter, or if
+// `on_cpu` and the first one is elsewhere.
+bool collect(PyObject* items, bool gradients_of, bool on_cpu, Found& found) {
   if (!PyList_CheckExact(items)) return false;
   const Py_ssize_t size = PyList_Size(items);
   found.gradients.reserve(size);
@@ -203,7 +210,20 @@ bool collect(PyObject* items, bool gradients_of, Found& found) {
     Object gradient(gradients_of ? PyObject_GetAttr(item, python.grad) : (Py_INCREF(item), item));
     if (gradient.get() == Py_None) continue;
     if (!gradient || !is_plain_type(gradient.get())) return PyErr_Clear(), false;
+    if (on_cpu && found.gradients.empty() && !is_on_cpu(gradient.get())) return false;
     found.gradients.push_back(std::move(gradient));
+  }
+  for (const auto& gradient : found.gradients)
+    if (!is_real(gradient.get())) return false;
+  return !found.gradients.empty();
+}
+
+// Holds the storages of the gradients. False if one has none.
+bool hold(Found& found) {
+  for (const auto& gradient : found.gradients) {
+    Object storage(PyObject_CallFunctionObjArgs(python.untyped_storage, gradient.get(), nullptr));
+    if (!storage) return PyErr_Clear(), false;
+    found.storages.push_back(std::move(storage));
   }
   return true;
 }
@@ -213,7 +233,8 @@ bool group(Found& found) {
   found.groups.clear();
   found.elements = 0;
   for (size_t i = 0; i < found.gradients.size(); i++)
-    if (!add(found.gradients[i].get(), i, found.groups)) return false;
+    if (!add(found.gradients[i].get(), found.storages.empty() ? nullptr : found.storages[i].get(), i, found.groups))
+      return false;
   std::vector<PyObject*> empty;
   for (const auto& group : found.groups) {
     for (size_t i = 0; i < group.numels.size(); i++) {
@@ -225,14 +246,10 @@ bool group(Found& found) {
   return std::adjacent_find(empty.begin(), empty.end()) == empty.end() && !any_overlap(found.groups);
 }
 
-// The storages of the gradients, which keep their memory alive whatever happens to the gradients meanwhile. Null if one has
-// none.
-Object storages_of(const Found& found) {
+Object list_of(const std::vector<Object>& objects) {
   Object list(PyList_New(0));
-  for (const auto& gradient : found.gradients) {
-    Object storage(PyObject_CallFunctionObjArgs(python.untyped_storage, gradient.get(), nullptr));
-    if (!list || !storage || PyList_Append(list.get(), storage.get()) < 0) return PyErr_Clear(), Object();
-  }
+  for (const auto& object : objects)
+    if (!list || PyList_Append(list.get(), object.get()) < 0) return Object();
   return list;
 }
 
@@ -245,17 +262,9 @@ Object bytes_of(const std::vector<int64_t>& numbers) {
 PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 2) return PyErr_SetString(PyExc_TypeError, "pack takes 2 arguments"), nullptr;
   Found found;
-  Object storages;
-  {
-    const NoGarbageCollection guard;
-    if (!collect(args[0], args[1] == Py_True, found) || found.gradients.empty()) Py_RETURN_NONE;
-    storages = storages_of(found);
-    if (!storages || !group(found)) Py_RETURN_NONE;
-  }
-  Object gradients(PyList_New(0)), groups(PyList_New(0));
-  if (!gradients || !groups) return nullptr;
-  for (const auto& gradient : found.gradients)
-    if (PyList_Append(gradients.get(), gradient.get()) < 0) return nullptr;
+  if (!collect(args[0], args[1] == Py_True, false, found) || !hold(found) || !group(found)) Py_RETURN_NONE;
+  const Object gradients = list_of(found.gradients), storages = list_of(found.storages), groups(PyList_New(0));
+  if (!gradients || !storages || !groups) return nullptr;
   for (const auto& group : found.groups) {
     const Object addresses = bytes_of(group.addresses), numels = bytes_of(group.numels),
                  positions = bytes_of(group.positions);
@@ -311,8 +320,8 @@ double number(PyObject* object) {
   return value;
 }
 
-// clip_norm_fused as FusedClip in fastclip/packers/base.py has it, but for its list of groups: what it does not do here
-// is packed again, by pack().
+// clip_norm_fused as FusedClip in fastclip/packers/base.py has it, but that it returns None in place of groups: its caller
+// packs again.
 PyObject* clip_norm_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 6) return PyErr_SetString(PyExc_TypeError, "clip_norm_fused takes 6 arguments"), nullptr;
   const bool clips = args[1] == Py_True, per_tensor = args[5] == Py_True;
@@ -323,18 +332,12 @@ PyObject* clip_norm_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!is_false(PyObject_CallFunctionObjArgs(python.is_watched, nullptr))) Py_RETURN_NONE;
 
   Found found;
-  Object storages;
-  {
-    const NoGarbageCollection guard;
-    if (!collect(args[0], clips, found) || found.gradients.empty() || !is_on_cpu(found.gradients[0].get()))
-      Py_RETURN_NONE;
-    if (!group(found) || (per_tensor && found.groups.size() > 1)) Py_RETURN_NONE;
-    if (found.elements > LONG_WORK) {
-      storages = storages_of(found);
-      if (!storages || !group(found)) Py_RETURN_NONE;  // their addresses, now that nothing takes them away
-    }
-  }
-  // From here on no Python runs, unless the interpreter is released, which only happens where `storages` owns the memory.
+  if (!collect(args[0], clips, true, found) || !group(found)) Py_RETURN_NONE;
+  if (per_tensor && found.groups.size() > 1) Py_RETURN_NONE;
+  const bool is_long = found.elements > LONG_WORK;
+  if (is_long && (!hold(found) || !group(found))) Py_RETURN_NONE;
+  // Since group() took the addresses nothing of Python has run, and nothing will before the kernels are done: unless the
+  // interpreter is released, for which the storages are held.
   std::vector<char> written(found.gradients.size());
   std::vector<cpu::Segment> segments(found.gradients.size());
   std::vector<cpu::Table> tables(found.groups.size());
@@ -353,7 +356,7 @@ PyObject* clip_norm_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!alone) torch.torch_get_num_threads(&workers);
   const cpu::Threads threads{workers, torch.torch_parallel_for};
   cpu::GlobalNorm all;
-  PyThreadState* const released = storages ? PyEval_SaveThread() : nullptr;
+  PyThreadState* const released = is_long ? PyEval_SaveThread() : nullptr;
   const bool refused =
       clip_tables(tables.data(), tables.size(), &threads, &options, per_tensor ? each.data() : nullptr, &all);
   if (released) PyEval_RestoreThread(released);
@@ -395,6 +398,8 @@ PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
       {"parameter", &python.parameter},
       {"is_neg", &python.is_neg},
       {"untyped_storage", &python.untyped_storage},
+      {"storage_data_ptr", &python.storage_data_ptr},
+      {"storage_nbytes", &python.storage_nbytes},
       {"bump_versions", &python.bump_versions},
       {"is_watched", &python.is_watched},
   };

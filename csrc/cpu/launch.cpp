@@ -25,7 +25,7 @@ struct Isa {
 
 Isa choose() {
 #if defined(__x86_64__)
-  const char* asked = std::getenv("FASTCLIP_CPU_ISA");  // native.py has refused unknown names
+  const char* asked = std::getenv("FASTCLIP_CPU_ISA");  // fastclip/native/libraries.py has refused unknown names
   const bool any = !asked || !*asked || std::strcmp(asked, "avx512") == 0;
   const Features here = features_here();
   if (here.avx512 && any) return {"avx512", &avx512::kernels};

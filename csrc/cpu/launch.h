@@ -66,7 +66,7 @@ struct GlobalNorm {
 struct ClipOptions {
   double p, max_norm;
   bool write;             // scale the gradients by the coefficient, not only measure
-  bool refuse_nonfinite;  // unless the norm is inf or NaN
+  bool refuse_nonfinite;  // write nothing if the norm is inf or NaN
 };
 
 // What an optimizer keeps beside a gradient: arrays of the gradient's dtype, size and layout.

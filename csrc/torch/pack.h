@@ -93,7 +93,7 @@ bool plain(const c10::TensorImpl& tensor);
 enum class Packed { Plain, Odd };
 
 // Groups of all gradients of `tensors` (or of the tensors themselves), in order, a gradient that appears twice once: the
-// same elements in memory, or, without elements, the same object. `identity` in fastclip/table.py goes by the same rule.
+// same elements in memory, or, without elements, the same object. `identity` in fastclip/gradients/pack.py goes by the same rule.
 // Packed::Odd if any of them is not a plain dense real tensor, or if two of them overlap; `groups` is then unusable.
 // `views`: whether the storage of any of them is larger than it, or has other owners.
 Packed pack(const std::vector<c10::TensorImpl*>& tensors, bool gradients_of, std::vector<Group>& groups,

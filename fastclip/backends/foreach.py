@@ -22,10 +22,11 @@ from ..packers.groups import Group
 from ..packers.python import number
 from .base import GradGroup, Measurement
 from .on_host import flat, magnitudes, repaired_on_host, slices, writing
+from .transfer import upload
 
 name = "foreach"
 
-ROW = 256  # elements; in vectors of 4 lanes float32 rounds each sum ROW / 4 times
+ROW = 128  # elements; in vectors of 4 lanes float32 rounds each sum ROW / 4 times
 SMALL = 1 << 14  # elements; smaller tensors are measured together
 SLICE = 1 << 20  # elements that are widened at a time
 GPUS = ("cuda", "xpu")
@@ -52,7 +53,7 @@ def measure(
     if p not in (1, 2):
         return Measurement(_gathered([magnitudes(tensor, p)[0] for tensor in tensors]), absmax)
     power = _gathered([_norm(tensor, p) for tensor in tensors]).pow(p)
-    doubtful = ~power.isfinite() | ((power < UNDERFLOW * group.numels()) & (absmax != 0))
+    doubtful = ~power.isfinite() | ((power < UNDERFLOW * group.numels().to(power.device)) & (absmax != 0))
     for i in doubtful.nonzero().flatten().tolist():
         power[i] = magnitudes(tensors[i], p)[0]
     return Measurement(power, absmax)
@@ -94,10 +95,10 @@ def clip_norm_fused(
 
 def apply_(group: GradGroup, coef: Tensor) -> None:
     compute = torch.promote_types(group.dtype, torch.float32)
-    by_coef: dict[tuple[float, float], list[Tensor]] = {}
+    by_coef: dict[str, tuple[float, list[Tensor]]] = {}
     for tensor, c in zip(group.tensors, coef.to(compute).expand(len(group)).tolist()):
-        by_coef.setdefault((c, math.copysign(1, c)), []).append(tensor)
-    for (c, _), tensors in by_coef.items():
+        by_coef.setdefault(c.hex() if c == c else "nan", (c, []))[1].append(tensor)  # -0.0 is not 0.0
+    for c, tensors in by_coef.values():
         if c != 1:
             _multiply(tensors, c)
 
@@ -128,11 +129,16 @@ def _outside(tensor: Tensor, low: float, high: float) -> bool:
 def _multiply(tensors: list[Tensor], coef: float) -> None:
     """Multiply by a float32, or a float64 if they are: +0 writes zeros, whatever there was."""
     compute = torch.promote_types(tensors[0].dtype, torch.float32)
-    with writing(tensors[0]):  # autograd treats those of a group alike, or else raises before it writes
-        if coef == 0 and math.copysign(1, coef) > 0:
-            torch._foreach_zero_(tensors)
-        else:
-            torch._foreach_mul_(tensors, torch.tensor(coef, dtype=compute, device=tensors[0].device))
+    factor = torch.tensor(coef, dtype=compute, device="cpu")  # on a GPU it would be rounded to the gradients' dtype
+    for inference in (False, True):  # each where autograd lets it be changed
+        alike = [tensor for tensor in tensors if tensor.is_inference() == inference]
+        if not alike:
+            continue
+        with writing(alike[0]):
+            if coef == 0 and math.copysign(1, coef) > 0:
+                torch._foreach_zero_(alike)
+            else:
+                torch._foreach_mul_(alike, factor)
 
 
 def _coefficient(norm: float, limit: float) -> float:
@@ -150,6 +156,13 @@ def _coefficient(norm: float, limit: float) -> float:
 
 def _measured_on_gpu(tensors: list[Tensor], p: float) -> Measurement:
     """By one launch of torch's for each norm, without waiting for the device."""
+    full = [i for i, tensor in enumerate(tensors) if tensor.numel()]  # torch knows no largest element of none
+    if len(full) < len(tensors):
+        nothing = torch.zeros(len(tensors), dtype=torch.float64, device=tensors[0].device)
+        if not full:
+            return Measurement(nothing, nothing)
+        found, index = _measured_on_gpu([tensors[i] for i in full], p), upload(full, torch.int64, nothing.device)
+        return Measurement(*(nothing.index_copy(0, index, x) for x in (found.power, found.absmax)))
     absmax = torch.stack(torch._foreach_norm(tensors, math.inf)).double()
     if math.isinf(p):
         return Measurement(torch.zeros_like(absmax), absmax)
@@ -169,16 +182,32 @@ def _norm_of_all(tensors: list[Tensor], p: float) -> float:
         else:
             by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for small in by_kind.values():
-        same = len(small) == 1
-        pieces.append(small[0] if same else torch.cat([t if t.dim() == 1 else flat(t) for t in small]))
+        pieces += _concatenated(small)
     if math.isinf(p):
         numbers = _numbers([_absmax(piece) for piece in pieces])
         return max(numbers, key=lambda x: (math.isnan(x), x))
     numbers = _numbers([_norm(piece, p) for piece in pieces])
     power = sum(x * x for x in numbers) if p == 2 else sum(numbers)
-    if UNDERFLOW * sum(piece.numel() for piece in pieces) <= power < math.inf:
+    exact = UNDERFLOW * sum(piece.numel() for piece in pieces) <= power < math.inf
+    if exact or (power == 0 and not any(_numbers([_absmax(piece) for piece in pieces]))):
         return math.sqrt(power) if p == 2 else power
     return float(_gathered([magnitudes(piece, p)[0] for piece in pieces]).sum().pow(1 / p))
+
+
+def _concatenated(small: list[Tensor]) -> list[Tensor]:
+    """Tensors of one device and dtype as a few of at most some SLICE elements, which bounds the memory."""
+    pieces: list[Tensor] = []
+    batch: list[Tensor] = []
+    held = 0
+    for tensor in small:
+        batch.append(tensor if tensor.dim() == 1 else flat(tensor))
+        held += len(batch[-1])
+        if held >= SLICE:
+            pieces.append(torch.cat(batch))
+            batch, held = [], 0
+    if batch:
+        pieces.append(batch[0] if len(batch) == 1 else torch.cat(batch))
+    return pieces
 
 
 def _numbers(tensors: list[Tensor]) -> list[float]:
@@ -220,7 +249,7 @@ def _absmax(tensor: Tensor) -> Tensor:
     if not tensor.numel():
         return tensor.new_zeros(())
     least, largest = torch.aminmax(tensor)
-    return torch.maximum(-least, largest)
+    return torch.maximum(least.abs(), largest.abs())
 
 
 def _gathered(numbers: list[Tensor]) -> Tensor:

@@ -31,10 +31,10 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def magnitudes(tensor: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """sum |x|^p (0 for p = inf) and max |x|, [] float64, without overflow; both NaN if an element is.
+    """sum |x|^p (0 for p = inf) and max |x|, [] float64; both NaN if an element is.
 
-    Slice by slice in float64. A device that has none divides by the largest magnitude first: no power of a quotient
-    overflows, and the host multiplies by that magnitude's power.
+    Slice by slice in float64. A device that has none divides by the largest magnitude first, so that no power of a
+    quotient overflows in float32, and the host multiplies by that magnitude's power.
     """
     device = wide_device(tensor.device)
     power = torch.zeros((), dtype=torch.float64, device=device)
@@ -42,17 +42,18 @@ def magnitudes(tensor: Tensor, p: float) -> tuple[Tensor, Tensor]:
     for piece in slices(tensor):
         if has_float64(tensor.device):
             magnitude = piece.to(torch.complex128 if piece.is_complex() else torch.float64).abs()
-            most, factor = magnitude.max(), 1.0
+            most, factor = magnitude.max(), None
         else:
             magnitude = piece.to(torch.promote_types(piece.dtype, torch.float32)).abs()
             most = magnitude.max().to(device).double()
-            factor = most.item() if 0 < p < math.inf and 0 < most < math.inf else 1.0
-            magnitude = magnitude / factor
+            factor = most.clamp(min=2.0**-126) if 0 < most < math.inf else None  # whose reciprocal is no inf
+            magnitude = magnitude if factor is None else magnitude / factor.item()
         largest = torch.maximum(largest, most)
         if p == 0:
             power += widened((magnitude != 0).sum(), device)
         elif not math.isinf(p):
-            power += widened(magnitude.pow(p).sum(), device) * factor**p
+            part = widened(magnitude.pow(p).sum(), device)
+            power += part if factor is None else part * factor**p
     return power, largest
 
 

@@ -139,7 +139,7 @@ class Attached:
         self.stats = stats
         if self.monitor is not None and self._clippers.is_first(parameter_set):
             self.monitor.update(stats, step=stats.step)
-        return stats.total_norm
+        return step.table.at_home(stats.total_norm)
 
     def _optimizers_of(self, clipper: Clipper) -> list[Any] | None:
         """The accelerator's optimizer of these gradients, and what it wraps."""

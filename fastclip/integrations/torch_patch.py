@@ -161,7 +161,8 @@ class patch_torch:
         if not items or self._clippers.only_measures(max_norm):
             return functional.clip_norm_(items, max_norm, norm_type, error_if_nonfinite)
         policy = "raise" if error_if_nonfinite else "propagate"
-        return self._clip_(self._clippers, items, max_norm, norm_type, Clipper.clip_, policy).total_norm
+        norm = self._clip_(self._clippers, items, max_norm, norm_type, Clipper.clip_, policy).total_norm
+        return norm.to(next((p.grad.device for p in items if p.grad is not None), norm.device))
 
     def _clip_with_norm_(
         self,

@@ -116,7 +116,7 @@ def _compile_cpp(library: pathlib.Path, verbose: bool) -> None:
         pathlib.Path(program).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         os.chmod(program, 0o700)
     with _environment(CXX=program, PATH=_path_with_ninja()):
-        # A Python module would be imported from here, so ask for a plain library; _open_cpp imports it from its place.
+        # A Python module would be imported from here, so ask for a plain library: _open_module imports it in its place.
         cpp_extension.load(
             NAME,
             [str(source) for source in sources(".cpp", folders=CPP_FOLDERS)],
@@ -177,13 +177,14 @@ def _abi3_path() -> pathlib.Path:
 
 
 def _compile_abi3(library: pathlib.Path, verbose: bool) -> None:
-    headers = "-I" + sysconfig.get_paths()["include"]
-    files = map(str, sources(".cpp", folders=("abi3",)))
-    _run([*_found_cxx(), *LIBRARY_FLAGS, headers, *files, "-o", str(library)], verbose)
+    flags = [*LIBRARY_FLAGS, "-I" + sysconfig.get_paths()["include"]]
+    if sys.platform == "darwin":
+        flags += ["-undefined", "dynamic_lookup"]  # Python's own symbols
+    _run([*_found_cxx(), *flags, *map(str, sources(".cpp", folders=("abi3",))), "-o", str(library)], verbose)
 
 
 abi3 = Library(
-    *("abi3", "a slower packer", _abi3_path, _compile_abi3, functools.partial(_open_module, "packer")),
+    *("abi3", "a slower packer", _abi3_path, _compile_abi3, functools.partial(_open_module, "fastclip.lib.packer")),
     circumstances=lambda: _circumstances(cxx()),
     needs=_found_cxx,
     prebuilt="packer.pyd" if sys.platform == "win32" else "packer.abi3.so",

@@ -26,7 +26,7 @@ class Library(Generic[Opened]):
         path: -> the file that a build of the present sources for this machine has.
         compile_to: (path, verbose) -> None, or raises what the compiler raised. Nothing else is in the path's folder.
         open_at: (path) -> the library.
-        circumstances: -> what else decides whether a build fails.
+        circumstances: -> a text that changes where a build that failed may succeed: which compiler, where it looks.
         check: raises ValueError for a setting that is wrong, whether or not there is a compiler.
         prebuilt: the name of the file that a wheel has instead.
         needs: raises FileNotFoundError where there is no compiler.
@@ -54,8 +54,8 @@ class Library(Generic[Opened]):
         self._failure: str | None = None
 
     def load(self, warn: bool = True) -> Opened | None:
-        """The library: from the cache, else from the wheel, else built now. None if that failed: `failure` says why,
-        and once a warning does, unless the caller does without it (`warn`)."""
+        """The library: from the cache, else from the wheel, else built now. None if that failed; `failure` says why.
+        `warn`: whether a failure gives a RuntimeWarning, once."""
         if self.opened is not None or self._failure is not None:
             return self.opened
         with self._lock:
@@ -102,7 +102,7 @@ class Library(Generic[Opened]):
 
     def get(self) -> Opened:
         """The library, where it can be had: whoever asks knows that from :meth:`load`, or is told why not."""
-        library = self.opened if self.opened is not None else self.load()
+        library = self.opened if self.opened is not None else self.load(warn=False)
         if library is None:
             raise RuntimeError(f"the {self.name} backend could not be built: {self._failure}")
         return library

@@ -5,11 +5,12 @@
 3. ``compiled``, built now, where there is a C++ compiler;
 4. ``python``, with the kernels that come with the wheel or are built now, else with plain torch instead of them.
 
-``FASTCLIP_PACKER`` asks for one by name, and where nothing prebuilt is there, for its build.
+``FASTCLIP_PACKER`` names the one to use. It is built if neither the cache nor the wheel has it; an error if that fails.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -58,6 +59,13 @@ def get() -> Chosen:
         with _lock:
             if chosen is None:
                 chosen = _choose()
+                if chosen.why_not is not None:
+                    warnings.warn(
+                        f"fastclip has no kernels for the CPU here and works by plain torch, at about torch's speed: "
+                        f"{chosen.why_not} `python -m fastclip build` tries again and shows the whole story.",
+                        RuntimeWarning,
+                        stacklevel=5,
+                    )
     return chosen
 
 
@@ -66,6 +74,8 @@ def named(name: str) -> Chosen:
     if name == "compiled":
         return _compiled(libraries.cpp.get())
     if name == "abi3":
+        if torch_library() is None:
+            raise RuntimeError(f"the packer abi3 needs torch 2.14, and this is {torch.__version__}")
         return _abi3(libraries.abi3.get(), libraries.kernels.get())
     return _python()
 
@@ -81,7 +91,8 @@ def _choose() -> Chosen:
     if torch_library() is not None:
         module, kernels = libraries.abi3.load_prebuilt(), libraries.kernels.load_prebuilt()
         if module is not None and kernels is not None:
-            return _abi3(module, kernels)
+            with contextlib.suppress(AttributeError, RuntimeError):  # a later torch may lack what the module needs
+                return _abi3(module, kernels)
     if (library := libraries.cpp.load(warn=False)) is not None:
         return _compiled(library)
     return _python()
@@ -94,8 +105,7 @@ def _compiled(library: Any) -> Chosen:
 
 def _abi3(module: Any, library: ctypes.CDLL) -> Chosen:
     torch_functions = torch_library()
-    if torch_functions is None:
-        raise RuntimeError(f"the packer abi3 needs torch 2.14, and this is {torch.__version__}")
+    assert torch_functions is not None
     kernels = _cpu_kernels(library)
     packer = Abi3Packer(module, kernels, torch_functions)
     _after_fork(packer.work_alone)
@@ -109,12 +119,6 @@ def _python() -> Chosen:
         return Chosen("python", PythonPacker(kernels), kernels)
     reason = libraries.cpp.failure() or libraries.kernels.failure()
     assert reason is not None
-    warnings.warn(
-        f"fastclip has no kernels for the CPU here and works by plain torch, at about torch's speed: {reason} "
-        f"`python -m fastclip build` tries again and shows the whole story.",
-        RuntimeWarning,
-        stacklevel=6,
-    )
     return Chosen("python", PythonPacker(None), None, reason)
 
 

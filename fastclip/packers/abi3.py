@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ..modes import is_watched
 from ..native import cpu_interface
-from .base import NativeGroup
 from .cpu_kernels import CpuKernels
 from .groups import Group, bump_versions
-from .python import PythonPacker, is_flattened
+from .python import PythonPacker, is_flattened, unwatched
 
 
 class Abi3Packer(PythonPacker):
@@ -32,6 +31,8 @@ class Abi3Packer(PythonPacker):
             "parameter": torch.nn.Parameter,
             "is_neg": Tensor.is_neg,
             "untyped_storage": Tensor.untyped_storage,
+            "storage_data_ptr": torch.UntypedStorage.data_ptr,
+            "storage_nbytes": torch.UntypedStorage.nbytes,
             "bump_versions": bump_versions,
             "is_watched": is_watched,
         }
@@ -39,30 +40,30 @@ class Abi3Packer(PythonPacker):
         self._module = module
         self.work_alone = module.work_alone
 
-    def pack(self, items: list[Any], gradients_of: bool, /) -> list[NativeGroup] | None:
+    def groups(self, items: list[Any], gradients_of: bool) -> list[Group] | None:
         if gradients_of and is_flattened(items):
             return None
         packed = self._module.pack(items, gradients_of)
         if packed is None:
-            return super().pack(items, gradients_of)
+            return super().groups(items, gradients_of)
         gradients, storages, groups = packed
         if len(groups) == 1:
             ((addresses, numels, _),) = groups
             return [Group(gradients, storages, addresses, numels, [])]
-        made: list[NativeGroup] = []
+        made = []
         for addresses, numels, in_group in groups:
             positions = memoryview(in_group).cast("q").tolist()
             own = [gradients[i] for i in positions], [storages[i] for i in positions]
             made.append(Group(*own, addresses, numels, positions))
         return made
 
+    @unwatched
     def clip_norm_fused(
         self, items: list[Any], of_parameters: bool, max_norm: Any, norm_type: Any, error_if_nonfinite: bool,
         per_tensor: bool, /,
     ) -> Any:  # fmt: skip
-        if of_parameters and is_flattened(items):
+        if type(items) is not list or (of_parameters and is_flattened(items)):
             return None
-        done = self._module.clip_norm_fused(items, of_parameters, max_norm, norm_type, error_if_nonfinite, per_tensor)
-        if done is None and type(items) is list:
-            return super().clip_norm_fused(items, of_parameters, max_norm, norm_type, error_if_nonfinite, per_tensor)
-        return done
+        arguments = items, of_parameters, max_norm, norm_type, error_if_nonfinite, per_tensor
+        done = self._module.clip_norm_fused(*arguments)
+        return super().clip_norm_fused(*arguments) if done is None else done

@@ -41,8 +41,10 @@ class FusedClip(Protocol):
 
     ``clip_norm_fused`` clips the gradients of parameters to `max_norm`; or, unless `of_parameters`, measures tensors.
     It takes the arguments as the user gave them: what it does not know it leaves to the general path, which says what
-    is wrong. It returns the norm before, or with `per_tensor` a :data:`FusedStats`; the packed groups or None where it
-    is another case (another device, say), and nothing is done then.
+    is wrong.
+
+    Returns the norm before; with `per_tensor` a :data:`FusedStats`. Where it is another case (gradients on another
+    device, say) nothing is done, and it returns the packed groups, or None if it has not packed.
     """
 
     @overload

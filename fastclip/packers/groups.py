@@ -72,8 +72,8 @@ def memory_of(tensors: list[Tensor]) -> Memory | None:
         starts = [offset * t.itemsize for offset, t in zip(offsets, tensors)]
         addresses = list(map(operator.add, addresses, starts))
         ends = list(map(operator.sub, ends, starts))
-    if any(map(operator.gt, nbytes, ends)):  # freed or shrunk
-        return None
+    if any(map(operator.gt, nbytes, ends)) and any(b > e for n, b, e in zip(numels, nbytes, ends) if n):
+        return None  # freed or shrunk
     if 0 in addresses and any(n and not a for n, a in zip(numels, addresses)):
         return None
     kind = (devices.pop(), dtypes.pop()) if alike else None

@@ -6,11 +6,12 @@ to the general packer of :mod:`fastclip.gradients.pack`.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import sys
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,11 +19,26 @@ from torch import Tensor
 from ..devices import place_of
 from ..modes import is_watched
 from ..native.cpu_interface import ClipOptions
+from ..torch_internals import any_function_mode, no_functions
 from .base import NativeGroup
 from .cpu_kernels import CpuKernels, scalar
 from .groups import Group, Memory, StepGroup, are_apart, bump_versions, memory_of, together
 
 GRAD = operator.attrgetter("grad")
+Result = TypeVar("Result")
+
+
+def unwatched(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function`, in which no TorchFunctionMode sees what is asked of tensors: torch.set_default_device is one, too."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Result:
+        if not any_function_mode() or is_watched():
+            return function(*arguments)
+        with no_functions():
+            return function(*arguments)
+
+    return call
 
 
 class PythonPacker:
@@ -34,10 +50,12 @@ class PythonPacker:
     def __init__(self, kernels: CpuKernels | None) -> None:
         self.kernels = kernels
 
+    @unwatched
     def pack(self, items: list[Any], gradients_of: bool, /) -> list[NativeGroup] | None:
-        return cast("list[NativeGroup] | None", self._groups(items, gradients_of))
+        return cast("list[NativeGroup] | None", self.groups(items, gradients_of))
 
-    def _groups(self, items: list[Any], gradients_of: bool) -> list[Group] | None:
+    def groups(self, items: list[Any], gradients_of: bool) -> list[Group] | None:
+        """What :meth:`pack` returns."""
         if type(items) is not list or not all(issubclass(kind, Tensor) for kind in set(map(type, items))):
             return None
         if gradients_of:
@@ -66,10 +84,11 @@ class PythonPacker:
             groups.append(_group([items[i] for i in positions], memory.at(positions), positions))
         return groups
 
+    @unwatched
     def pack_step(
         self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], steps: list[Tensor], /
     ) -> StepGroup | None:
-        packed = self._groups(grads, False)
+        packed = self.groups(grads, False)
         if not packed or len(packed) > 1 or len(packed[0]) != len(grads):
             return None
         (group,) = packed
@@ -95,6 +114,7 @@ class PythonPacker:
     def bump_versions(tensors: list[Tensor], /) -> None:
         bump_versions(tensors)
 
+    @unwatched
     def clip_norm_fused(
         self, items: list[Any], of_parameters: bool, max_norm: Any, norm_type: Any, error_if_nonfinite: bool,
         per_tensor: bool, /,
@@ -102,7 +122,7 @@ class PythonPacker:
         limit, p = (number(max_norm) if of_parameters else 0.0), number(norm_type)
         if not (limit >= 0 and p > 0) or is_watched():
             return None
-        groups = self._groups(items, of_parameters)
+        groups = self.groups(items, of_parameters)
         if not groups:
             return None
         elsewhere = self.kernels is None or any(group.device.type != "cpu" for group in groups)

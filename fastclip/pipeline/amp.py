@@ -43,7 +43,9 @@ class GradScalerState:
         if self._state["stage"] is OptState.STEPPED:
             raise RuntimeError("this optimizer has already stepped with scaler since its last update()")
         if self._state["stage"] is OptState.UNSCALED:
-            flags = [f.to(device, non_blocking=True) for f in self._state["found_inf_per_device"].values()]
+            flags = [
+                f.to(device, non_blocking=device.type != "cpu") for f in self._state["found_inf_per_device"].values()
+            ]
             self.found_inf = torch.stack(flags).sum() > 0 if flags else None
             self.unscaled = True
         else:
