@@ -58,7 +58,7 @@ wheel: .venv/ready
 docs: .venv-docs/ready
 	.venv-docs/bin/python -m sphinx -q -W --keep-going -n -b html docs docs/_build/html
 
-# On the GPU if there is one. Under ten minutes; writes bench/results/, docs/benchmarks.md and the README's table.
+# On the GPU if there is one. Some twelve minutes; writes bench/results/, docs/benchmarks.md and the README's table.
 DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 bench: .venv/ready
 	$(BIN)/python -m bench.clip --minutes 3 --json bench/results/$(DEVICE)-clip.json

@@ -38,8 +38,10 @@ def info() -> int:
         ("built", _built),
         ("choice", lambda: f"{checked(backends.current(), 'FASTCLIP_BACKEND')} (FASTCLIP_BACKEND or use_backend)"),
     ]
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    rows += [(str(device), functools.partial(_gpu, device)) for device in devices[1:]]
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    rows += [(str(device), functools.partial(_gpu, device)) for device in gpus]
+    others = [torch.device(name) for name in ("xpu", "mps") if getattr(torch, name).is_available()]
+    devices = [torch.device("cpu"), *gpus, *others]
     for key, value in rows:
         print(f"{key:10} {_told(value)}")
     for device in devices:

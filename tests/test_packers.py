@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import fastclip
 from fastclip import packers
+from fastclip.backends import foreach
 from fastclip.native import libraries
 from fastclip.packers.python import PythonPacker
 
@@ -451,3 +452,55 @@ def test_without_kernels_the_cpu_backend_says_why(monkeypatch):
     with fastclip.use_backend("cpu"), pytest.raises(RuntimeError, match="cannot run on cpu: there is no compiler"):
         fastclip.clip_norm_([parameter(torch.ones(3))], 1.0)
     assert fastclip.clip_norm_([parameter(torch.ones(4))], 1.0).item() == 2
+
+
+# ---- plain torch ----
+
+
+def test_gpus_measure_gradients_without_elements_too():
+    """torch's norms know no largest element of none. On a CPU here: the operations are the same."""
+    full, empty = [torch.randn(5), torch.randn(3, 2)], torch.empty(0)
+    for p in (2.0, 1.0, math.inf, 0.0):
+        found = foreach._measured_on_gpu([full[0], empty, full[1], empty], p)
+        alone = foreach._measured_on_gpu(full, p)
+        for a, b in zip(found[:2], alone[:2]):
+            assert a.tolist() == [b[0].item(), 0, b[1].item(), 0] and a.dtype == torch.float64
+        nothing = foreach._measured_on_gpu([empty], p)
+        assert nothing.power.tolist() == nothing.absmax.tolist() == [0]
+
+
+def test_plain_torch_bounds_its_memory(monkeypatch):
+    """Small tensors are concatenated, but not all of them at a time."""
+    sizes = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda tensors: sizes.append(sum(map(len, tensors))) or cat(tensors))
+    tensors = [torch.randn(foreach.SMALL) for _ in range(3 * foreach.SLICE // foreach.SMALL + 5)]
+    exact = math.sqrt(sum(t.double().square().sum().item() for t in tensors))
+    assert foreach._norm_of_all(tensors, 2.0) == pytest.approx(exact, rel=1e-6)
+    assert len(sizes) >= 3 and max(sizes) <= foreach.SLICE + foreach.SMALL
+
+
+def test_plain_torch_reads_zeros_no_third_time(monkeypatch):
+    monkeypatch.setattr(foreach, "magnitudes", None)  # in float64, which takes its time
+    for p in (2.0, 1.0, math.inf):
+        assert foreach._norm_of_all([torch.zeros(100_000), -torch.zeros(3)], p) == 0
+        assert math.copysign(1, foreach._norm_of_all([torch.zeros(3)], p)) == 1
+
+
+def test_plain_torch_multiplies_inference_and_other_tensors():
+    with torch.inference_mode():
+        made = torch.ones(3)
+    normal = torch.ones(3)
+    foreach._multiply([normal, made], 0.5)
+    assert normal.tolist() == made.tolist() == [0.5] * 3
+
+
+def test_rows_keep_six_digits_of_what_is_made_to_lose_them():
+    """Each vector of 8 ones is followed by squares of half a rounding, in rows, rows of rows, and rows of these."""
+    row = torch.full((256,), math.sqrt(2.0**-25))
+    row[:8] = 1
+    scale = row / row.norm()
+    x = (row[None, None, :] * scale[None, :, None] * scale[:16, None, None]).flatten()
+    exact = x.double().norm().item()
+    assert fastclip.total_norm([x]).item() == pytest.approx(exact, rel=1e-6)
+    assert foreach._norm_of_all([x], 2.0) == pytest.approx(exact, rel=1e-6)

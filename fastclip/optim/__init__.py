@@ -5,8 +5,8 @@ multiplied by its coefficient as it is read: no gradient is written back. Argume
 torch.optim's, both ways.
 
 The step is one multi-tensor kernel of the backend, whatever the number of tensors. Where a tensor is not as the kernels
-need it (a gradient laid out otherwise than its parameter, a gradient that two parameters share), or there is no C++
-compiler to pack with, it is torch's own fused kernel, fed with the coefficient.
+need it (a gradient laid out otherwise than its parameter, a gradient that two parameters share), or there are no
+kernels, it is torch's own fused kernel, fed with the coefficient.
 """
 
 from .adamw import AdamW

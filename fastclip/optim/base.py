@@ -291,8 +291,8 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
                 seed = seed_of(group, number, part) if inputs.params[0].dtype == torch.bfloat16 else None
                 if seed is not None and table is None:
                     raise NotImplementedError(
-                        "stochastic_rounding needs a backend with kernels, a C++ compiler, and gradients laid out as "
-                        "their parameters are, one each"
+                        "stochastic_rounding needs a backend with kernels, and gradients laid out as their parameters "
+                        "are, one each"
                     )
                 if seed is not None and backends.capturing(inputs.params[0].device):
                     raise NotImplementedError(

@@ -24,4 +24,5 @@ if "cpu" in sys.argv:
     isa = ctypes.CDLL(str(library)).fastclip_cpu_isa
     isa.restype = ctypes.c_char_p
     print("CPU kernels:", isa().decode())
+    assert fastclip.backends.choose(torch.device("cpu")).name == "cpu"
 print(f"fastclip {fastclip.__version__} with torch {torch.__version__} clips;", [path.name for path in libraries])

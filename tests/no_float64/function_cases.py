@@ -317,3 +317,32 @@ def test_a_clip_waits_for_the_device_only_a_few_times():
     before = no_float64.sync_count()
     fastclip.clip_norm_(ps, 0.1)
     assert no_float64.sync_count() - before <= 2
+
+
+def test_in_a_mode_that_looks_the_norm_is_on_the_device():
+    """There a call is an operation of torch.library, whose fake says so."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    p = parameter(torch.ones(4, device=DEVICE))
+    with FlopCounterMode(display=False):
+        for returned in (
+            fastclip.clip_norm_([p], 1.0),
+            fastclip.total_norm([p.grad]),
+            fastclip.clip_tensor_norm_([p], 1.0),
+            fastclip.mask_small_([p], 0.1),
+        ):
+            assert returned.device == DEVICE
+
+
+def test_patched_torch_returns_the_norm_where_torch_does():
+    p = parameter(torch.ones(4, device=DEVICE))
+    with fastclip.patch_torch(rule=fastclip.rules.ZClip()):
+        norm = torch.nn.utils.clip_grad_norm_([p], 1.0)
+    assert norm.device == DEVICE and norm.item() == 2
+
+
+def test_powers_beyond_float64_are_inf():
+    huge = torch.full((3,), 3e38, device=DEVICE)
+    assert fastclip.total_norm([huge], 9.0).isinf()
+    tiny = torch.full((8,), 1e-39, device=DEVICE)  # subnormal: its reciprocal is beyond float32
+    assert fastclip.total_norm([tiny], 3.0).item() == pytest.approx(2e-39, rel=1e-5)
