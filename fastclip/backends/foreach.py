@@ -52,7 +52,7 @@ def measure(
         return Measurement(torch.zeros_like(absmax), absmax)
     if p not in (1, 2):
         return Measurement(_gathered([magnitudes(tensor, p)[0] for tensor in tensors]), absmax)
-    power = _gathered([_norm(tensor, p) for tensor in tensors]).pow(p)
+    power = _gathered(_norms(tensors, p)).pow(p)
     doubtful = ~power.isfinite() | ((power < UNDERFLOW * group.numels().to(power.device)) & (absmax != 0))
     for i in doubtful.nonzero().flatten().tolist():
         power[i] = magnitudes(tensors[i], p)[0]
@@ -186,7 +186,7 @@ def _norm_of_all(tensors: list[Tensor], p: float) -> float:
     if math.isinf(p):
         numbers = _numbers([_absmax(piece) for piece in pieces])
         return max(numbers, key=lambda x: (math.isnan(x), x))
-    numbers = _numbers([_norm(piece, p) for piece in pieces])
+    numbers = _numbers(_norms(pieces, p))
     power = sum(x * x for x in numbers) if p == 2 else sum(numbers)
     exact = UNDERFLOW * sum(piece.numel() for piece in pieces) <= power < math.inf
     if exact or (power == 0 and not any(_numbers([_absmax(piece) for piece in pieces]))):
@@ -217,19 +217,30 @@ def _numbers(tensors: list[Tensor]) -> list[float]:
     return _gathered(tensors).tolist()
 
 
-def _norm(tensor: Tensor, p: float) -> Tensor:
-    """[] the 1- or 2-norm, float32 or float64."""
+def _norms(tensors: list[Tensor], p: float) -> list[Tensor]:
+    """[] each, the 1- or 2-norms, float32 or float64."""
+    buffers: dict[Any, Tensor] = {}
+    return [_norm(tensor, p, buffers) for tensor in tensors]
+
+
+def _norm(tensor: Tensor, p: float, buffers: dict[Any, Tensor]) -> Tensor:
+    """`buffers`: kept from tensor to tensor, since fresh memory costs as much as what is done in it."""
     elements = flat(tensor)
     if p == 2 and tensor.itemsize > 2:
         return _by_rows(elements)
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    buffer = torch.empty(min(SLICE, len(elements)), dtype=wide, device=tensor.device)
+    needed = min(SLICE, len(elements))
+    buffer = buffers.get((tensor.device, wide))
+    if buffer is None or len(buffer) < needed:
+        buffer = buffers[tensor.device, wide] = torch.empty(needed, dtype=wide, device=tensor.device)
     parts = []
     for piece in torch.split(elements, SLICE) if len(elements) else ():
         held = buffer[: len(piece)].copy_(piece)
         parts.append(_by_rows(held) if p == 2 else held.abs_().sum())  # torch's sum goes pairwise
     if not parts:
         return torch.zeros((), dtype=wide, device=tensor.device)
+    if len(parts) == 1:
+        return parts[0]
     return _by_rows(torch.stack(parts)) if p == 2 else torch.stack(parts).sum()
 
 
