@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import pathlib
+import functools
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_int32, c_int64, c_uint32, c_void_p
 from typing import Any
 
 import torch
+
+from .library import declared
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Dtype of csrc/elementwise.h
 
@@ -117,13 +119,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
-def open_library(path: pathlib.Path) -> ctypes.CDLL:
-    """The library at `path`, with the types of its functions declared."""
-    library = ctypes.CDLL(str(path))
-    for name, (result, arguments) in FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
+open_library = functools.partial(declared, functions=FUNCTIONS)
 
 
 def address_of(library: ctypes.CDLL, name: str) -> int:

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import ctypes
-import pathlib
+import functools
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_int32, c_int64, c_uint32, c_void_p
 from typing import Any
+
+from .library import declared
 
 
 class GradTable(ctypes.Structure):
@@ -110,10 +112,4 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
-def open_library(path: pathlib.Path) -> ctypes.CDLL:
-    """The library at `path`, with the types of its functions declared."""
-    library = ctypes.CDLL(str(path))
-    for name, (result, arguments) in FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
+open_library = functools.partial(declared, functions=FUNCTIONS)

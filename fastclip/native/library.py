@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import pathlib
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from . import build_cache
 
@@ -139,6 +140,15 @@ class Library(Generic[Opened]):
             except Exception as error:
                 entry.remember_failure(_reason(error))
                 raise
+
+
+def declared(path: pathlib.Path, functions: dict[str, tuple[Any, tuple[Any, ...]]]) -> ctypes.CDLL:
+    """The C library at `path`; `functions`: name -> its result and arguments."""
+    library = ctypes.CDLL(str(path))
+    for name, (result, arguments) in functions.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
 
 
 def _reason(error: Exception) -> str:
