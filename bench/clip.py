@@ -194,8 +194,8 @@ def cases(options: argparse.Namespace) -> list[Case]:
     device = options.device
     everyone = [p.name for p in providers(device)]
     chosen = [n for n in everyone if options.providers is None or n in options.providers]
-    # Compiling takes a minute for each model, and the reference is as slow as it looks.
-    quick_ones = tuple(n for n in chosen if n not in ("torch.compile", "fastclip reference"))
+    # Compiling takes a minute for each model, the reference is as slow as it looks, and platform.py has the other.
+    quick_ones = tuple(n for n in chosen if n not in ("torch.compile", "fastclip reference", "fastclip foreach"))
     compiled = (*quick_ones, "torch.compile")
     if options.all:
         names = [*MODELS, "1x16"]

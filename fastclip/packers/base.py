@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NativeGroup(Protocol):
-    """A group as the native packer made it (csrc/torch/bindings.cpp)."""
+    """A group as a packer made it: csrc/torch/bindings.cpp, or groups.py."""
 
     @property
     def device(self) -> torch.device: ...
@@ -26,7 +26,7 @@ class NativeGroup(Protocol):
 
 
 class NativeStepGroup(Protocol):
-    """What an optimizer steps, as the native packer made it."""
+    """What an optimizer steps, as a packer made it."""
 
     def addresses(self) -> Tensor: ...
     def bump_version(self, gradients: bool) -> None: ...
