@@ -323,6 +323,39 @@ def test_other_threads_give_gradients_other_memory_meanwhile(chosen):
     assert not foreign
 
 
+def test_the_garbage_collector_gives_gradients_other_memory_meanwhile(chosen):
+    """It runs Python (finalizers, callbacks) where an object is made: then, too, nothing else is written."""
+    ps = [parameter(torch.full((500,), 3.0, dtype=dtype)) for _ in range(10) for dtype in DTYPES[:2]]
+    foreign, runs = [], 0
+
+    def collected(phase, info):
+        nonlocal runs
+        runs += 1
+        for p in ps:
+            p.grad.data = torch.full((500,), 5.0, dtype=p.dtype)
+        foreign.extend(torch.full((500,), 7.0, dtype=p.dtype) for p in ps * 2)
+
+    gc.collect()
+    for spare in range(4):
+        taken = [[] for _ in range(100)]  # while Python has spare lists it makes no new ones
+        del taken[:spare]
+        gc.callbacks.append(collected)
+        threshold = gc.get_threshold()
+        gc.set_threshold(1, 1000, 1000)
+        try:
+            groups = chosen.packer.pack(ps, True)
+        finally:
+            gc.set_threshold(*threshold)
+            gc.callbacks.remove(collected)
+        for group in groups or []:
+            if chosen.kernels:
+                chosen.kernels.clamp_(group, -1e-3, 1e-3)
+            else:
+                torch._foreach_zero_(group.tensors)
+        assert all((f == 7).all() for f in foreign), spare
+    assert runs
+
+
 def test_modes_that_see_functions_are_not_asked(chosen):
     """As torch.set_default_device's: each question of a tensor would go through Python, where anything may happen."""
     seen = []

@@ -52,12 +52,11 @@ at::Tensor scalar(double value, at::ScalarType dtype) {
   return t;
 }
 
+// Every new Python object may start the garbage collector, which runs Python, which may free a gradient: own all first.
 py::list wrap(std::vector<Group>&& groups) {
+  for (auto& group : groups) group.own();
   py::list list;
-  for (auto& group : groups) {
-    group.own();
-    list.append(py::cast(std::move(group)));
-  }
+  for (auto& group : groups) list.append(py::cast(std::move(group)));
   return list;
 }
 

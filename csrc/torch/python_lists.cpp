@@ -71,7 +71,9 @@ Packed pack_items(PyObject* list, bool gradients_of, std::vector<Group>& groups)
   // Before any address is taken, since a subclass may run Python here.
   if (!tensors || (gradients_of && any_flattened(list, subclass))) return Packed::Odd;
   if (pack(*tensors, gradients_of, groups, &views) == Packed::Odd) return Packed::Odd;
-  return gradients_of && views && any_flattened(list, true) ? Packed::Odd : Packed::Plain;
+  if (!gradients_of || !views) return Packed::Plain;
+  for (auto& group : groups) group.own();  // a subclass may run Python here, too
+  return any_flattened(list, true) ? Packed::Odd : Packed::Plain;
 }
 
 namespace {
