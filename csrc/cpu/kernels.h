@@ -15,7 +15,8 @@
 namespace fastclip::cpu::FASTCLIP_ISA {
 namespace {
 
-constexpr int RUN = 16;  // additions per float32 lane before its sum moves on to float64
+constexpr int RUN = 16;               // additions per float32 lane before its sum moves on to float64
+constexpr int PREFETCH_BYTES = 4096;  // ahead of what is being read
 
 // ---- measure: sum |x|^p and max|x| of n elements ----
 
@@ -31,29 +32,47 @@ FASTCLIP_FN S fold(Vec<S, LANES> v, Op op) {
   return lanes[0];
 }
 
-// Eight running sums of type Acc, a vector each, so that eight additions are in flight.
+// Eight running sums of type Acc, a vector each, so that eight additions are in flight; two maxima are enough, since the
+// larger of two integers is known after one cycle. With eight, 16 registers would not hold all that a step needs.
 template <class T, class Acc, Norm N, bool ABSMAX>
 struct Reduction {
   using Bits = typename T::Bits;
+  static constexpr int SUMS = 8, MAXIMA = 2;
   static constexpr int LANES = BYTES / sizeof(Acc);
+  // A register of stored elements at a time, widened in any order; or, where sums are wider than that, one of sums.
+  static constexpr bool ALL = std::is_same_v<Acc, typename T::Compute> && N != Norm::Power;
+  static constexpr int PARTS = ALL ? T::PARTS : 1;
+  static constexpr int WIDTH = PARTS * LANES;  // elements of a step
+  static constexpr int STEPS = SUMS / PARTS;   // of a block, which adds once to each sum
   using Sums = Vec<Acc, LANES>;
-  using Magnitudes = Vec<Bits, LANES>;
+  using Magnitudes = Vec<Bits, WIDTH>;
   static constexpr Bits SIGN = Bits(Bits(1) << (8 * sizeof(Bits) - 1));
 
-  Sums sums[8] = {};
+  Sums sums[SUMS] = {};
   Vec<double, LANES> total = {};
   double slow_sum = 0;
-  Magnitudes largest[8] = {};
+  Magnitudes largest[MAXIMA] = {};
 
-  // Adds LANES elements at x to the k-th sum.
+  // Adds WIDTH elements at x, the k-th of a block.
   FASTCLIP_FN void step(int k, const Bits* x, double p) {
-    if constexpr (N != Norm::Max) {
+    if constexpr (ALL && N != Norm::Max) {
+      Sums parts[PARTS];
+      T::widen_all(x, parts);
+#pragma GCC unroll 2
+      for (int j = 0; j < PARTS; j++) {
+        Sums& sum = sums[k * PARTS + j];
+        sum = accumulate<N>(sum, parts[j]);
+      }
+    } else if constexpr (N != Norm::Max) {
       const auto lanes = __builtin_convertvector(T::template widen<LANES>(x), Sums);
       if constexpr (N == Norm::Power)
         for (int i = 0; i < LANES; i++) slow_sum += power_of(lanes[i], p);
       else sums[k] = accumulate<N>(sums[k], lanes);
     }
-    if constexpr (ABSMAX) largest[k] = larger(largest[k], magnitude_bits(load<Magnitudes>(x), Magnitudes{} + SIGN));
+    if constexpr (ABSMAX) {
+      Magnitudes& most = largest[k % MAXIMA];
+      most = larger(most, magnitude_bits(load<Magnitudes>(x), Magnitudes{} + SIGN));
+    }
   }
 
   FASTCLIP_FN void end_run() {
@@ -61,7 +80,7 @@ struct Reduction {
       const Sums run = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
       total += __builtin_convertvector(run, Vec<double, LANES>);
 #pragma GCC unroll 8
-      for (int k = 0; k < 8; k++) sums[k] = Sums{};
+      for (int k = 0; k < SUMS; k++) sums[k] = Sums{};
     }
   }
 
@@ -71,11 +90,8 @@ struct Reduction {
     else if constexpr (N != Norm::Max)
       m.power = fold<double, LANES>(total, [](double a, double b) __attribute__((always_inline)) { return a + b; });
     if constexpr (ABSMAX) {
-      Magnitudes all = largest[0];
-#pragma GCC unroll 8
-      for (int k = 1; k < 8; k++) all = larger(all, largest[k]);
-      m.absmax = value_of_bits<T>(
-          fold<Bits, LANES>(all, [](Bits a, Bits b) __attribute__((always_inline)) { return larger(a, b); }));
+      m.absmax = value_of_bits<T>(fold<Bits, WIDTH>(
+          larger(largest[0], largest[1]), [](Bits a, Bits b) __attribute__((always_inline)) { return larger(a, b); }));
     }
     return m;
   }
@@ -85,8 +101,8 @@ template <class T, class Acc, Norm N, bool ABSMAX>
 FASTCLIP_FN NormPartial reduce(const typename T::Bits* x, int64_t n, double p) {
   using Bits = typename T::Bits;
   using R = Reduction<T, Acc, N, ABSMAX>;
-  constexpr int LANES = R::LANES, BLOCK = 8 * LANES;
-  constexpr int AHEAD = 1024 / sizeof(Bits);  // prefetch distance in elements
+  constexpr int WIDTH = R::WIDTH, STEPS = R::STEPS, BLOCK = STEPS * WIDTH;
+  constexpr int AHEAD = PREFETCH_BYTES / sizeof(Bits);
   R state;
   int64_t i = 0;
   while (i + BLOCK <= n) {
@@ -96,21 +112,21 @@ FASTCLIP_FN NormPartial reduce(const typename T::Bits* x, int64_t n, double p) {
       for (int b = 0; b < int(BLOCK * sizeof(Bits)); b += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(x + i + AHEAD) + b);
 #pragma GCC unroll 8
-      for (int k = 0; k < 8; k++) state.step(k, x + i + k * LANES, p);
+      for (int k = 0; k < STEPS; k++) state.step(k, x + i + k * WIDTH, p);
     }
     state.end_run();
   }
   if (i < n) {
 #pragma GCC unroll 7
-    for (int k = 0; k < 7; k++) {
-      if (i + LANES > n) break;
+    for (int k = 0; k < STEPS - 1; k++) {
+      if (i + WIDTH > n) break;
       state.step(k, x + i, p);
-      i += LANES;
+      i += WIDTH;
     }
     if (i < n) {
-      Bits tail[LANES] = {};
+      Bits tail[WIDTH] = {};
       memcpy(tail, x + i, (n - i) * sizeof(Bits));
-      state.step(7, tail, p);
+      state.step(STEPS - 1, tail, p);
     }
     state.end_run();
   }
@@ -153,11 +169,18 @@ void scale(void* data, int64_t n, double coef) {
   using Bits = typename T::Bits;
   using Compute = typename T::Compute;
   constexpr int LANES = BYTES / sizeof(Compute);
-  const auto c = Vec<Compute, LANES>{} + Compute(coef);
+  // No other NaN: see BF16::narrow_all.
+  const auto c = Vec<Compute, LANES>{} + (coef == coef ? Compute(coef) : Compute(NAN));
   rewrite<T>(data, n, [=](Bits* x) __attribute__((always_inline)) {
+    constexpr int PARTS = T::PARTS;
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; k++)
-      T::template narrow<LANES>(x + k * LANES, scaled(T::template widen<LANES>(x + k * LANES), c));
+    for (int k = 0; k < 4; k += PARTS) {
+      Vec<Compute, LANES> parts[PARTS];
+      T::widen_all(x + k * LANES, parts);
+#pragma GCC unroll 2
+      for (auto& part : parts) part = scaled(part, c);
+      T::narrow_all(x + k * LANES, parts);
+    }
   });
 }
 

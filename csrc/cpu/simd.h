@@ -27,6 +27,9 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define FASTCLIP_NEON 1
+#elif defined(__SSE2__) || defined(_M_X64)
+#include <emmintrin.h>
+#define FASTCLIP_SSE2 1
 #endif
 
 namespace fastclip::cpu::FASTCLIP_ISA {
@@ -75,11 +78,56 @@ FASTCLIP_FN auto lower(V v) {
 }
 #endif
 
+#if FASTCLIP_VECTOR_BYTES == 16 && !FASTCLIP_NEON
+// L elements of 16 bits in the lower halves of int32s, and back. GCC 12 takes the general form apart.
+template <int L>
+FASTCLIP_FN Vec<int32_t, L> load_words(const void* p) {
+#if FASTCLIP_SSE2
+  if constexpr (L == 4)
+    return bits_as<Vec<int32_t, 4>>(
+        _mm_unpacklo_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(p)), _mm_setzero_si128()));
+#endif
+  return __builtin_convertvector(load<Vec<uint16_t, L>>(p), Vec<int32_t, L>);
+}
+template <int L>
+FASTCLIP_FN void store_words(void* p, Vec<int32_t, L> words) {
+#if FASTCLIP_SSE2
+  if constexpr (L == 4) {
+    const auto extended = bits_as<__m128i>(words << 16 >> 16);  // so that the saturating pack leaves them alone
+    return _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packs_epi32(extended, extended));
+  }
+#endif
+  store(p, __builtin_convertvector(words, Vec<uint16_t, L>));
+}
+#endif
+
 // ---- dtypes: Bits is an integer of the stored width, Compute the type of the arithmetic ----
+//
+// widen and narrow: L elements, in order. widen_all and narrow_all: a register full of stored elements as PARTS registers
+// of widened ones, for work where the order of the elements does not matter; narrow_all undoes what widen_all does.
+
+// What most dtypes' widen_all and narrow_all do: one part after the other.
+template <class T, class V, int PARTS>
+FASTCLIP_FN void widen_in_order(const typename T::Bits* p, V (&parts)[PARTS]) {
+  constexpr int L = sizeof(V) / sizeof(typename T::Compute);
+#pragma GCC unroll 2
+  for (int k = 0; k < PARTS; k++) parts[k] = T::template widen<L>(p + k * L);
+}
+template <class T, class V, int PARTS>
+FASTCLIP_FN void narrow_in_order(typename T::Bits* p, const V (&parts)[PARTS]) {
+  constexpr int L = sizeof(V) / sizeof(typename T::Compute);
+#pragma GCC unroll 2
+  for (int k = 0; k < PARTS; k++) T::template narrow<L>(p + k * L, parts[k]);
+}
 
 struct F64 {
   using Bits = int64_t;
   using Compute = double;
+  static constexpr int PARTS = 1;
+  template <class V> static FASTCLIP_FN void widen_all(const Bits* p, V (&parts)[1]) { widen_in_order<F64>(p, parts); }
+  template <class V> static FASTCLIP_FN void narrow_all(Bits* p, const V (&parts)[1]) {
+    narrow_in_order<F64>(p, parts);
+  }
   template <int L> static FASTCLIP_FN Vec<double, L> widen(const Bits* p) { return load<Vec<double, L>>(p); }
   template <int L> static FASTCLIP_FN void narrow(Bits* p, Vec<double, L> v) { store(p, v); }
 };
@@ -87,6 +135,11 @@ struct F64 {
 struct F32 {
   using Bits = int32_t;
   using Compute = float;
+  static constexpr int PARTS = 1;
+  template <class V> static FASTCLIP_FN void widen_all(const Bits* p, V (&parts)[1]) { widen_in_order<F32>(p, parts); }
+  template <class V> static FASTCLIP_FN void narrow_all(Bits* p, const V (&parts)[1]) {
+    narrow_in_order<F32>(p, parts);
+  }
   template <int L> static FASTCLIP_FN Vec<float, L> widen(const Bits* p) { return load<Vec<float, L>>(p); }
   template <int L> static FASTCLIP_FN void narrow(Bits* p, Vec<float, L> v) { store(p, v); }
 };
@@ -94,6 +147,21 @@ struct F32 {
 struct BF16 {
   using Bits = int16_t;
   using Compute = float;
+  static constexpr int PARTS = 2;
+  // The elements at even places and those at odd ones: two of them are 32 bits, of which one is shifted up, and the other
+  // one need only be left alone. (Widened in order they would go through the one port that moves elements about.)
+  template <class V> static FASTCLIP_FN void widen_all(const Bits* p, V (&parts)[2]) {
+    using Pairs = Vec<uint32_t, sizeof(V) / 4>;
+    const auto pairs = load<Pairs>(p);
+    parts[0] = bits_as<V>(pairs << 16);
+    parts[1] = bits_as<V>(pairs & 0xffff0000u);
+  }
+  // A NaN must be one that was a bfloat16, or have no lower bits: rounding could make another number of it.
+  template <class V> static FASTCLIP_FN void narrow_all(Bits* p, const V (&parts)[2]) {
+    using Pairs = Vec<uint32_t, sizeof(V) / 4>;
+    const auto even = bits_as<Pairs>(parts[0]), odd = bits_as<Pairs>(parts[1]);
+    store(p, ((even + 0x7fffu + ((even >> 16) & 1u)) >> 16) | ((odd + 0x7fffu + ((odd >> 16) & 1u)) & 0xffff0000u));
+  }
   template <int L> static FASTCLIP_FN Vec<float, L> widen(const Bits* p) {
     using Wide = Vec<uint32_t, L>;
     Wide wide;
@@ -107,7 +175,7 @@ struct BF16 {
 #elif FASTCLIP_NEON
     return bits_as<Vec<float, L>>(lower<L>(vshll_n_u16(load_words<L>(p), 16)));
 #else
-    wide = __builtin_convertvector(load<Vec<uint16_t, L>>(p), Wide);
+    wide = bits_as<Wide>(load_words<L>(p));
 #endif
     return bits_as<Vec<float, L>>(wide << 16);
   }
@@ -121,32 +189,42 @@ struct BF16 {
 #elif FASTCLIP_NEON
     store(p, vmovn_u32(bits_as<uint32x4_t>(rounded)));
 #else
-    store(p, __builtin_convertvector(rounded, Vec<uint16_t, L>));
+    store_words<L>(p, bits_as<Vec<int32_t, L>>(rounded));
 #endif
   }
 };
 
 #if FASTCLIP_VECTOR_BYTES == 16 && !FASTCLIP_NEON
-inline float half_to_float(uint16_t h) {
-  uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = h & 0x7fffu, bits;
-  if (magnitude >= 0x7c00u) bits = 0x7f800000u | (magnitude & 0x3ffu) << 13;  // inf, NaN
-  else if (magnitude >= 0x400u) bits = (magnitude << 13) + 0x38000000u;       // normal
-  else bits = bits_as<uint32_t>(float(magnitude) * 0x1p-24f);                 // subnormal, zero
-  return bits_as<float>(bits | sign);
+// float16, as the bits of the lower half of an int32, to float32 and back. Whatever the number is, all that it could be is
+// computed, and what it is selected.
+template <int L>
+FASTCLIP_FN Vec<float, L> half_to_float(Vec<int32_t, L> half) {
+  const auto magnitude = half & 0x7fff, normal = (magnitude << 13) + 0x38000000;
+  const auto subnormal = bits_as<Vec<int32_t, L>>(__builtin_convertvector(magnitude, Vec<float, L>) * 0x1p-24f);
+  const auto inf_or_nan = (magnitude << 13) | 0x7f800000;
+  const auto bits = magnitude >= 0x7c00 ? inf_or_nan : magnitude >= 0x400 ? normal : subnormal;
+  return bits_as<Vec<float, L>>(bits | (half & 0x8000) << 16);
 }
-inline uint16_t float_to_half(float f) {
-  uint32_t bits = bits_as<uint32_t>(f), sign = bits >> 16 & 0x8000u;
-  bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return sign | 0x7e00u | (bits >> 13 & 0x3ffu);  // NaN
-  if (bits >= 0x477ff000u) return sign | 0x7c00u;                         // rounds to inf
-  if (bits >= 0x38800000u) return sign | ((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1u)) >> 13);
-  return sign | (bits_as<uint32_t>(bits_as<float>(bits) + 0.5f) - bits_as<uint32_t>(0.5f));  // subnormal, rounded by +
+template <int L>
+FASTCLIP_FN Vec<int32_t, L> float_to_half(Vec<float, L> f) {
+  using I = Vec<int32_t, L>;
+  const auto bits = bits_as<I>(f), magnitude = bits & 0x7fffffff;
+  const auto normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const auto subnormal = bits_as<I>(bits_as<Vec<float, L>>(magnitude) + 0.5f) - 0x3f000000;  // rounded by the addition
+  const auto nan = 0x7e00 | (magnitude >> 13 & 0x3ff);
+  const auto large = magnitude > 0x7f800000 ? nan : I{} + 0x7c00;  // inf: what rounds to it, too
+  return (magnitude >= 0x477ff000 ? large : magnitude >= 0x38800000 ? normal : subnormal) | (bits >> 16 & 0x8000);
 }
 #endif
 
 struct F16 {
   using Bits = int16_t;
   using Compute = float;
+  static constexpr int PARTS = 2;
+  template <class V> static FASTCLIP_FN void widen_all(const Bits* p, V (&parts)[2]) { widen_in_order<F16>(p, parts); }
+  template <class V> static FASTCLIP_FN void narrow_all(Bits* p, const V (&parts)[2]) {
+    narrow_in_order<F16>(p, parts);
+  }
   template <int L> static FASTCLIP_FN Vec<float, L> widen(const Bits* p) {
 #if FASTCLIP_VECTOR_BYTES == 64
     if constexpr (L == 16) return bits_as<Vec<float, L>>(_mm512_cvtph_ps(load<__m256i>(p)));
@@ -157,9 +235,7 @@ struct F16 {
 #elif FASTCLIP_NEON
     return bits_as<Vec<float, L>>(lower<L>(vcvt_f32_f16(vreinterpret_f16_u16(load_words<L>(p)))));
 #else
-    Vec<float, L> v;
-    for (int k = 0; k < L; k++) v[k] = half_to_float(uint16_t(p[k]));
-    return v;
+    return half_to_float<L>(load_words<L>(p));
 #endif
   }
   template <int L> static FASTCLIP_FN void narrow(Bits* p, Vec<float, L> v) {
@@ -170,7 +246,7 @@ struct F16 {
 #elif FASTCLIP_NEON
     store(p, vcvt_f16_f32(bits_as<float32x4_t>(v)));
 #else
-    for (int k = 0; k < L; k++) p[k] = Bits(float_to_half(v[k]));
+    store_words<L>(p, float_to_half<L>(v));
 #endif
   }
 };
