@@ -16,7 +16,6 @@ namespace fastclip::cpu::FASTCLIP_ISA {
 namespace {
 
 constexpr int RUN = 16;               // additions per float32 lane before its sum moves on to float64
-constexpr int PREFETCH_BYTES = 4096;  // ahead of what is being read
 
 // ---- measure: sum |x|^p and max|x| of n elements ----
 
@@ -102,15 +101,11 @@ FASTCLIP_FN NormPartial reduce(const typename T::Bits* x, int64_t n, double p) {
   using Bits = typename T::Bits;
   using R = Reduction<T, Acc, N, ABSMAX>;
   constexpr int WIDTH = R::WIDTH, STEPS = R::STEPS, BLOCK = STEPS * WIDTH;
-  constexpr int AHEAD = PREFETCH_BYTES / sizeof(Bits);
   R state;
   int64_t i = 0;
   while (i + BLOCK <= n) {
     const int64_t last = n - i < RUN * BLOCK ? n - BLOCK : i + (RUN - 1) * BLOCK;
     for (; i <= last; i += BLOCK) {
-#pragma GCC unroll 8
-      for (int b = 0; b < int(BLOCK * sizeof(Bits)); b += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(x + i + AHEAD) + b);
 #pragma GCC unroll 8
       for (int k = 0; k < STEPS; k++) state.step(k, x + i + k * WIDTH, p);
     }
