@@ -15,7 +15,7 @@
 namespace fastclip::cpu::FASTCLIP_ISA {
 namespace {
 
-constexpr int RUN = 16;               // additions per float32 lane before its sum moves on to float64
+constexpr int RUN = 16;  // additions per float32 lane before its sum moves on to float64
 
 // ---- measure: sum |x|^p and max|x| of n elements ----
 
