@@ -58,7 +58,7 @@ wheel: .venv/ready
 docs: .venv-docs/ready
 	.venv-docs/bin/python -m sphinx -q -W --keep-going -n -b html docs docs/_build/html
 
-# On the GPU if there is one. Some twelve minutes; writes bench/results/, docs/benchmarks.md and the README's table.
+# On the GPU if there is one. Some fifteen minutes; writes bench/results/, docs/benchmarks.md and the README's table.
 DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 bench: .venv/ready
 	$(BIN)/python -m bench.clip --minutes 3 --json bench/results/$(DEVICE)-clip.json
@@ -67,6 +67,7 @@ bench: .venv/ready
 	$(BIN)/python -m bench.rules --minutes 0.7 --json bench/results/$(DEVICE)-rules.json
 	$(BIN)/python -m bench.monitor --json bench/results/$(DEVICE)-monitor.json
 	$(BIN)/python -m bench.platform --json bench/results/cpu-platform.json
+	$(BIN)/python -m bench.isas --json bench/results/cpu-isas.json
 	$(BIN)/python -m bench.distributed --quick --json bench/results/cpu-distributed.json
 	$(BIN)/python -m bench.report
 

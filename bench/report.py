@@ -18,6 +18,7 @@ from . import pictures
 from .goals import goals
 from .method import ROOT
 from .models import find
+from .isas import table as isas_table
 from .platform import table as platform_table
 from .providers import BASELINE
 from .runs import MODES, NAMES, Row, Run, curve, label, newest, ours, pairs, times
@@ -107,6 +108,8 @@ def block(runs: dict[tuple[str, str], Run]) -> str:
         parts += [monitor_words(monitor["rows"])]
     if platform := runs.get(("platform", "cpu")):
         parts += ["## Without a compiler", platform_words(platform), platform_table(platform["rows"], "pipe")]
+    if isas := runs.get(("isas", "cpu")):
+        parts += ["## Instruction sets", ISAS_INTRO, isas_table(isas["rows"], "pipe")]
     if distributed := runs.get(("distributed", "cpu")):
         parts += ["## Ranks", distributed_words(distributed), distributed_table(distributed["rows"])]
         parts += [message_table(distributed["rows"])]
@@ -236,6 +239,12 @@ def step_table(rows: list[Row]) -> str:
     headers = ["", *(f"{o}, {NAMES.get(m, m.replace('x', ' × '))}, {d}" for o, m, d in columns)]
     return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True,
                     colalign=("left", *["right"] * len(columns)))  # fmt: skip
+
+
+ISAS_INTRO = (
+    "The kernels of each instruction set, on GPT-2 124M's gradients, as a share of the floor: plain passes of torch over "
+    "the same bytes, taken in turns with them."
+)
 
 
 def platform_words(run: Run) -> str:

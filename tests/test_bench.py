@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-from bench import clip, distributed, goals, inputs, method, models, pictures, providers, report, rules, runs, step
+from bench import clip, distributed, goals, inputs, isas, method, models, pictures, providers, report, rules, runs, step
 
 TENSORS = {
     "resnet50": 161,
@@ -166,6 +166,14 @@ def test_rules(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_isas():
+    rows = isas.rows_here("1x16", 0.1, 1)
+    assert {r["dtype"] for r in rows} == set(isas.DTYPES) and len({r["isa"] for r in rows}) == 1
+    assert all(r["status"] == "ok" for r in rows)
+    rows = [{**r, "of_floor": 0.987} for r in rows]
+    assert isas.table(rows).count("99%") == len(runs.MODES) * len(isas.DTYPES)
+
+
 def test_distributed(tmp_path, capsys):
     path = tmp_path / "distributed.json"
     distributed.main(["--quick", "--counts", "20", "--json", str(path)])
