@@ -16,9 +16,9 @@ from tabulate import tabulate
 
 from . import pictures
 from .goals import goals
+from .isas import table as isas_table
 from .method import ROOT
 from .models import find
-from .isas import table as isas_table
 from .platform import table as platform_table
 from .providers import BASELINE
 from .runs import MODES, NAMES, Row, Run, curve, label, newest, ours, pairs, times
@@ -242,8 +242,8 @@ def step_table(rows: list[Row]) -> str:
 
 
 ISAS_INTRO = (
-    "The kernels of each instruction set, on GPT-2 124M's gradients, as a share of the floor: plain passes of torch over "
-    "the same bytes, taken in turns with them."
+    "The kernels of each instruction set, on GPT-2 124M's gradients, as a share of the floor: plain passes of torch "
+    "over the same bytes, taken in turns with them."
 )
 
 
