@@ -1,9 +1,8 @@
-"""What the Triton kernels share: tensors cut into chunks, chunks into tiles, and where a launch goes."""
+"""What the Triton kernels share: tensors cut into tiles or chunks of them, and how many programs walk these."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ else:
 
 
 class Chunking(NamedTuple):
-    """Tensors cut into chunks of one size, numbered through, for a persistent grid to walk."""
+    """Tensors cut into chunks of one size, numbered through, as the optimizers' steps take them."""
 
     size: int  # elements of a chunk
     firsts: Tensor  # int64 [T + 1] on the host: each tensor's first chunk, then the number of chunks
@@ -70,7 +69,7 @@ class Chunking(NamedTuple):
 
 def split_chunks(ends: Tensor, block: int, device: torch.device) -> Chunking:
     """[0, end) of each tensor in chunks of whole tiles of `block` elements; ends: int64 [T] on the host."""
-    most = _most_programs(device)
+    most = most_programs(device)
     tiles = int(((ends + block - 1) // block).sum())
     size = block * min(TILES_PER_CHUNK, max(1, tiles // (most * CHUNKS_PER_PROGRAM)))
     counts = (ends + size - 1) // size
@@ -79,19 +78,10 @@ def split_chunks(ends: Tensor, block: int, device: torch.device) -> Chunking:
     return Chunking(size, firsts, owners, max(1, min(most, len(owners))))
 
 
-def _most_programs(device: torch.device) -> int:
+def most_programs(device: torch.device) -> int:
+    """How many programs of `measure` run at a time."""
     if INTERPRET:
         return INTERPRET_PROGRAMS
     properties = torch.get_device_module(device.type).get_device_properties(device)
     units = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
-    return units * PROGRAMS_PER_SM
-
-
-def on(device: torch.device) -> Any:
-    """Launches inside this block go to `device`."""
-    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device.type).device(device)
-
-
-def current_stream(device: torch.device) -> Any:
-    """What launches on `device` go to now: two streams must not share a workspace."""
-    return None if INTERPRET else torch.get_device_module(device.type).current_stream(device)
+    return int(units) * PROGRAMS_PER_SM
