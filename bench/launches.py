@@ -75,6 +75,7 @@ def activate(arch: int = 90) -> FakeDriver:
     driver = FakeDriver(arch)
     triton.runtime.driver.set_active(driver)
     launch.target_of.cache_clear()
+    launch._depends.cache_clear()
     table.most_programs = lambda device: PROGRAMS
     return driver
 

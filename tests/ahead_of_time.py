@@ -72,6 +72,27 @@ def in_flight(sass):
     return most
 
 
+def stack_in_loops(sass):
+    """How often the stack is used in the innermost loops that load 128 bits."""
+    code = [(int(at, 16), line) for at, line in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
+    jumps = [(int(to, 16), at) for at, line in code for to in re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", line)]
+    loops = [(begin, end) for begin, end in jumps if begin < end]
+    count = 0
+    for begin, end in loops:
+        body = [line for at, line in code if begin <= at <= end]
+        inner = any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops)
+        if not inner and any(re.search(r"LDG\.E(\.\w+)*\.128", line) for line in body):
+            count += sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in body)
+    return count
+
+
+def dependence(sass):
+    """What there is of waiting for the launch in front (ACQBULK), of letting the next begin (PREEXIT), and of reads,
+    in the order of the machine code, each once in a row."""
+    found = re.findall(r"\b(ACQBULK|PREEXIT|LDG)\b", sass)
+    return [kind for i, kind in enumerate(found) if i == 0 or found[i - 1] != kind]
+
+
 def of_amd(assembly):
     """Registers, spills, stack, and the loads of each kind of memory, by their names."""
     fields = {"REG": "vgpr_count", "SPILLS": "vgpr_spill_count", "STACK": "private_segment_fixed_size"}
@@ -155,6 +176,8 @@ def main(file, arch):
                 **{name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)},
                 "loops": [{"loads": loads, "stores": stores} for loads, stores in memory],
                 "in_flight": in_flight(code),
+                "stack_in_loops": stack_in_loops(code),
+                "dependence": dependence(code),
                 "bounded": "maxnreg" in limits,
                 "waits": re.findall(r"griddepcontrol\.(\w+)", ptx),
             })  # fmt: skip

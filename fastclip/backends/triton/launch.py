@@ -26,13 +26,14 @@ if MISSING is None:
     from triton import knobs
     from triton.compiler import CompiledKernel
 
+HERE = contextlib.nullcontext()
 HOOKS = ("launch_enter_hook", "launch_exit_hook")
 
 
 def on(device: torch.device) -> Any:
     """Launches inside this block go to `device`."""
     if device.type == "cpu" or device.index == _current_device():
-        return contextlib.nullcontext()
+        return HERE
     return torch.get_device_module(device.type).device(device)
 
 
@@ -66,6 +67,11 @@ def depends_on(target: Any) -> bool:
 
 
 @functools.cache
+def _depends(device: Any) -> bool:
+    return depends_on(target_of(device))
+
+
+@functools.cache
 def target_of(device: Any) -> Any:
     """What Triton compiles for on a device, by its index; called while it is the current one."""
     return None if INTERPRET else triton.runtime.driver.active.get_current_target()
@@ -73,7 +79,7 @@ def target_of(device: Any) -> Any:
 
 def depends() -> bool:
     """`depends_on` the current device."""
-    return depends_on(target_of(_current_device()))
+    return _depends(_current_device())
 
 
 class Launcher:

@@ -10,6 +10,7 @@ and half of that, 0.9e-6, for the norm.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -298,6 +299,7 @@ def measure_into(
     return Measurement(power, absmax, last_norm, None if max_norm is None else coef, total, norm32)
 
 
+@functools.cache
 def constants(dtype: torch.dtype, tile: int, norm: int, repaired: bool, dependent: bool) -> tuple[Any, ...]:
     """The kernel's constants. A general power takes float64 logarithms: with a full tile of them registers would
     spill."""
