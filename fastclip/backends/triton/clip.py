@@ -21,10 +21,9 @@ from .tiles import INTERPRET, MISSING, MOST_REGISTERS
 if MISSING is None:
     import triton
     import triton.language as tl
-    from triton.language.extra.cuda import gdc_wait
 
-    from .table import is_finite, piece_of, run_of, split_piece
-    from .tiles import DTYPES, MOST_EDGE, inside, narrow, tile
+    from .table import WALKED, is_finite, piece_of, run_of, split_piece
+    from .tiles import DTYPES, MOST_EDGE, gdc_wait, inside, narrow, tile
 
     # ---- apply, clamp and repair ----
 
@@ -98,7 +97,7 @@ if MISSING is None:
         return coef if DTYPE == tl.float64 else coef.to(tl.float32).to(tl.float64)
 
     @triton.jit(
-        do_not_specialize=["tensors", "tiles", "coef_stride"], do_not_specialize_on_alignment=["coef_ptr"]
+        do_not_specialize=["tensors", "tiles", "coef_stride"], do_not_specialize_on_alignment=[*WALKED, "coef_ptr"]
     )  # fmt: skip
     def _apply_kernel(
         addresses_ptr,
@@ -129,7 +128,7 @@ if MISSING is None:
                     _rewrite(base, begin, end, factor, factor, coef_ptr, False, TILE)
 
     @triton.jit(
-        do_not_specialize=["tensors", "tiles"], do_not_specialize_on_alignment=["limits_ptr", "clamped_ptr"]
+        do_not_specialize=["tensors", "tiles"], do_not_specialize_on_alignment=[*WALKED, "limits_ptr", "clamped_ptr"]
     )  # fmt: skip
     def _clamp_kernel(
         addresses_ptr,
@@ -150,7 +149,7 @@ if MISSING is None:
             _rewrite(base, begin, end, low, high, clamped_ptr, True, TILE)
 
     @triton.jit(
-        do_not_specialize=["tensors", "tiles"], do_not_specialize_on_alignment=["absmax_ptr", "counts_ptr"]
+        do_not_specialize=["tensors", "tiles"], do_not_specialize_on_alignment=[*WALKED, "absmax_ptr", "counts_ptr"]
     )  # fmt: skip
     def _repair_kernel(
         addresses_ptr,

@@ -25,10 +25,9 @@ from .tiles import MISSING, MOST_REGISTERS
 if MISSING is None:
     import triton
     import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents
 
-    from .table import is_finite, piece_of, program_of, run_of, split_piece, tiles_of
-    from .tiles import DTYPES, MOST_EDGE, inside, tile
+    from .table import WALKED, is_finite, piece_of, program_of, run_of, split_piece, tiles_of
+    from .tiles import DTYPES, MOST_EDGE, gdc_launch_dependents, inside, tile
 
 NORMS = {2.0: 0, 1.0: 1, math.inf: 2}
 GENERAL = 3  # any other power
@@ -168,7 +167,7 @@ if MISSING is None:
 
     @triton.jit(
         do_not_specialize=["chained", "tensors", "tiles"],
-        do_not_specialize_on_alignment=["partial_ptr", "done_ptr", "result_ptr", "norm32_ptr", "earlier_ptr",
+        do_not_specialize_on_alignment=[*WALKED, "partial_ptr", "done_ptr", "result_ptr", "norm32_ptr", "earlier_ptr",
                                         "before_ptr"],
     )  # fmt: skip
     def _measure_kernel(

@@ -29,6 +29,7 @@ LOADS = 4  # of 16 bytes, a thread has in flight
 TILE_BYTES = 32 * NUM_WARPS * 16 * LOADS
 
 if MISSING is None:
+    WALKED = ("addresses_ptr", "layout_ptr")  # `addresses_ptr`, int64: multiples of 16 [T]
     # `layout_ptr`, int32, of T tensors and P programs: where each tensor begins, in elements from its address rounded
     # down, and where it ends in its last tile [T] [T]; its first tile, and how many there are of all [T + 1]; the first
     # and the last tensor that each program meets [P] [P].

@@ -22,6 +22,11 @@ CHUNKS_PER_PROGRAM = 8  # enough for an even end, few enough to keep the bookkee
 TILES_PER_CHUNK = 64  # at most
 INTERPRET_PROGRAMS = 3  # more than one, so that the tests see programs share the work
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a Triton for other GPUs than NVIDIA's
+    gdc_launch_dependents = gdc_wait = None
+
 if MISSING is None:
     INTERPRET = bool(triton.knobs.runtime.interpret)
     INTERPRETED = tl.constexpr(INTERPRET)
