@@ -21,9 +21,9 @@ TYPES = {
              "log_beta2"},
     "*fp64": {"partial_ptr", "result_ptr", "earlier_ptr", "before_ptr", "absmax_ptr", "coef_ptr", "limits_ptr",
               "rates_ptr"},
-    "*fp32": {"lr_ptr"},
-    "*i64": {"table_ptr", "counts_ptr"},
-    "*i32": {"done_ptr", "clamped_ptr"},
+    "*fp32": {"lr_ptr", "norm32_ptr"},
+    "*i64": {"table_ptr", "addresses_ptr", "counts_ptr"},
+    "*i32": {"layout_ptr", "done_ptr", "clamped_ptr"},
     "*i1": {"frozen_ptr"},
 }  # fmt: skip
 
@@ -72,6 +72,27 @@ def in_flight(sass):
     return most
 
 
+def stack_in_loops(sass):
+    """How often the stack is used in the innermost loops that load 128 bits."""
+    code = [(int(at, 16), line) for at, line in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
+    jumps = [(int(to, 16), at) for at, line in code for to in re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", line)]
+    loops = [(begin, end) for begin, end in jumps if begin < end]
+    count = 0
+    for begin, end in loops:
+        body = [line for at, line in code if begin <= at <= end]
+        inner = any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops)
+        if not inner and any(re.search(r"LDG\.E(\.\w+)*\.128", line) for line in body):
+            count += sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in body)
+    return count
+
+
+def dependence(sass):
+    """What there is of waiting for the launch in front (ACQBULK), of letting the next begin (PREEXIT), and of reads,
+    in the order of the machine code, each once in a row."""
+    found = re.findall(r"\b(ACQBULK|PREEXIT|LDG)\b", sass)
+    return [kind for i, kind in enumerate(found) if i == 0 or found[i - 1] != kind]
+
+
 def of_amd(assembly):
     """Registers, spills, stack, and the loads of each kind of memory, by their names."""
     fields = {"REG": "vgpr_count", "SPILLS": "vgpr_spill_count", "STACK": "private_segment_fixed_size"}
@@ -88,57 +109,57 @@ def main(file, arch):
     if file == "triton":
         from fastclip.backends.triton import clip as kernels
         from fastclip.backends.triton import reduction
+        from fastclip.backends.triton.launch import depends_on, options_of
         from fastclip.backends.triton.table import TILE_BYTES
-        from fastclip.backends.triton.tiles import MOST_REGISTERS
     else:
         import fastclip.backends.triton.optim as kernels
 
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32) if amd else GPUTarget("cuda", int(arch), 32)
+
     def variants(dtype):
         bits, narrow = dtype.primitive_bitwidth, dtype == tl.bfloat16
-        if file == "triton":
-            block = TILE_BYTES * 8 // bits
+        if file == "triton":  # with the options they are launched with
+            block, dependent = TILE_BYTES * 8 // bits, depends_on(target)
+            torch_dtype = next(known for known, dtype_of in reduction.DTYPES.items() if dtype_of == dtype)
             for norm in range(4):
-                for options in ({"earlier_ptr": None}, {}) if norm == 0 else ({"earlier_ptr": None},):
-                    yield (
-                        reduction._measure_kernel,
-                        {"NORM": norm, "BLOCK": block // (8 if norm == 3 else 1), **options},
-                    )
-            for kernel in (kernels._apply_kernel, kernels._clamp_kernel, kernels._repair_kernel):
-                yield kernel, {"BLOCK": block}
+                for repaired in (False, True) if norm == 0 else (False,):
+                    names = reduction._measure_kernel.arg_names[-6:]
+                    values = reduction.constants(torch_dtype, block, norm, repaired, dependent)
+                    options = options_of(target, reduction.most_registers(norm))
+                    yield reduction._measure_kernel, dict(zip(names, values)), options
+            options = options_of(target, kernels.MOST_REGISTERS, dependent)
+            yield kernels._apply_kernel, {"TILE": block, "DEPENDENT": dependent}, options
+            yield kernels._repair_kernel, {"TILE": block}, options_of(target, kernels.MOST_REGISTERS)
+            yield kernels._clamp_kernel, {"TILE": block}, options_of(target)
         else:
             block = min(kernels.MOST_TILE, kernels.TILE_BYTES * 8 // bits)
-            common = {"MAXIMIZE": False, "BLOCK": block}
+            common, warps = {"MAXIMIZE": False, "BLOCK": block}, {"num_warps": kernels.NUM_WARPS}
             absent = {"frozen_ptr": None, "lr_ptr": None}
             for pointers in ({}, absent) if dtype == tl.float32 else ():
-                yield kernels._count_kernel, {"BLOCK": kernels.COUNTED, **pointers}
+                yield kernels._count_kernel, {"BLOCK": kernels.COUNTED, **pointers}, warps
             for stochastic in (False, True) if narrow else (False,):
                 for zero_grad in (False, True):
                     last = {**common, **({} if zero_grad else absent), "STOCHASTIC": stochastic, "ZERO_GRAD": zero_grad}
                     for amsgrad in (False, True):
-                        yield kernels._adamw_kernel, {**last, "AMSGRAD": amsgrad}
+                        yield kernels._adamw_kernel, {**last, "AMSGRAD": amsgrad}, warps
                     for momentum in (False, True):
-                        yield kernels._sgd_kernel, {**last, "MOMENTUM": momentum, "NESTEROV": momentum}
+                        yield kernels._sgd_kernel, {**last, "MOMENTUM": momentum, "NESTEROV": momentum}, warps
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     rows = []
     for dtype in (tl.float32, tl.bfloat16, tl.float16, tl.float64):
-        for kernel, options in variants(dtype):
+        for kernel, options, limits in variants(dtype):
             constants = {n: v for n, v in {"DTYPE": dtype, **options}.items() if n in kernel.arg_names}
             known = {name: kind for kind, names in TYPES.items() for name in names}
             signature = {a: "constexpr" if a in constants else known.get(a, "i32") for a in kernel.arg_names}
             source = ASTSource(kernel, signature, constexprs=constants)
-            if arch.startswith("gfx"):
-                target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
-                binary = triton.compile(source, target=target, options={"num_warps": kernels.NUM_WARPS})
-                rows.append(
-                    {"kernel": kernel.fn.__name__, "dtype": str(dtype), **options, **of_amd(binary.asm["amdgcn"])}
-                )
+            binary = triton.compile(source, target=target, options=limits)
+            row = {"kernel": kernel.fn.__name__, "dtype": str(dtype)}
+            row |= {name: value for name, value in options.items() if name != "DTYPE" and value is not None}
+            if amd:
+                rows.append({**row, **of_amd(binary.asm["amdgcn"])})
                 continue
-            target = GPUTarget("cuda", int(arch), 32)
-            limits = {}
-            if "earlier_ptr" in options and options["NORM"] != 3 and dtype != tl.float64:  # as it is launched
-                limits = {"maxnreg": MOST_REGISTERS}
-            binary = triton.compile(source, target=target, options={"num_warps": kernels.NUM_WARPS, **limits})
             with tempfile.NamedTemporaryFile(suffix=".cubin") as opened:
                 opened.write(binary.asm["cubin"])
                 opened.flush()
@@ -151,13 +172,14 @@ def main(file, arch):
             loops = [body for label, body in blocks if re.search(r"bra(\.uni)?\s+" + re.escape(label) + ";", body)]
             memory = [[re.findall(rf"{op}\.global[.\w:]*", loop) for op in ("ld", "st")] for loop in loops]
             rows.append({
-                "kernel": kernel.fn.__name__,
-                "dtype": str(dtype),
-                **{name: value for name, value in options.items() if value is not None},
+                **row,
                 **{name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)},
                 "loops": [{"loads": loads, "stores": stores} for loads, stores in memory],
                 "in_flight": in_flight(code),
-                "bounded": bool(limits),
+                "stack_in_loops": stack_in_loops(code),
+                "dependence": dependence(code),
+                "bounded": "maxnreg" in limits,
+                "waits": re.findall(r"griddepcontrol\.(\w+)", ptx),
             })  # fmt: skip
     print(json.dumps(rows))
 

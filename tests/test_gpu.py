@@ -222,6 +222,13 @@ def test_three_launches_and_no_copy(limit):
     assert not [name for name in names if "Mem" in name], names
 
 
+def test_triton_takes_two():
+    parameters = make(*[1000] * 300)
+    with fastclip.use_backend("triton"):
+        names = launches(lambda: fastclip.clip_norm_(parameters, 1e9))
+    assert len(names) == 2, names
+
+
 def test_mixed_dtypes_take_as_few():
     parameters = make(1000, 5) + make(1000, dtype=torch.bfloat16)
     names = launches(lambda: fastclip.clip_norm_(parameters, 1.0))

@@ -13,16 +13,17 @@ from torch import Tensor
 from ...devices import has_float64
 from ..base import GradGroup, Measurement
 from ..transfer import upload
+from .launch import Launcher, depends, on
 from .reduction import measure_into
 from .table import table_of
-from .tiles import INTERPRET, MISSING, NUM_WARPS, on
+from .tiles import INTERPRET, MISSING, MOST_REGISTERS
 
 if MISSING is None:
     import triton
     import triton.language as tl
 
-    from .table import chunk_of, is_finite, split_chunk
-    from .tiles import DTYPES, MOST_EDGE, inside, narrow, tile
+    from .table import WALKED, is_finite, piece_of, run_of, split_piece
+    from .tiles import DTYPES, MOST_EDGE, gdc_wait, inside, narrow, tile
 
     # ---- apply, clamp and repair ----
 
@@ -44,10 +45,12 @@ if MISSING is None:
 
     @triton.jit
     def _rewrite(base, begin, end, a, b, clamped_ptr, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
-        """Rewrite the elements [begin, end)."""
+        """Rewrite the elements [begin, end). To multiply them, the last tile first: `measure` read it last, and of what
+        it read last the L2 still has some."""
         EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
-        full_begin, full_end, head, heads, tails = split_chunk(begin, end, BLOCK)
-        for offset in range(full_begin, full_end, BLOCK):
+        full_begin, full_end, head, heads, tails = split_piece(begin, end, BLOCK)
+        for i in range(0, full_end - full_begin, BLOCK):
+            offset = full_begin + i if CLAMP else full_end - BLOCK - i
             _rewrite_tile(tile(base, offset, BLOCK), None, a, b, clamped_ptr, CLAMP, False)
         for i in range(0, heads + tails):
             offset = tl.where(i < heads, head + i * EDGE, full_end + (i - heads) * EDGE)
@@ -58,7 +61,7 @@ if MISSING is None:
     def _repair(base, begin, end, BLOCK: tl.constexpr):
         """Zeros for those of the elements [begin, end) that are inf or NaN, and how many there were."""
         EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
-        full_begin, full_end, head, heads, tails = split_chunk(begin, end, BLOCK)
+        full_begin, full_end, head, heads, tails = split_piece(begin, end, BLOCK)
         count = tl.zeros((), tl.int32)
         for offset in range(full_begin, full_end, BLOCK):
             pointers = tile(base, offset, BLOCK)
@@ -80,7 +83,7 @@ if MISSING is None:
     def _zero(base, begin, end, BLOCK: tl.constexpr):
         """Zeros into the elements [begin, end), without reading them."""
         EDGE: tl.constexpr = MOST_EDGE if BLOCK > MOST_EDGE else BLOCK
-        full_begin, full_end, head, heads, tails = split_chunk(begin, end, BLOCK)
+        full_begin, full_end, head, heads, tails = split_piece(begin, end, BLOCK)
         for offset in range(full_begin, full_end, BLOCK):
             tl.store(tile(base, offset, BLOCK), tl.zeros([BLOCK], base.dtype.element_ty))
         for i in range(0, heads + tails):
@@ -93,64 +96,79 @@ if MISSING is None:
         """The coefficient as it will be used: float32 for all but float64 gradients."""
         return coef if DTYPE == tl.float64 else coef.to(tl.float32).to(tl.float64)
 
-    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size", "coef_stride"])
+    @triton.jit(
+        do_not_specialize=["tensors", "tiles", "coef_stride"], do_not_specialize_on_alignment=[*WALKED, "coef_ptr"]
+    )  # fmt: skip
     def _apply_kernel(
-        table_ptr,
+        addresses_ptr,
+        layout_ptr,
         coef_ptr,  # float64 [] (stride 0) or [T] (stride 1)
         coef_stride,
         tensors,
-        chunks,
-        chunk_size,
+        tiles,
         DTYPE: tl.constexpr,
-        BLOCK: tl.constexpr,
+        TILE: tl.constexpr,
+        DEPENDENT: tl.constexpr,
     ):
+        if DEPENDENT:
+            gdc_wait()  # until all that the launch in front writes can be read
+        run_begin, run_end, tensor_begin, tensor_last = run_of(layout_ptr, tensors, tiles)
         if coef_stride == 0:
             if _rounded(tl.load(coef_ptr), DTYPE) == 1.0:
-                chunks = 0  # nothing is clipped: the launch ends here, without a read
-        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
-            tensor, _, _, base, begin, end = chunk_of(table_ptr, chunk, tensors, chunk_size, DTYPE)
+                tensor_last = tensor_begin - 1  # nothing is clipped: the launch ends here, without a read
+        for i in tl.range(0, tensor_last + 1 - tensor_begin, disable_licm=True):
+            tensor = tensor_last - i  # backwards, as `_rewrite`
             coef = _rounded(tl.load(coef_ptr + tensor * coef_stride), DTYPE)
             if coef != 1.0:
+                base, begin, end = piece_of(addresses_ptr, layout_ptr, tensor, tensors, run_begin, run_end, DTYPE, TILE)
                 if coef.to(tl.int64, bitcast=True) == 0:  # +0, not -0: zeros without reading
-                    _zero(base, begin, end, BLOCK)
+                    _zero(base, begin, end, TILE)
                 else:
                     factor = coef if DTYPE == tl.float64 else coef.to(tl.float32)
-                    _rewrite(base, begin, end, factor, factor, coef_ptr, False, BLOCK)
+                    _rewrite(base, begin, end, factor, factor, coef_ptr, False, TILE)
 
-    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size"])
+    @triton.jit(
+        do_not_specialize=["tensors", "tiles"], do_not_specialize_on_alignment=[*WALKED, "limits_ptr", "clamped_ptr"]
+    )  # fmt: skip
     def _clamp_kernel(
-        table_ptr,
+        addresses_ptr,
+        layout_ptr,
         limits_ptr,  # float64 [2]
         clamped_ptr,  # int32 []: set to 1 if anything is changed
         tensors,
-        chunks,
-        chunk_size,
+        tiles,
         DTYPE: tl.constexpr,
-        BLOCK: tl.constexpr,
+        TILE: tl.constexpr,
     ):
         low, high = tl.load(limits_ptr), tl.load(limits_ptr + 1)
         if DTYPE != tl.float64:
             low, high = low.to(tl.float32), high.to(tl.float32)
-        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
-            _, _, _, base, begin, end = chunk_of(table_ptr, chunk, tensors, chunk_size, DTYPE)
-            _rewrite(base, begin, end, low, high, clamped_ptr, True, BLOCK)
+        run_begin, run_end, tensor_begin, tensor_last = run_of(layout_ptr, tensors, tiles)
+        for tensor in range(tensor_begin, tensor_last + 1):
+            base, begin, end = piece_of(addresses_ptr, layout_ptr, tensor, tensors, run_begin, run_end, DTYPE, TILE)
+            _rewrite(base, begin, end, low, high, clamped_ptr, True, TILE)
 
-    @triton.jit(do_not_specialize=["tensors", "chunks", "chunk_size"])
+    @triton.jit(
+        do_not_specialize=["tensors", "tiles"], do_not_specialize_on_alignment=[*WALKED, "absmax_ptr", "counts_ptr"]
+    )  # fmt: skip
     def _repair_kernel(
-        table_ptr,
+        addresses_ptr,
+        layout_ptr,
         absmax_ptr,  # float64 [T]: tensors whose max |g| is finite are not read
         counts_ptr,  # int64 [T], added to
         tensors,
-        chunks,
-        chunk_size,
+        tiles,
         DTYPE: tl.constexpr,
-        BLOCK: tl.constexpr,
+        TILE: tl.constexpr,
     ):
-        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
-            tensor, _, _, base, begin, end = chunk_of(table_ptr, chunk, tensors, chunk_size, DTYPE)
+        run_begin, run_end, tensor_begin, tensor_last = run_of(layout_ptr, tensors, tiles)
+        for tensor in tl.range(tensor_begin, tensor_last + 1, disable_licm=True):
             if not is_finite(tl.load(absmax_ptr + tensor)):
-                count = _repair(base, begin, end, BLOCK)
+                base, begin, end = piece_of(addresses_ptr, layout_ptr, tensor, tensors, run_begin, run_end, DTYPE, TILE)
+                count = _repair(base, begin, end, TILE)
                 tl.atomic_add(counts_ptr + tensor, count.to(tl.int64), mask=count > 0, sem="relaxed")
+
+    _launch_apply, _launch_clamp, _launch_repair = map(Launcher, (_apply_kernel, _clamp_kernel, _repair_kernel))
 
 
 # ---- host ----
@@ -181,13 +199,16 @@ def describe() -> str:
 
 
 def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[Measurement, Tensor]:
-    table, count = table_of(group), len(group)
-    repaired = torch.zeros(count, dtype=torch.int64, device=group.device)
+    table = table_of(group)
+    layout = table.layout
+    repaired = torch.zeros(layout.tensors, dtype=torch.int64, device=group.device)
     with on(group.device):
-        _repair_kernel[(table.programs,)](
-            table.device, measured.absmax, repaired, count, table.chunks, table.chunk_size,
-            DTYPE=DTYPES[group.dtype], BLOCK=table.block, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        _launch_repair(
+            layout.programs,
+            (table.addresses, layout.device, measured.absmax, repaired, layout.tensors, layout.tiles),
+            (DTYPES[group.dtype], layout.tile),
+            MOST_REGISTERS,
+        )
     group.bump_version()
     # Programs go by the old maxima while the last of a tensor writes its new one: these are copies.
     result = torch.cat([measured.power, measured.absmax, measured.power.new_empty(4)])
@@ -196,22 +217,29 @@ def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[
 
 def apply_(group: GradGroup, coef: Tensor) -> None:
     table = table_of(group)
+    layout = table.layout
     with on(group.device):
-        _apply_kernel[(table.programs,)](
-            table.device, coef, coef.dim(), len(group), table.chunks, table.chunk_size,
-            DTYPE=DTYPES[group.dtype], BLOCK=table.block, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        dependent = depends()
+        _launch_apply(
+            layout.programs,
+            (table.addresses, layout.device, coef, coef.dim(), layout.tensors, layout.tiles),
+            (DTYPES[group.dtype], layout.tile, dependent),
+            MOST_REGISTERS,
+            dependent,
+        )
     group.bump_version()
 
 
 def clamp_(group: GradGroup, low: float, high: float) -> Tensor:
     table = table_of(group)
+    layout = table.layout
     limits = upload([low, high], torch.float64, group.device)
     clamped = torch.zeros((), dtype=torch.int32, device=group.device)
     with on(group.device):
-        _clamp_kernel[(table.programs,)](
-            table.device, limits, clamped, len(group), table.chunks, table.chunk_size,
-            DTYPE=DTYPES[group.dtype], BLOCK=table.block, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        _launch_clamp(
+            layout.programs,
+            (table.addresses, layout.device, limits, clamped, layout.tensors, layout.tiles),
+            (DTYPES[group.dtype], layout.tile),
+        )
     group.bump_version()
     return clamped.bool()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..base import AdamWOptions, SGDOptions, StepDecision, StepTable
 from ..transfer import UploadCache, upload
-from .tiles import MISSING, current_stream, on, split_chunks
+from .launch import current_stream, on
+from .tiles import MISSING, split_chunks
 
 if MISSING is None:
     import triton

@@ -1,9 +1,8 @@
-"""What the Triton kernels share: tensors cut into chunks, chunks into tiles, and where a launch goes."""
+"""What the Triton kernels share: tensors cut into tiles or chunks of them, and how many programs walk these."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +21,11 @@ MOST_REGISTERS = 65536 // (32 * NUM_WARPS * PROGRAMS_PER_SM)  # a thread, for so
 CHUNKS_PER_PROGRAM = 8  # enough for an even end, few enough to keep the bookkeeping small
 TILES_PER_CHUNK = 64  # at most
 INTERPRET_PROGRAMS = 3  # more than one, so that the tests see programs share the work
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a Triton for other GPUs than NVIDIA's
+    gdc_launch_dependents = gdc_wait = None
 
 if MISSING is None:
     INTERPRET = bool(triton.knobs.runtime.interpret)
@@ -60,7 +64,7 @@ else:
 
 
 class Chunking(NamedTuple):
-    """Tensors cut into chunks of one size, numbered through, for a persistent grid to walk."""
+    """Tensors cut into chunks of one size, numbered through, as the optimizers' steps take them."""
 
     size: int  # elements of a chunk
     firsts: Tensor  # int64 [T + 1] on the host: each tensor's first chunk, then the number of chunks
@@ -70,7 +74,7 @@ class Chunking(NamedTuple):
 
 def split_chunks(ends: Tensor, block: int, device: torch.device) -> Chunking:
     """[0, end) of each tensor in chunks of whole tiles of `block` elements; ends: int64 [T] on the host."""
-    most = _most_programs(device)
+    most = most_programs(device)
     tiles = int(((ends + block - 1) // block).sum())
     size = block * min(TILES_PER_CHUNK, max(1, tiles // (most * CHUNKS_PER_PROGRAM)))
     counts = (ends + size - 1) // size
@@ -79,19 +83,10 @@ def split_chunks(ends: Tensor, block: int, device: torch.device) -> Chunking:
     return Chunking(size, firsts, owners, max(1, min(most, len(owners))))
 
 
-def _most_programs(device: torch.device) -> int:
+def most_programs(device: torch.device) -> int:
+    """How many programs of `measure` run at a time."""
     if INTERPRET:
         return INTERPRET_PROGRAMS
     properties = torch.get_device_module(device.type).get_device_properties(device)
     units = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
-    return units * PROGRAMS_PER_SM
-
-
-def on(device: torch.device) -> Any:
-    """Launches inside this block go to `device`."""
-    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device.type).device(device)
-
-
-def current_stream(device: torch.device) -> Any:
-    """What launches on `device` go to now: two streams must not share a workspace."""
-    return None if INTERPRET else torch.get_device_module(device.type).current_stream(device)
+    return int(units) * PROGRAMS_PER_SM
