@@ -66,6 +66,7 @@ class Stats:
         parts: list[Measurement],
         positions: list[int] | None = None,
         norm: Tensor | None = None,
+        norm32: Tensor | None = None,
     ) -> None:
         self.norm_type = norm_type
         self.device = device
@@ -74,6 +75,7 @@ class Stats:
         self._parts = parts
         self._positions = positions  # of the parts' tensors, one part after the other; None: as they come
         self._norm = norm
+        self._norm32 = norm32 if dtype == torch.float32 else None  # the norm rounded, where the backend did it
         self._coef: Tensor | None = None
         self._clamped: Tensor | None = None
         self._limit: Tensor | float | None = None
@@ -121,7 +123,7 @@ class Stats:
 
     @property
     def total_norm(self) -> Tensor:
-        return self.norm.to(self._dtype)
+        return self.norm.to(self._dtype) if self._norm32 is None else self._norm32
 
     @property
     def tensor_norms(self) -> Tensor:

@@ -239,3 +239,20 @@ def test_any_mixture(backend):
         assert after <= limit * (1 + 2 * NORM_ERROR + rounding(torch.bfloat16)) + 1e-6 or factor == 1.0
 
     mixture()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_that_a_backend_rounded_is_what_the_user_gets(dtype, monkeypatch):
+    """One launch less on a GPU. Of float64 gradients the norm is not rounded."""
+    backend = fastclip.backends.get("reference")
+    measure, rounded = backend.measure, torch.tensor(5.0)
+
+    def rounding(*arguments):
+        measured = measure(*arguments)
+        norm = measured.power.sum().sqrt()
+        return measured._replace(norm=norm, total=measured.power.new_zeros(2), norm32=rounded)
+
+    monkeypatch.setattr(backend, "measure", rounding)
+    with fastclip.use_backend("reference"):
+        norm = fastclip.clip_norm_([parameter(torch.tensor([3.0, 4.0], dtype=dtype))], 1.0)
+    assert norm == 5 and norm.dtype == dtype and (norm is rounded) == (dtype == torch.float32)

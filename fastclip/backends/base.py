@@ -25,6 +25,7 @@ class Measurement(NamedTuple):
     norm: Tensor | None = None  # [] the p-norm
     coef: Tensor | None = None  # [] the clip coefficient of that norm, where `max_norm` was given
     total: Tensor | None = None  # [2] sum of the powers (p = 0: the number of tensors that are not all zero), max |g|
+    norm32: Tensor | None = None  # [] float32, the norm rounded, in memory of its own: what users get of it
 
 
 class GradGroup:

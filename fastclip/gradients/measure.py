@@ -38,8 +38,9 @@ def measure(
             parts[-1], zeroed = group.backend.repair_(group, parts[-1], norm_type)
             counts.append(zeroed)
     positions = [p for group in table.groups for p in group.positions] if len(parts) > 1 else None
-    norm, coef = (parts[-1].norm, parts[-1].coef) if chained else (None, None)
-    stats = Stats(norm_type, table.dtype, table.device, parts, positions, norm)
+    last = parts[-1] if chained else None  # which has the norm of all
+    norm, norm32, coef = (None, None, None) if last is None else (last.norm, last.norm32, last.coef)
+    stats = Stats(norm_type, table.dtype, table.device, parts, positions, norm, norm32)
     if repair:
         stats.zeroed = stats.gathered(counts) if counts else torch.zeros(0, dtype=torch.int64, device=table.device)
     if shards is not None and shards.partial:

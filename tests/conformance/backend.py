@@ -47,6 +47,8 @@ class BackendConformance:
             if not math.isinf(p):
                 powers = torch.tensor([tensor_norm(t, p) ** (p or 1) for t in exact], dtype=torch.float64)
                 assert_within(measured.power, powers, powers * max(2.0, p) * 1e-6)
+            if measured.norm32 is not None:
+                assert torch.equal(measured.norm32, measured.norm.float())
             again = self.backend.measure(group, p)
             assert torch.equal(again.power, measured.power) and torch.equal(again.absmax, measured.absmax)
 
