@@ -28,6 +28,7 @@ struct MeasureOptions {
   const double* earlier_absmax;  // [tensors] is finite are not read again
   void* workspace;               // fastclip_cuda_workspace_bytes
   double* result;                // power [tensors], absmax [tensors], total [2], norm, clip coefficient
+  float* norm32;                 // the norm rounded, or null
 };
 
 // What an optimizer steps, as fastclip_cuda_pack_step describes it, and where to launch. The arrays are on the host if

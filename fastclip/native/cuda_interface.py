@@ -38,6 +38,7 @@ class MeasureOptions(ctypes.Structure):
         ("earlier_absmax", c_void_p),
         ("workspace", c_void_p),
         ("result", c_void_p),
+        ("norm32", c_void_p),
     )
 
 
