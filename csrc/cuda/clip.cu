@@ -125,6 +125,8 @@ extern "C" {
 
 int32_t fastclip_cuda_max_table() { return MAX_TABLE; }
 
+int32_t fastclip_cuda_table_slots(int64_t tensors) { return slots_for(tensors); }
+
 const char* fastclip_cuda_probe(int32_t device) {
   int before = device;
   cudaFuncAttributes attributes;
@@ -140,17 +142,18 @@ int64_t fastclip_cuda_pack(const int64_t* addresses, const int64_t* sizes, int64
   int item = 0, tile = 0;  // their logarithms: quotients would take half of the time
   while (1 << item < itemsize) item++;
   while (1 << tile < TILE_BYTES >> item) tile++;
-  const int64_t within = (int64_t(1) << tile) - 1;
+  const uint64_t within = (uint64_t(1) << tile) - 1;
   int64_t tiles = 0;
+  uint64_t all = 0;
   for (int64_t i = 0; i < tensors; i++) {
     const uint64_t address = addresses[i];
-    const int64_t end = sizes[i] > 0 ? int64_t(address % 16 >> item) + sizes[i] : 0;
-    if (address >> 48) return -1;
-    packed_address[i] = address << 16 | (sizes[i] > 0 ? uint64_t((end - 1) & within) : 0);
+    const int64_t size = sizes[i], end = size > 0 ? int64_t(address % 16 >> item) + size : 0;
+    all |= address;
+    packed_address[i] = address << 16 | (size > 0 ? uint64_t(end - 1) & within : 0);
     tile_offsets[i] = uint32_t(tiles);
-    tiles += (end + within) >> tile;
-    if (tiles > INT32_MAX) return -1;
+    tiles += int64_t((uint64_t(end) + within) >> tile);
   }
+  if (all >> 48 || tiles > INT32_MAX) return -1;
   tile_offsets[tensors] = uint32_t(tiles);
   return tiles;
 }

@@ -14,6 +14,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
 
 #include "../elementwise.h"
@@ -288,6 +289,16 @@ inline bool can_overlap([[maybe_unused]] const void* kernel, [[maybe_unused]] in
 #endif
 }
 
+// A kernel as the runtime knows it; the emulation needs its type.
+template <class Kernel>
+auto entry(Kernel* kernel) {
+#ifdef __CUDACC__
+  return reinterpret_cast<const void*>(kernel);
+#else
+  return kernel;
+#endif
+}
+
 // The only place where a kernel is launched: on its device, on its stream, and with the launch checked.
 template <class Table, class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Table, uint32_t, uint32_t, Parameters...), const Launch& to, const Table& table,
@@ -309,8 +320,15 @@ cudaError_t launch(void (*kernel)(Table, uint32_t, uint32_t, Parameters...), con
   if (error == cudaSuccess && to.overlaps && can_overlap(reinterpret_cast<const void*>(kernel), to.device))
     config.numAttrs = 1;
 #endif
+  // By pointers: the template that takes arguments copies the table, up to 32 KB of it, once more.
+  std::tuple<uint32_t, uint32_t, Parameters...> rest(to.tensors, to.tiles, Parameters(arguments)...);
   if (error == cudaSuccess)
-    error = cudaLaunchKernelEx(&config, kernel, table, to.tensors, to.tiles, Parameters(arguments)...);
+    error = std::apply(
+        [&](auto&... each) {
+          void* pointers[] = {const_cast<Table*>(&table), &each...};
+          return cudaLaunchKernelExC(&config, entry(kernel), pointers);
+        },
+        rest);
   if (before != to.device) cudaSetDevice(before);
   return error;
 }

@@ -202,19 +202,18 @@ def _packed(group: GradGroup) -> _Table:
     library, device, dtype = libraries.cuda.get(), group.device, group.dtype
     listed = group.addresses_and_sizes()
     count = len(group)
-    packed = torch.empty(
-        3 * count + 1, dtype=torch.int32, device="cpu"
-    )  # addresses int64 [T], tile offsets int32 [T + 1]
+    slots = library.fastclip_cuda_table_slots(count) or count
+    packed = torch.empty(3 * slots + 2, dtype=torch.int32, device="cpu")  # addresses int64, then tile offsets int32
     memory: tuple[Tensor, ...] = (packed,)
     address, packed_address = listed.data_ptr(), packed.data_ptr()
-    tile_offsets = packed_address + 8 * count
+    tile_offsets = packed_address + 8 * slots
     tiles = library.fastclip_cuda_pack(
         address, address + 8 * count, count, dtype.itemsize, packed_address, tile_offsets
     )
     if tiles < 0:
         raise RuntimeError(f"the gradients on {device} are too large, or lie too high, for the cuda backend")
-    if count > _max_table(library):
-        halves = packed[: 2 * count].view(torch.int64), packed[2 * count :]
+    if slots == count and count > library.fastclip_cuda_max_table():
+        halves = packed[: 2 * count].view(torch.int64), packed[2 * count : 3 * count + 1]
         memory = tuple(_uploaded(cache, half, device) for cache, half in zip((_addresses, _layouts), halves))
         packed_address, tile_offsets = map(Tensor.data_ptr, memory)
     index = device.index or 0
@@ -224,11 +223,6 @@ def _packed(group: GradGroup) -> _Table:
 def _uploaded(cache: UploadCache[Tensor], host: Tensor, device: torch.device) -> Tensor:
     """`host` on the device, from the cache if it is there for the current stream."""
     return cache.get(device, (device, _stream(device)), host, lambda: upload(host, host.dtype, device))
-
-
-@functools.cache
-def _max_table(library: ctypes.CDLL) -> int:
-    return int(library.fastclip_cuda_max_table())
 
 
 _steps: UploadCache[Tensor] = UploadCache()

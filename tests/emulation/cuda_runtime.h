@@ -13,7 +13,7 @@
 #include <numeric>
 #include <random>
 #include <thread>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #define CUDART_VERSION 12030
@@ -154,23 +154,21 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs = 0;
 };
 
-template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               const Arguments&... arguments) {
+template <class... Parameters>
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), void** pointers) {
   using namespace emulation;
   const std::lock_guard<std::mutex> alone(one_launch);
   for (unsigned i = 0; i < config->numAttrs; i++)
     overlapping += config->attrs[i].val.programmaticStreamSerializationAllowed;
   launches++;
-  if (idle) {  // once by the template of CUDA's header, which takes them by value, and once by the driver
+  if (idle) {
     static std::vector<unsigned char> buffer(1 << 16);
-    std::tuple<Parameters...> by_value(arguments...);
     unsigned char* end = buffer.data();
-    std::apply([&](const auto&... each) { ((std::memcpy(end, &each, sizeof(each)), end += sizeof(each)), ...); },
-               by_value);
+    ((std::memcpy(end, *pointers++, sizeof(Parameters)), end += sizeof(Parameters)), ...);
     asm volatile("" ::"r"(buffer.data()) : "memory");
     return cudaSuccess;
   }
+  auto call = [&]<size_t... I>(std::index_sequence<I...>) { kernel(*static_cast<Parameters*>(pointers[I])...); };
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   std::vector<unsigned> blocks(gridDim.x);
@@ -188,7 +186,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       threadIdx = dim3(t);
       for (unsigned block : blocks) {
         blockIdx = dim3(block);
-        kernel(arguments...);
+        call(std::index_sequence_for<Parameters...>());
         __syncthreads();  // the next block has the same shared memory
       }
     });
