@@ -42,6 +42,7 @@ from .providers import BASELINE, CLIPS, Call, Clipper, Compiled, providers
 
 PASSES = {"norm": 1, "not triggered": 1, "triggered": 3, "per tensor": 3, "mask": 1, "value": 1}
 MOST_SETS = 64
+MOVING_SETS = 20  # more than fastclip.backends.UploadCache keeps
 
 
 # ---- measuring ----
@@ -53,6 +54,7 @@ class Case(NamedTuple):
     modes: tuple[str, ...]
     cold: bool = False  # where one set of gradients would fit in the cache: several, so that they come from memory
     providers: tuple[str, ...] | None = None  # None: all that run here
+    moving: bool = False  # MOVING_SETS of them, so that no call finds the addresses that it may have kept
 
 
 class Machine(NamedTuple):
@@ -69,7 +71,7 @@ def measure(case: Case, machine: Machine, seconds: float, rivals: list[Any] | No
     model, dtype, device = find(case.model), DTYPES[case.dtype], machine.device
     size = model.elements * dtype.itemsize
     cache = method.cache_bytes(device)
-    sets = min(MOST_SETS, max(1, math.ceil(2 * cache / size))) if case.cold else 1
+    sets = min(MOST_SETS, max(1, math.ceil(2 * cache / size))) if case.cold else MOVING_SETS if case.moving else 1
     everyone = providers(device) if rivals is None else rivals
     rivals = [p for p in everyone if case.providers is None or p.name in case.providers]
     common = {
@@ -190,7 +192,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     if options.models:
         dtypes = options.dtypes or ["fp32"]
         modes, names = tuple(options.modes or PASSES), options.providers and tuple(options.providers)
-        return [Case(m, d, modes, options.cold, names) for m in options.models for d in dtypes]
+        return [Case(m, d, modes, options.cold, names, options.moving) for m in options.models for d in dtypes]
     device = options.device
     everyone = [p.name for p in providers(device)]
     chosen = [n for n in everyone if options.providers is None or n in options.providers]
@@ -213,6 +215,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
             Case("llama-3.2-1b", "bf16", modes, False, quick_ones),
             Case("gpt2-124m", "fp32", modes, False, quick_ones),
             Case("2000x256", "fp32", modes, False, quick_ones),
+            Case("3000x64", "fp32", CLIPS, False, quick_ones, moving=True),  # more than a kernel's parameters hold
             Case("resnet50", "fp32", CLIPS, True, quick_ones),
             Case("misaligned", "bf16", CLIPS, False, quick_ones),
             Case("gpt2-124m", "bf16", ("per tensor", "mask", "value"), False, quick_ones),
@@ -305,6 +308,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", type=names(PASSES), help="with --models; all unless told")
     parser.add_argument("--providers", type=lambda text: text.split(","), help="all that run here unless told")
     parser.add_argument("--cold", action="store_true", help="with --models: enough sets of gradients to fill the cache")
+    parser.add_argument(
+        "--moving", action="store_true", help="with --models: gradients that lie elsewhere in every call"
+    )
     parser.add_argument("--all", action="store_true", help="every model × dtype × mode × provider: hours")
     parser.add_argument("--growth", action="store_true", help="how cost grows with elements and with tensors")
     parser.add_argument("--quick", action="store_true", help="few cases, under a minute")

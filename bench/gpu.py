@@ -15,6 +15,7 @@ running, but makes the exit status 1. Rows and a record of the run itself go to 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -175,6 +176,8 @@ def small(dry: bool) -> None:
                 (group,) = fastclip.gradients.pack.pack(parameters, gradients=False, write=True).groups
                 _, counts = module.repair_(group, module.measure(group, 2.0), 2.0)
                 assert counts.tolist() == [0] * (len(parameters) - 1) + [parameters[-1].numel()], counts
+    if dry:
+        _time_without_gpu()
     print("both backends ran")
 
 
@@ -227,6 +230,38 @@ def _without_gpu() -> None:
     from fastclip.native import libraries
 
     cuda.DEVICE, libraries.cuda = "cpu", emulation.library
+
+
+def _time_without_gpu() -> None:
+    """What method.py does on a GPU only, over stand-ins that take no arguments but those of what they stand for."""
+    import inspect
+    from unittest import mock
+
+    import torch
+    import triton.testing
+
+    from . import method
+
+    signature, ones = inspect.signature(triton.testing.do_bench), torch.ones
+
+    def do_bench(*arguments: Any, **options: Any) -> Any:
+        bound = signature.bind(*arguments, **options)
+        bound.apply_defaults()
+        bound.arguments["fn"]()
+        return [1.0, 2.0, 3.0] if bound.arguments["return_mode"] == "all" else 1.0
+
+    with contextlib.ExitStack() as stack:
+        for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+            value = 0 if "allocated" in name else None
+            stack.enter_context(mock.patch.object(torch.cuda, name, autospec=True, return_value=value))
+        stack.enter_context(mock.patch.object(triton.testing, "do_bench", do_bench))
+        stack.enter_context(mock.patch.object(torch, "ones", lambda count, device: ones(min(count, 1024))))
+        assert method.copy_bandwidth() > 0
+        numbers = torch.ones(16, "cuda")
+        calls = {"torch": lambda: numbers.mul_(1.0), "ours": numbers.sum}
+        fields = method.measure(calls, {}, "cuda", 1, 0.01, "torch", lambda name: None, lambda name: None)
+    for row in fields.values():
+        assert row["device_s"]["median"] == 0.002 and row["host_s"] and row["launches"] is not None, row
 
 
 def why_not() -> str | None:

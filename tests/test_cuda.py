@@ -31,6 +31,7 @@ from cases import (
 
 import fastclip
 from fastclip import backends
+from fastclip.gradients.pack import pack
 from fastclip.native import build_cache, libraries
 
 cuda = importlib.import_module("fastclip.backends.cuda")
@@ -46,7 +47,7 @@ def _cuobjdump():
 
 
 # tables × (dtypes × norms + apply, clamp, repair), then dtypes × steps, and tables × what prepares them
-KERNELS = 3 * (4 * 4 + 3 * 4) + 5 * 5 + 3 * 2 * 2
+KERNELS = 4 * (4 * 4 + 3 * 4) + 5 * 5 + 3 * 2 * 2
 
 needs_cuobjdump = pytest.mark.skipif(_cuobjdump() is None, reason="needs cuobjdump, from CUDA or triton")
 
@@ -132,6 +133,25 @@ def test_steps_calculate_alike_wherever_an_element_lies(compiled):
             if len(re.findall(r"\bLDG", loop)) > 1 and sum(counts):
                 found.add(tuple(fractions.Fraction(n, sum(counts)) for n in counts))
         assert len(found) == 1, f"{name}: {found}"
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.slow
+def test_only_apply_begins_early_and_waits_first(compiled):
+    """From sm_90 on measure lets the next kernel begin (PREEXIT), and apply, which alone is launched so, waits for the
+    end of the one before (ACQBULK) ahead of whatever touches memory, and of every branch and end."""
+    library, _ = compiled
+    early = not library.name.startswith("nvcc80")
+    for name, code in _disassembled(library).items():
+        kind = re.search(r"(measure|apply|clamp|repair|prepare|step)_kernel", name).group(1)
+        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", code)
+        assert any("PREEXIT" in line for line in code) == (early and kind == "measure"), name
+        waits = [i for i, line in enumerate(code) if "ACQBULK" in line]
+        assert len(waits) == (early and kind == "apply"), name
+        touches = re.compile(r"\b(LDG|LD|LDGSTS|STG|ST|ATOM|ATOMG|RED|REDG|EXIT|BRA|CALL|RET)\b")
+        first = next(i for i, line in enumerate(code) if touches.search(line))
+        assert not waits or waits[0] < first, f"{name}: {code[: waits[0]]}"
 
 
 @functools.cache
@@ -238,20 +258,135 @@ def test_more_tensors_than_parameters_hold(machine):
     """Beyond that the table is read from device memory, uploaded once and again when an address changes."""
     most = emulation.library.load().fastclip_cuda_max_table()
     assert most == emulation.MOST_PARAMETERS
-    entries = cuda._uploaded.entries
+    entries = cuda._addresses.entries
     entries.clear()
     for count, uploads in ((most, 0), (most + 1, 1)):
-        parameters = [parameter(torch.full((k % 5,), 0.5)) for k in range(count)]
-        expected = math.sqrt(sum(0.25 * (k % 5) for k in range(count)))
+        parameters = [parameter(torch.full((k % 50 // 46,), 0.5)) for k in range(count)]  # most of them empty
+        expected = math.sqrt(sum(0.25 * (k % 50 // 46) for k in range(count)))
         for _ in range(2):
             assert clipped(parameters, math.inf)[0].item() == pytest.approx(expected, rel=NORM_ERROR)
         assert len(entries) == uploads
-    parameters[4].grad = torch.full((4,), 100.0)
-    assert clipped(parameters, math.inf)[0].item() == pytest.approx(math.sqrt(expected**2 - 1 + 200**2), rel=NORM_ERROR)
+    parameters[49].grad = torch.tensor([100.0])
+    changed = math.sqrt(expected**2 - 0.25 + 100**2)
+    assert clipped(parameters, math.inf)[0].item() == pytest.approx(changed, rel=NORM_ERROR)
     assert len(entries) == 2
     before = wide(gradients(parameters))
     clipped(parameters, 1.0)
     assert_scaled(gradients(parameters), before, [clip_factor(total_norm(before), 1.0)] * len(before))
+
+
+@emulated
+def test_tables_of_every_size(machine):
+    """The three sizes of parameters, and device memory: at their edges, among tensors without elements."""
+    machine(5, 1)
+    edges = (320, emulation.SECOND_PARAMETERS, emulation.MOST_PARAMETERS)
+    for count in (1, *edges, *(edge + 1 for edge in edges)):
+        parameters = [parameter(torch.full((k % 17 // 15 * (1 + k % 3 * 300),), 0.5)) for k in range(count - 1)]
+        parameters.append(parameter(torch.full((9,), 0.5)))
+        before = wide(gradients(parameters))
+        norm = total_norm(before)
+        assert clipped(parameters, 1.0)[0].item() == pytest.approx(norm, rel=NORM_ERROR)
+        assert_scaled(gradients(parameters), before, [clip_factor(norm, 1.0)] * count)
+
+
+def packed_by_hand(places, itemsize):
+    """What csrc/cuda/table.h says of a table, of tensors at (address, elements)."""
+    tile, addresses, offsets = emulation.THREADS * 64 // itemsize, [], [0]
+    for address, size in places:
+        end = address % 16 // itemsize + size if size else 0
+        addresses.append(address << 16 | ((end - 1) % tile if size else 0))
+        offsets.append(offsets[-1] + (end + tile - 1) // tile)
+    return addresses, offsets
+
+
+@emulated
+def test_no_address_from_before_is_used():
+    """Gradients that move, grow, lose their alignment, come and go, call by call, some to where they were before."""
+    generator = torch.Generator().manual_seed(0)
+    most = emulation.MOST_PARAMETERS
+    memory = torch.ones(1 << 18)
+
+    def draw(count, most_elements):
+        sizes = torch.randint(0, most_elements, (count,), generator=generator)
+        ends = (sizes + torch.randint(0, 9, (count,), generator=generator)).cumsum(0)
+        return list(zip((ends - sizes).tolist(), sizes.tolist()))
+
+    kept = [draw(most + 1, 700), draw(most + 7, 60), draw(most - 1, 60)]
+    cuda._addresses.entries.clear()
+    cuda._layouts.entries.clear()
+    for call in range(150):
+        some = kept[int(torch.randint(0, 3, (), generator=generator))]
+        by = int(torch.randint(0, 13, (), generator=generator))
+        places = (
+            some,
+            [(begin + 4 * by, size) for begin, size in some],  # the layout stays
+            [(begin + by, size) for begin, size in some],  # but for the alignment
+            [(begin, size - (size > by)) for begin, size in some],  # the addresses stay
+            draw(most - 2 + by, 90),
+        )[call % 5]
+        views = [memory[begin : begin + size] for begin, size in places]
+        (group,) = pack(views, gradients=True, write=False).groups
+        gradients = cuda._table(group).gradients
+        found = [
+            list((kind * length).from_address(address))
+            for kind, address, length in (
+                (ctypes.c_uint64, gradients.packed_address, len(places)),
+                (ctypes.c_uint32, gradients.tile_offsets, len(places) + 1),
+            )
+        ]
+        expected = packed_by_hand([(view.data_ptr(), view.numel()) for view in views], 4)
+        for i, view in enumerate(views):
+            if not view.numel():  # whose address is of no concern
+                found[0][i] = expected[0][i]
+        assert tuple(found) == expected, call
+        assert gradients.tiles == found[1][-1] and gradients.tensors == len(places)
+    assert len(cuda._addresses.entries) == cuda._addresses.SIZE
+
+
+@emulated
+def test_a_layout_is_uploaded_once(monkeypatch):
+    """Where gradients lie elsewhere in every call, their sizes and alignment are as they were: addresses go alone."""
+    found = []
+
+    def upload(values, *arguments):
+        found.append(len(values))
+        return backends.upload(values, *arguments)
+
+    monkeypatch.setattr(cuda, "upload", upload)
+    for cache in (cuda._addresses, cuda._layouts):
+        cache.entries.clear()
+    count = emulation.MOST_PARAMETERS + 1
+    sets = [[parameter(torch.ones(4 * (k % 40 == 0))) for k in range(count)] for _ in range(3)]
+    for parameters in sets:
+        for _ in range(2):
+            assert clipped(parameters, math.inf)[0].item() == pytest.approx(math.sqrt(44), rel=NORM_ERROR)
+    assert found == [count, count + 1, count, count]
+    for module in (backends, backends.transfer):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
+    monkeypatch.setattr(cuda, "capturing", lambda device: True)
+    found.clear()
+    clipped(sets[0], math.inf)
+    assert found == [count, count + 1], "a CUDA graph needs copies of its own"
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_clip_is_two_launches(dtype):
+    """The second may begin before the first has ended. The norm is rounded without one, and has memory of its own."""
+
+    def launches():
+        numbers = ctypes.c_int(), ctypes.c_int()
+        emulation.library.load().fastclip_emulated_launches(*map(ctypes.byref, numbers))
+        return [number.value for number in numbers]
+
+    parameters = [parameter(torch.ones(5000, dtype=dtype)) for _ in range(3)]
+    before = launches()
+    with fastclip.use_backend("cuda"):
+        norm = fastclip.clip_norm_(parameters, 1.0)
+    assert [new - old for new, old in zip(launches(), before)] == [2, 1]
+    assert norm.dtype == torch.promote_types(dtype, torch.float32)
+    assert dtype == torch.float64 or norm.untyped_storage().nbytes() == 4
+    assert norm.item() == pytest.approx(math.sqrt(15000), rel=NORM_ERROR)
 
 
 @emulated

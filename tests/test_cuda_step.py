@@ -260,7 +260,7 @@ def uploads(monkeypatch):
         return backends.upload(values, *arguments)
 
     monkeypatch.setattr(cuda, "upload", upload)
-    cuda._uploaded_steps.entries.clear()
+    cuda._steps.entries.clear()
     return found
 
 
@@ -295,7 +295,7 @@ def test_nothing_is_kept_of_a_captured_step(count, uploads, monkeypatch):
             monkeypatch.setattr(module, "capturing", lambda device: True)
         for step in (1, 2):
             optimizer.step()
-            assert len(uploads) == (step if count > 3 else 0) and not cuda._uploaded_steps.entries
+            assert len(uploads) == (step if count > 3 else 0) and not cuda._steps.entries
         rounded = SGD([parameter(torch.ones(5).bfloat16())], stochastic_rounding=0)
         with pytest.raises(NotImplementedError, match="cannot be captured in a CUDA graph"):
             rounded.step()

@@ -32,6 +32,7 @@ constexpr Field FIELDS[] = {
     FIELD(MeasureOptions, earlier_absmax),
     FIELD(MeasureOptions, workspace),
     FIELD(MeasureOptions, result),
+    FIELD(MeasureOptions, norm32),
     STRUCT(StepTable),
     FIELD(StepTable, rows),
     FIELD(StepTable, tile_offsets),

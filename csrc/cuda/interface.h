@@ -11,7 +11,9 @@ namespace fastclip::cuda {
 // ---- structs; a field that is added here needs a line in interface.cu ----
 
 // Gradients of one dtype, as fastclip_cuda_pack describes them, and where to launch. The arrays are on the host if there
-// are at most fastclip_cuda_max_table() tensors, else on the device.
+// are at most fastclip_cuda_max_table() tensors, else on the device. On the host they need not be copied on their way if
+// they are one piece of memory, of 12 fastclip_cuda_table_slots() + 8 bytes, and tile_offsets is so many slots after
+// packed_address.
 struct GradTable {
   const uint64_t* packed_address;  // [tensors]
   const uint32_t* tile_offsets;    // [tensors + 1]
@@ -28,6 +30,7 @@ struct MeasureOptions {
   const double* earlier_absmax;  // [tensors] is finite are not read again
   void* workspace;               // fastclip_cuda_workspace_bytes
   double* result;                // power [tensors], absmax [tensors], total [2], norm, clip coefficient
+  float* norm32;                 // the norm rounded, or null
 };
 
 // What an optimizer steps, as fastclip_cuda_pack_step describes it, and where to launch. The arrays are on the host if
@@ -74,6 +77,9 @@ const char* fastclip_cuda_field(int32_t i, uint32_t* offset, uint32_t* size);
 // The most tensors whose table travels in the kernels' parameters; the tables of more are read from device memory.
 int32_t fastclip_cuda_max_table();
 int32_t fastclip_cuda_max_step_table();
+
+// How many tensors the kernels' parameters are made for where so many travel in them; 0: none do.
+int32_t fastclip_cuda_table_slots(int64_t tensors);
 
 // Whether the kernels can run on a device: it may be of an architecture that they were not compiled for.
 const char* fastclip_cuda_probe(int32_t device);

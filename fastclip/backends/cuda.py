@@ -1,7 +1,8 @@
 """The `cuda` backend: csrc/cuda/, for GPUs where Triton is not to be had.
 
 The addresses of up to some 2,700 gradients, or of all that belongs to some 500 parameters, travel in the kernels'
-parameters, so a call uploads nothing; those of more are kept on the device and uploaded when they change.
+parameters, so a call uploads nothing; those of more are kept on the device and uploaded when they change. How gradients
+are divided among the blocks goes by their sizes, and is uploaded by itself when these change.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -61,27 +62,38 @@ def _measure(
     group: GradGroup, norm_type: float, max_norm: float | None, before: Tensor | None, repaired: Measurement | None
 ) -> Measurement:
     """measure(); of tensors that were finite in `repaired`, with the results that stand there."""
-    count = len(group)
-    _table(group)  # before the workspace: in a CUDA graph neither may be given the other's memory
-    workspace = _workspace(group.device)
-    result = torch.empty(2 * count + 4, dtype=torch.float64, device=group.device)
-    limit = math.inf if max_norm is None else max_norm
-    earlier = (None, None) if repaired is None else (repaired.power, repaired.absmax)
-    pointers = map(_pointer, (before, *earlier, workspace, result))
-    _call("measure", group, cuda_interface.MeasureOptions(norm_type, limit, *pointers))
-    all_of_them = result[2 * count :]  # total [2], norm, coefficient
-    coef = None if max_norm is None else all_of_them[3]
-    return Measurement(result[:count], result[count : 2 * count], all_of_them[2], coef, all_of_them[:2])
+    device = group.device
+    table = _table(group)  # before the workspace: in a CUDA graph neither may be given the other's memory
+    count = table.gradients.tensors
+    stream = _stream(device)
+    workspace = _workspace(device, stream)
+    result = torch.empty(2 * count + 4, dtype=torch.float64, device=device)
+    # In memory of its own: users keep it, and should not keep what was measured of each tensor with it.
+    norm32 = None if group.dtype == torch.float64 else torch.empty((), dtype=torch.float32, device=device)
+    options = cuda_interface.MeasureOptions(
+        norm_type,
+        math.inf if max_norm is None else max_norm,
+        None if before is None else before.data_ptr(),
+        None if repaired is None else repaired.power.data_ptr(),
+        None if repaired is None else repaired.absmax.data_ptr(),
+        workspace.data_ptr(),
+        result.data_ptr(),
+        None if norm32 is None else norm32.data_ptr(),
+    )
+    _launch("measure", table, stream, options)
+    power, absmax, total, last = result.split_with_sizes((count, count, 2, 2))
+    norm, fused = last.unbind()
+    return Measurement(power, absmax, norm, None if max_norm is None else fused, total, norm32)
 
 
 def apply_(group: GradGroup, coef: Tensor) -> None:
-    _call("apply", group, _pointer(coef), coef.dim())
+    _launch("apply", _table(group), _stream(group.device), coef.data_ptr(), coef.dim())
     group.bump_version()
 
 
 def clamp_(group: GradGroup, low: float, high: float) -> Tensor:
     clamped = torch.zeros((), dtype=torch.bool, device=group.device)
-    _call("clamp", group, low, high, _pointer(clamped))
+    _launch("clamp", _table(group), _stream(group.device), low, high, clamped.data_ptr())
     group.bump_version()
     return clamped
 
@@ -89,7 +101,7 @@ def clamp_(group: GradGroup, low: float, high: float) -> Tensor:
 def repair_(group: GradGroup, measured: Measurement, norm_type: float) -> tuple[Measurement, Tensor]:
     earlier = measured._replace(power=measured.power.contiguous(), absmax=measured.absmax.contiguous())
     counts = torch.zeros(len(group), dtype=torch.int64, device=group.device)
-    _call("repair", group, _pointer(earlier.absmax), _pointer(counts))
+    _launch("repair", _table(group), _stream(group.device), earlier.absmax.data_ptr(), counts.data_ptr())
     group.bump_version()
     return _measure(group, norm_type, None, None, earlier), counts
 
@@ -154,11 +166,10 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _call(verb: str, group: GradGroup, *arguments: Any) -> None:
-    """fastclip_cuda_<verb> on the group's table and the current stream of its device; RuntimeError if CUDA says no."""
-    gradients = _table(group).gradients
-    gradients.stream = _stream(group.device)
-    _check(f"fastclip_cuda_{verb}", gradients, *arguments)
+def _launch(verb: str, table: _Table, stream: int, *arguments: Any) -> None:
+    """fastclip_cuda_<verb> on a table and a stream of its device; RuntimeError if CUDA says no."""
+    table.gradients.stream = stream
+    _check(f"fastclip_cuda_{verb}", table.gradients, *arguments)
 
 
 def _check(function: str, *arguments: Any) -> None:
@@ -166,47 +177,55 @@ def _check(function: str, *arguments: Any) -> None:
         raise RuntimeError(f"{function}: {error.decode()}")
 
 
-class _Table:
+class _Table(NamedTuple):
     """The packed table of a group, where the kernels will find it."""
 
-    def __init__(self, group: GradGroup, packed: Tensor, tiles: int) -> None:
-        self.packed = packed  # int64: packed addresses [T], then tile offsets int32 [T + 1]
-        self.gradients = cuda_interface.GradTable(
-            packed_address=packed.data_ptr(),
-            tile_offsets=packed.data_ptr() + 8 * len(group),
-            tensors=len(group),
-            tiles=tiles,
-            dtype=DTYPES[group.dtype],
-            device=group.device.index or 0,
-        )
+    gradients: cuda_interface.GradTable
+    memory: tuple[Tensor, ...]  # which it points to
 
 
-_uploaded: UploadCache[Tensor] = UploadCache()
+_addresses: UploadCache[Tensor] = UploadCache()
+_layouts: UploadCache[Tensor] = UploadCache()  # the tile offsets, which sizes and alignment decide
 _groups: WeakKeyDictionary[GradGroup, _Table] = WeakKeyDictionary()  # of the verbs of one call
 
 
 def _table(group: GradGroup) -> _Table:
     table = _groups.get(group)
     if table is None:
-        library = libraries.cuda.get()
-        addresses, sizes = group.addresses_and_sizes()
-        count = len(group)
-        packed = torch.zeros(count + count // 2 + 1, dtype=torch.int64, device="cpu")
-        packed_address = packed.data_ptr()
-        tiles = library.fastclip_cuda_pack(
-            *(addresses.data_ptr(), sizes.data_ptr(), count, group.dtype.itemsize),
-            *(packed_address, packed_address + 8 * count),
-        )
-        if tiles < 0:
-            raise RuntimeError(f"the gradients on {group.device} are too large, or lie too high, for the cuda backend")
-        if count > library.fastclip_cuda_max_table():
-            key = (group.device, group.dtype, _stream(group.device))
-            packed = _uploaded.get(group.device, key, packed, lambda: upload(packed, torch.int64, group.device))
-        table = _groups[group] = _Table(group, packed, tiles)
+        table = _groups[group] = _packed(group)
     return table
 
 
-_uploaded_steps: UploadCache[Tensor] = UploadCache()
+def _packed(group: GradGroup) -> _Table:
+    """The table, made anew in every call: finding out that one from before is still good would take as long. What is
+    uploaded is looked up by its contents, all of them, so that no address on the device can be a stale one."""
+    library, device, dtype = libraries.cuda.get(), group.device, group.dtype
+    listed = group.addresses_and_sizes()
+    count = len(group)
+    slots = library.fastclip_cuda_table_slots(count) or count
+    packed = torch.empty(3 * slots + 2, dtype=torch.int32, device="cpu")  # addresses int64, then tile offsets int32
+    memory: tuple[Tensor, ...] = (packed,)
+    address, packed_address = listed.data_ptr(), packed.data_ptr()
+    tile_offsets = packed_address + 8 * slots
+    tiles = library.fastclip_cuda_pack(
+        address, address + 8 * count, count, dtype.itemsize, packed_address, tile_offsets
+    )
+    if tiles < 0:
+        raise RuntimeError(f"the gradients on {device} are too large, or lie too high, for the cuda backend")
+    if slots == count and count > library.fastclip_cuda_max_table():
+        halves = packed[: 2 * count].view(torch.int64), packed[2 * count : 3 * count + 1]
+        memory = tuple(_uploaded(cache, half, device) for cache, half in zip((_addresses, _layouts), halves))
+        packed_address, tile_offsets = map(Tensor.data_ptr, memory)
+    index = device.index or 0
+    return _Table(cuda_interface.GradTable(packed_address, tile_offsets, count, tiles, DTYPES[dtype], index), memory)
+
+
+def _uploaded(cache: UploadCache[Tensor], host: Tensor, device: torch.device) -> Tensor:
+    """`host` on the device, from the cache if it is there for the current stream."""
+    return cache.get(device, (device, _stream(device)), host, lambda: upload(host, host.dtype, device))
+
+
+_steps: UploadCache[Tensor] = UploadCache()
 
 
 def _step_table(table: StepTable) -> tuple[Tensor, int]:
@@ -221,8 +240,7 @@ def _step_table(table: StepTable) -> tuple[Tensor, int]:
     if tiles < 0:
         raise RuntimeError(f"the parameters on {table.device} are too large for the cuda backend")
     if count > library.fastclip_cuda_max_step_table():
-        key = (table.device, table.dtype, _stream(table.device))
-        packed = _uploaded_steps.get(table.device, key, packed, lambda: upload(packed, torch.int64, table.device))
+        packed = _uploaded(_steps, packed, table.device)
     return packed, tiles
 
 
@@ -233,9 +251,9 @@ def _step_bytes(count: int) -> int:
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _workspace(device: torch.device) -> Tensor:
+def _workspace(device: torch.device, stream: int) -> Tensor:
     """What `measure` needs besides its result: for each stream its own, and for each CUDA graph."""
-    key = (device, _stream(device))
+    key = (device, stream)
     kept = None if capturing(device) else _workspaces.get(key)
     if kept is None:
         size = ctypes.c_int64()

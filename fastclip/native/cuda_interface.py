@@ -38,6 +38,7 @@ class MeasureOptions(ctypes.Structure):
         ("earlier_absmax", c_void_p),
         ("workspace", c_void_p),
         ("result", c_void_p),
+        ("norm32", c_void_p),
     )
 
 
@@ -98,6 +99,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fastclip_cuda_field": (c_char_p, (c_int32, POINTER(c_uint32), POINTER(c_uint32))),
     "fastclip_cuda_max_table": (c_int32, ()),
     "fastclip_cuda_max_step_table": (c_int32, ()),
+    "fastclip_cuda_table_slots": (c_int32, (c_int64,)),
     "fastclip_cuda_probe": (c_char_p, (c_int32,)),
     "fastclip_cuda_workspace_bytes": (c_char_p, (c_int32, POINTER(c_int64))),
     "fastclip_cuda_step_bytes": (c_int64, (c_int64,)),

@@ -13,9 +13,10 @@
 #include <numeric>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
-#define CUDART_VERSION 12010
+#define CUDART_VERSION 12030
 
 #define __global__
 #define __device__
@@ -68,7 +69,9 @@ namespace emulation {
 constexpr unsigned WARP = 32;
 
 inline int units = 2;       // multiprocessors
+inline bool idle = false;   // launches copy their parameters, as CUDA's do, and run nothing: what is left is host time
 inline unsigned order = 0;  // seed of the order of the blocks
+inline int launches = 0, overlapping = 0;  // how many there were, and how many of them might begin early
 inline std::mutex one_launch;
 inline std::barrier<>* block_barrier;
 inline std::vector<std::barrier<>*> warp_barriers;
@@ -126,24 +129,46 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes { int ptxVersion = 90; };
 template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  *attributes = {};
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore, cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id = cudaLaunchAttributeIgnore;
+  struct { int programmaticStreamSerializationAllowed; } val = {0};
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
-template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               const Arguments&... arguments) {
+template <class... Parameters>
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), void** pointers) {
   using namespace emulation;
   const std::lock_guard<std::mutex> alone(one_launch);
+  for (unsigned i = 0; i < config->numAttrs; i++)
+    overlapping += config->attrs[i].val.programmaticStreamSerializationAllowed;
+  launches++;
+  if (idle) {
+    static std::vector<unsigned char> buffer(1 << 16);
+    unsigned char* end = buffer.data();
+    ((std::memcpy(end, *pointers++, sizeof(Parameters)), end += sizeof(Parameters)), ...);
+    asm volatile("" ::"r"(buffer.data()) : "memory");
+    return cudaSuccess;
+  }
+  auto call = [&]<size_t... I>(std::index_sequence<I...>) { kernel(*static_cast<Parameters*>(pointers[I])...); };
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   std::vector<unsigned> blocks(gridDim.x);
@@ -161,7 +186,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       threadIdx = dim3(t);
       for (unsigned block : blocks) {
         blockIdx = dim3(block);
-        kernel(arguments...);
+        call(std::index_sequence_for<Parameters...>());
         __syncthreads();  // the next block has the same shared memory
       }
     });
@@ -170,8 +195,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
-// How many multiprocessors there are, and the order in which blocks run.
+// How many multiprocessors there are, and the order in which blocks run; without any (0), launches do not run.
 extern "C" inline void __attribute__((used)) fastclip_emulate(int units, unsigned order) {
-  emulation::units = units;
+  emulation::idle = units == 0;
+  emulation::units = units ? units : 132;
   emulation::order = order;
+}
+
+// How many kernels were launched, and how many of them so that they may begin before the kernel before has ended.
+extern "C" inline void __attribute__((used)) fastclip_emulated_launches(int* launches, int* overlapping) {
+  *launches = emulation::launches;
+  *overlapping = emulation::overlapping;
 }

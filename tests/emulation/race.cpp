@@ -52,14 +52,15 @@ void run(int dtype, double p, int64_t misaligned) {
   check(tiles > 0);
   std::vector<char> workspace(bytes);
   std::vector<double> result(2 * count + 4), coef(count, 0.5);
+  float norm32 = 0;
   const GradTable gradients{packed_address.data(), tile_offsets.data(), count, uint32_t(tiles), dtype, 0, nullptr};
-  const MeasureOptions options{p, 0.5, nullptr, nullptr, nullptr, workspace.data(), result.data()};
+  const MeasureOptions options{p, 0.5, nullptr, nullptr, nullptr, workspace.data(), result.data(), &norm32};
   MeasureOptions absmax_options = options;
   absmax_options.p = INFINITY;
   bool changed = false;
   for (int repeat = 0; repeat < 2; repeat++) check(fastclip_cuda_measure(&gradients, &options));
   const double norm = std::isinf(p) ? 1 : std::pow(8, 1 / p);  // 8 tensors are not empty
-  check(std::abs(result[2 * count + 2] - norm) < 1e-9);
+  check(std::abs(result[2 * count + 2] - norm) < 1e-9 && norm32 == float(result[2 * count + 2]));
   check(fastclip_cuda_apply(&gradients, coef.data(), 1));
   check(fastclip_cuda_clamp(&gradients, -0.25, 0.25, &changed));
   check(changed);
