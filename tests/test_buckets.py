@@ -66,6 +66,18 @@ def test_a_gradient_that_comes_again_while_it_waits_is_handed_over_once():
     assert len(again) == 2 and len(buckets) == 1
 
 
+def test_what_comes_while_paused_is_left_alone():
+    ps = parameters(4, 4)
+    again = []
+    buckets, batches = collected(1, ps, again=again.append)
+    buckets.paused = True
+    backward(ps)
+    assert len(buckets) == 0 and not batches
+    buckets.paused = False
+    backward(ps)
+    assert ids(batches) == ids([[ps[1]], [ps[0]]]) and not again
+
+
 def test_parameters_come_go_and_are_thawed():
     ps = parameters(1, 1, 1)
     ps[1].requires_grad_(False)

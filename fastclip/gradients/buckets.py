@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..distributed.unwrap import spec_of
+from ..distributed.unwrap import local_of, spec_of
 from .pack import same_items
 
 Ready = Callable[[list[Tensor]], None]
@@ -36,12 +36,15 @@ class Buckets:
     Methods that are given as `ready` and `again` are held weakly, and the hooks hold this object weakly: whoever owns
     it may be dropped while its parameters live on, and nothing happens then. A copy has no hooks until :meth:`watch`.
 
+    While :attr:`paused`, gradients that come are left where they are.
+
     On GPUs ``ready`` may launch on the current streams: they wait for those on which the gradients came, and for those
     of earlier buckets, and the gradients' memory is not reused before what has been launched is done.
     """
 
     def __init__(self, ready: Ready, bucket_bytes: int, again: Again | None = None) -> None:
         self.bucket_bytes = bucket_bytes
+        self.paused = False
         self._ready, self._again = _weakly(ready), None if again is None else _weakly(again)
         self._lock = threading.RLock()  # autograd has a thread for each device
         self._waiting: dict[_Hook, Tensor] = {}
@@ -100,6 +103,8 @@ class Buckets:
         return Buckets, (self._ready(), self.bucket_bytes, again)
 
     def _arrived(self, hook: _Hook, parameter: Tensor) -> None:
+        if self.paused:
+            return
         with self._lock:
             if hook.seen == self._round and self._again is not None and (again := self._again()) is not None:
                 again(parameter)
@@ -144,7 +149,7 @@ class Buckets:
         if any(stream != current[stream.device_index] for stream in earlier):
             for p in self._waiting.values():  # allocated for another stream, which knows nothing of ours
                 if p.is_cuda and p.grad is not None:
-                    p.grad.record_stream(current[p.device.index])
+                    local_of(p.grad).record_stream(current[p.device.index])
         self._launched_on = current
         self._arrived_on.clear()
 
