@@ -292,6 +292,10 @@ class AdaGC(Adaptive):
         self.warmup = at_least_one(warmup, "warmup") if warmup != 0 or is_bool(warmup) else 0
         self.lambda_abs = positive(lambda_abs, "lambda_abs")
 
+    @property
+    def per_tensor(self) -> bool:  # type: ignore[override]
+        return self.warmup == 0  # whose limit is one of the norm of all gradients
+
     def _new(self, device: torch.device) -> dict[str, Tensor]:
         return {
             "count": torch.zeros((), dtype=torch.float64, device=device),
