@@ -66,7 +66,7 @@ class Buckets:
             self._handles.pop(key)[1].remove()
         for key, p in wanted.items():
             if key not in self._handles and p.requires_grad:
-                hook = _Hook(weakref.ref(self), _share(p))
+                hook = _Hook(weakref.ref(self), share_of(p))
                 self._handles[key] = p, p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._frozen = [p for key, p in wanted.items() if key not in self._handles]
 
@@ -169,7 +169,7 @@ class _Hook:
             buckets._arrived(self, parameter)
 
 
-def _share(parameter: Tensor) -> int:
+def share_of(parameter: Tensor) -> int:
     """The bytes of a parameter; of a DTensor those of an equal part for each rank of its mesh."""
     spec = spec_of(parameter)
     size = parameter.numel() * parameter.itemsize
