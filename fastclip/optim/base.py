@@ -73,7 +73,7 @@ class ClippingOptimizer(StepPass):
         super().__init__(params, defaults)
         self._update_clipper()
         if step_in_backward:
-            self._in_backward = InBackward(self._step_some, self.clipper, process_group, bucket_bytes)
+            self._in_backward = InBackward(self, self.clipper, process_group, bucket_bytes)
             self._in_backward.watch(self.param_groups)
 
     @property
@@ -167,7 +167,7 @@ class ClippingOptimizer(StepPass):
         bucket_bytes = state.get("_in_backward")
         super().__setstate__(state)
         if isinstance(bucket_bytes, int):  # a copy, which has no hooks before its first step
-            self._in_backward = InBackward(self._step_some, self.clipper, None, bucket_bytes)
+            self._in_backward = InBackward(self, self.clipper, None, bucket_bytes)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -249,13 +249,13 @@ class ClippingOptimizer(StepPass):
         self._count_rounding()
         in_backward.watch(self.param_groups)
 
-    def _step_some(self, params: list[Tensor]) -> Stats | None:
+    def step_some(self, params: list[Tensor]) -> Stats | None:
         """Clip and step some parameters, in backward."""
         assert self._in_backward is not None
         self._update_clipper()
         if not self.state and any_dtensor(params):
             self.init_state()
-        groups = self._in_backward.by_group(params)
+        groups = self._in_backward.by_group(params, self.param_groups)
         plan = self._plan(set(), groups)  # complains before anything is remembered
         stats, decision = (None, None) if self.clipper is None else self._in_backward.decide(params)
         self._step_groups(decision, False, groups, plan)

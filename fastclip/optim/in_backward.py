@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,15 @@ if TYPE_CHECKING:
 BUCKET_BYTES = 32 * 2**20  # a launch's cost is small beside reading as much; a 7B model has some 400 of them
 MOST_INDICES = 4096  # that are remembered of buckets: those of a model whose backward is another one each time are not
 
-StepSome = Callable[[list[Tensor]], "Stats | None"]
+
+class StepsSome(Protocol):
+    """An optimizer that steps inside backward."""
+
+    param_groups: list[dict[str, Any]]
+
+    def step_some(self, params: list[Tensor]) -> Stats | None:
+        """Clip and step some parameters, whose gradients are complete, or raise before anything is changed; their
+        statistics, if they were clipped."""
 
 
 class InBackward:
@@ -44,14 +52,13 @@ class InBackward:
     A step begins as its first gradient comes, and ends with ``optimizer.step()``.
 
     Args:
-        step_some: a method of the optimizer, held weakly: clips and steps some parameters whose gradients are complete,
-            or raises before it has changed anything; their statistics, if they were clipped.
+        optimizer: held weakly.
         clipper: the optimizer's.
     """
 
     def __init__(
         self,
-        step_some: StepSome,
+        optimizer: StepsSome,
         clipper: Clipper | None,
         process_group: ProcessGroup | DeviceMesh | None,
         bucket_bytes: int,
@@ -64,11 +71,10 @@ class InBackward:
             )
         if clipper is not None:
             _check_clipper(clipper)
-        self._step_some = weakref.WeakMethod(step_some)
+        self._optimizer = weakref.ref(optimizer)
         self._clipper = clipper
         self._buckets = Buckets(self._ready, self.bucket_bytes, self._again)
         self._parameters: list[Tensor] = []
-        self._groups: list[dict[str, Any]] = []
         self._positions: dict[int, int] = {}  # id of a parameter -> its place among those of all groups
         self._group_of: list[int] = []
         self._index: ParamIndex | None = None
@@ -91,15 +97,14 @@ class InBackward:
             self._positions = {id(p): i for i, p in enumerate(flat)}
             self._group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
             self._index, self._indices, self._checked_ranks = None, {}, False
-        self._groups = groups
         self._buckets.watch(flat)
 
-    def by_group(self, parameters: list[Tensor]) -> list[SomeOfGroup]:
-        """These parameters by their groups."""
+    def by_group(self, parameters: list[Tensor], groups: list[dict[str, Any]]) -> list[SomeOfGroup]:
+        """These parameters by their groups, of the optimizer's `groups`."""
         found: dict[int, list[Tensor]] = {}
         for p in parameters:
             found.setdefault(self._group_of[self._positions[id(p)]], []).append(p)
-        return [SomeOfGroup(i, self._groups[i], params, self._positions) for i, params in found.items()]
+        return [SomeOfGroup(i, groups[i], params, self._positions) for i, params in found.items()]
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -156,11 +161,11 @@ class InBackward:
 
     @torch.no_grad()
     def _ready(self, batch: list[Tensor]) -> None:
-        step_some = self._step_some()
-        if step_some is None:  # the optimizer is gone, and this about to go
+        optimizer = self._optimizer()
+        if optimizer is None:  # and this about to go
             return
         if not self._stepped:
-            self.watch(self._groups)
+            self.watch(optimizer.param_groups)
             if MARKED or not self._checked_ranks:
                 _check_parameters(self._parameters)
                 self._checked_ranks = True
@@ -169,7 +174,7 @@ class InBackward:
         parameters.sort(key=lambda p: self._positions[id(p)])
         if parameters:
             positions = [self._positions[id(p)] for p in parameters]
-            stats = step_some(parameters)
+            stats = optimizer.step_some(parameters)
             if stats is not None:
                 self._parts.append((positions, stats))
             self._stepped.update(positions)
