@@ -523,6 +523,23 @@ def test_checkpoints_are_the_same_with_and_without(first):
     another.load_state_dict(theirs.state_dict())
 
 
+def test_adagc_warms_up_without_and_goes_on_within():
+    model, other = network(), network()
+    first = AdamW(model.named_parameters(), max_norm=rules.AdaGC(warmup=2))
+    reference = AdamW(other.named_parameters(), max_norm=rules.AdaGC(warmup=2))
+    for step in range(5):
+        if step == 3:
+            saved = first.state_dict()
+            first = in_backward(model, max_norm=rules.AdaGC(warmup=0))
+            first.load_state_dict(saved)
+        for m, optimizer in ((model, first), (other, reference)):
+            backward(m, step)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(model, other)
+    torch.testing.assert_close(first.stats.coef, reference.stats.coef)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 def test_a_copy_steps_in_backward_from_its_first_step_on(copied):
     model = network()

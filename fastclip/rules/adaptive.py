@@ -273,7 +273,7 @@ class AdaGC(Adaptive):
     Args:
         lambda_rel: how much larger than gamma_i a norm may be, > 0.
         beta: how slowly gamma_i follows, in [0, 1).
-        warmup: steps whose norm is finite and not 0, >= 0.
+        warmup: steps whose norm is finite and not 0, >= 0. With 0 it goes by each tensor alone (``step_in_backward``).
         lambda_abs: the limit of the global norm in the warm-up, > 0.
 
     Raises:
