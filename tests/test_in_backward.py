@@ -633,6 +633,27 @@ def test_a_sparse_gradient_is_refused_before_anything_of_its_bucket_is_stepped()
     assert torch.equal(embedding.weight, before) and linear.weight.grad is None
 
 
+def test_what_a_failing_kernel_has_begun_is_not_repeated(monkeypatch):
+    model = network()
+    mine = in_backward(model)
+    step = AdamW._step_table
+
+    def fails(self, *arguments):
+        step(self, *arguments)
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(AdamW, "_step_table", fails)
+    with fastclip.use_backend("cpu"), pytest.raises(RuntimeError, match="a kernel failed"):
+        backward(model, 0)
+    monkeypatch.undo()
+    mine.step()
+    states = [int(mine.state[p]["step"]) if p in mine.state else 0 for p in model.parameters()]
+    assert set(states) == {0, 1} and not gradients_of(model)
+    backward(model, 1)
+    mine.step()
+    assert [int(mine.state[p]["step"]) for p in model.parameters()] == [n + 1 for n in states]
+
+
 def test_parameters_that_share_a_gradient_are_refused():
     p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
     mine = AdamW([p, q], max_norm=rules.TensorNorm(1.0), step_in_backward=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -249,8 +250,8 @@ class ClippingOptimizer(StepPass):
         self._count_rounding()
         in_backward.watch(self.param_groups)
 
-    def step_some(self, params: list[Tensor]) -> Stats | None:
-        """Clip and step some parameters, in backward."""
+    def prepare_some(self, params: list[Tensor]) -> tuple[Stats | None, Callable[[], None]]:
+        """Of some parameters in backward: their statistics, if they are clipped, and what steps them."""
         assert self._in_backward is not None
         self._update_clipper()
         if not self.state and any_dtensor(params):
@@ -258,8 +259,7 @@ class ClippingOptimizer(StepPass):
         groups = self._in_backward.by_group(params, self.param_groups)
         plan = self._plan(set(), groups)  # complains before anything is remembered
         stats, decision = (None, None) if self.clipper is None else self._in_backward.decide(params)
-        self._step_groups(decision, False, groups, plan)
-        return stats
+        return stats, functools.partial(self._step_groups, decision, False, groups, plan)
 
     def _count_rounding(self) -> None:
         for group in self.param_groups:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ from ..distributed.declare import MARKED, marks_of
 from ..distributed.unwrap import spec_of
 from ..gradients.buckets import Buckets, share_of
 from ..gradients.measure import measure
-from ..gradients.pack import pack
+from ..gradients.pack import pack, same_items
 from ..gradients.param_index import ParamIndex
 from ..gradients.table import GradTable
 from ..pipeline.decide import ClipDecision, decide
@@ -41,9 +41,9 @@ class StepsSome(Protocol):
 
     param_groups: list[dict[str, Any]]
 
-    def step_some(self, params: list[Tensor]) -> Stats | None:
-        """Clip and step some parameters, whose gradients are complete, or raise before anything is changed; their
-        statistics, if they were clipped."""
+    def prepare_some(self, params: list[Tensor]) -> tuple[Stats | None, Callable[[], None]]:
+        """Decide about some parameters, whose gradients are complete, or raise. Their statistics, if they are clipped,
+        and what steps them."""
 
 
 class InBackward:
@@ -91,7 +91,7 @@ class InBackward:
     def watch(self, groups: list[dict[str, Any]]) -> None:
         """Go by the parameters of these groups from now on, unless a step is under way."""
         flat = [p for group in groups for p in group["params"]]
-        if len(flat) != len(self._parameters) or any(p is not q for p, q in zip(flat, self._parameters)):
+        if not same_items(flat, self._parameters):
             _check_parameters(flat)
             self._parameters = flat
             self._positions = {id(p): i for i, p in enumerate(flat)}
@@ -174,12 +174,16 @@ class InBackward:
         parameters.sort(key=lambda p: self._positions[id(p)])
         if parameters:
             positions = [self._positions[id(p)] for p in parameters]
-            stats = optimizer.step_some(parameters)
+            stats, step = optimizer.prepare_some(parameters)
             if stats is not None:
                 self._parts.append((positions, stats))
             self._stepped.update(positions)
-            for p in parameters:
-                p.grad = None
+            batch.clear()  # what is half written, if a kernel fails, must not be stepped again
+            try:
+                step()
+            finally:
+                for p in parameters:
+                    p.grad = None
         batch.clear()
 
     def _again(self, parameter: Tensor) -> None:
