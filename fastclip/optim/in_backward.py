@@ -17,7 +17,7 @@ from ..arguments import at_least_one
 from ..backends import added, wide_device
 from ..clipper import Clipper
 from ..distributed.declare import MARKED, marks_of
-from ..distributed.unwrap import spec_of
+from ..distributed.unwrap import specs_of
 from ..gradients.buckets import Buckets, share_of
 from ..gradients.measure import measure
 from ..gradients.pack import pack, same_items
@@ -143,12 +143,14 @@ class InBackward:
         for p in rest:
             if self._positions[id(p)] in self._stepped:
                 self._again(p)
-        while rest:
-            batch, size = [], 0
-            while rest and size < self.bucket_bytes:
-                size += share_of(rest[0])
-                batch.append(rest.pop(0))
-            self._ready(batch)
+        batch: list[Tensor] = []
+        size = 0
+        for p in rest:
+            batch.append(p)
+            size += share_of(p)
+            if size >= self.bucket_bytes or p is rest[-1]:
+                self._ready(batch)  # which empties it
+                size = 0
         stats = None if self._clipper is None else self._joined(self._clipper)
         self.reset()
         return stats
@@ -249,24 +251,25 @@ def _check_clipper(clipper: Clipper) -> None:
 
 def _check_parameters(parameters: list[Tensor]) -> None:
     """ValueError where a hook would come before the gradient is summed over the ranks."""
-    specs = [spec_of(p) for p in parameters]
+    specs = specs_of(parameters)
+    plain = all(spec is None for spec in specs)
     for i, p in enumerate(parameters):
         if getattr(p, "_fsdp_flattened", False):
             raise ValueError(
                 f"step_in_backward: parameter {i} is flattened by FullyShardedDataParallel (FSDP1), whose gradient is "
                 f"summed over the ranks only after it is complete on this one. Use fully_shard (FSDP2)"
             )
-        if specs[i] is None and any(spec is not None for spec in specs):
+        if specs[i] is None and not plain:
             raise ValueError(
                 f"step_in_backward: parameter {i} is a plain tensor beside DTensors, whose gradient nobody has summed "
-                f"over the ranks when it is complete on this one. Give it to an optimizer of its own"
+                f"over the ranks when it is complete on this one. Step it after backward, by an optimizer of its own"
             )
     if MARKED and marks_of(parameters) is not None:
         raise ValueError(
             "step_in_backward: parameters that were declared by mark_sharded or mark_shared are not supported, since "
             "their gradients come on each rank in an order of its own"
         )
-    if dist.is_available() and dist.is_initialized() and _in_ddp(parameters):
+    if plain and dist.is_available() and dist.is_initialized() and _in_ddp(parameters):
         raise ValueError(
             "step_in_backward: DistributedDataParallel sums the gradients over the ranks only after they are complete "
             "on this one, and the optimizer would step with those of this rank alone. Use fully_shard (FSDP2)"
@@ -274,10 +277,13 @@ def _check_parameters(parameters: list[Tensor]) -> None:
 
 
 def _in_ddp(parameters: list[Tensor]) -> bool:
-    """Whether a parameter is one of a DistributedDataParallel, of which parameters tell nothing."""
+    """Whether a parameter is one of a DistributedDataParallel, of which parameters tell nothing. Takes some 50 ms."""
     module = sys.modules.get("torch.nn.parallel.distributed")
     if module is None:
         return False
+    kinds = {module.DistributedDataParallel}
+    while more := {kind for known in kinds for kind in known.__subclasses__()} - kinds:
+        kinds |= more
     ours = set(map(id, parameters))
-    wrappers = [obj for obj in gc.get_objects() if issubclass(type(obj), module.DistributedDataParallel)]
+    wrappers = [obj for obj in gc.get_objects() if type(obj) in kinds]
     return any(id(p) in ours for wrapper in wrappers for p in wrapper.module.parameters())
