@@ -7,7 +7,7 @@ import math
 from tabulate import tabulate
 
 from .providers import BASELINE
-from .runs import MODES, Row, Run, label, pairs
+from .runs import MODES, NAMES, Row, Run, label, pairs
 
 # (model, dtype): ratios to torch to reach on a CPU, in the order of MODES
 CPU_GOALS = {
@@ -40,6 +40,10 @@ def goals(runs: dict[tuple[str, str], Run]) -> str:
         for r in runs.get(("rules", device), {"rows": []})["rows"]:
             if r["model"] == "gpt2-124m" and r["provider"] in ("ZClip", "AutoClip") and r["status"] == "ok":
                 lines.append((f"{r['provider']} on {device}", "speed of GlobalNorm", r["vs_torch"]["median"], 1 / 1.15))
+        for r in runs.get(("memory", device), {"rows": []})["rows"]:
+            if "step_in_backward" in r["provider"] and r["status"] == "ok":
+                what = f"step_in_backward, {NAMES.get(r['model'], r['model'])}, peak saved on {device}"
+                lines.append((what, "of the gradients", r["saved_of_gradients"], 0.9))
         for r in runs.get(("monitor", device), {"rows": []})["rows"]:
             if r["provider"] == "GradMonitor(path)":
                 lines.append((f"GradMonitor on {device}", "times 1 % of a step", 0.01 / r["of_step"]["median"], 1))

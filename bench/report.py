@@ -17,6 +17,7 @@ from tabulate import tabulate
 from . import pictures
 from .goals import goals
 from .isas import table as isas_table
+from .memory import table as memory_table
 from .method import ROOT
 from .models import find
 from .platform import table as platform_table
@@ -31,6 +32,11 @@ IN_BRIEF = (("gpt2-124m", "fp32"), ("gpt2-124m", "bf16"), ("resnet50", "fp32"), 
             ("2000x256", "fp32"))  # fmt: skip
 
 GPU_COMPARED = ("fastclip triton", "fastclip cuda", "torch foreach", "torch.compile", "apex", "transformer engine")
+MEMORY_INTRO = (
+    "The peak memory of a training step, in bytes of all gradients (G), with one sequence of 16 tokens: parameters, "
+    "AdamW's two states and gradients are nearly all of it. *At most* leaves out the largest gradient, that of the "
+    "tied embedding, which is complete only when backward ends:"
+)
 RULES_INTRO = (
     "What a rule costs: `Clipper.clip_()` with each where it has nothing to clip (`AGC` also reads the parameters, "
     "and the gradients once more)"
@@ -102,6 +108,8 @@ def block(runs: dict[tuple[str, str], Run]) -> str:
     if step := runs.get(("step", "cpu")):
         parts += ["Clip and optimizer step together, beside torch's clip and torch's fused optimizer:"]
         parts += [step_table(step["rows"])]
+    if memory := runs.get(("memory", "cpu")):
+        parts += [MEMORY_INTRO, memory_table(memory["rows"], "pipe")]
     if rules := runs.get(("rules", "cpu")):
         parts += [f"{RULES_INTRO}:", rules_table(rules["rows"])]
     if monitor := runs.get(("monitor", "cpu")):
@@ -123,6 +131,8 @@ def block(runs: dict[tuple[str, str], Run]) -> str:
         if step := runs.get(("step", "cuda")):
             parts += ["Clip and optimizer step together, beside torch's clip and torch's fused optimizer:"]
             parts += [step_table(step["rows"])]
+        if memory := runs.get(("memory", "cuda")):
+            parts += [MEMORY_INTRO, memory_table(memory["rows"], "pipe")]
         if rules := runs.get(("rules", "cuda")):
             parts += [f"{RULES_INTRO}:", rules_table(rules["rows"])]
         if monitor := runs.get(("monitor", "cuda")):

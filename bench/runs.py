@@ -16,7 +16,8 @@ Row = dict[str, Any]
 Run = dict[str, Any]
 
 NAMES = {
-    "gpt2-124m": "GPT-2 124M", "gpt2-1.5b": "GPT-2 1.5B", "llama-3.2-1b": "Llama 3.2 1B", "llama-3-8b": "Llama 3 8B",
+    "gpt2-124m": "GPT-2 124M", "gpt2-774m": "GPT-2 774M", "gpt2-1.5b": "GPT-2 1.5B",
+    "llama-3.2-1b": "Llama 3.2 1B", "llama-3-8b": "Llama 3 8B",
     "mixtral-8x7b": "Mixtral 8x7B", "olmoe-1b-7b": "OLMoE 1B-7B", "bert-base": "BERT base", "vit-b16": "ViT-B/16",
     "resnet50": "ResNet-50", "small-cnn": "small CNN", "one-1.5b": "one tensor of 1.5B", "misaligned": "misaligned",
     "1x16": "one tensor of 16",

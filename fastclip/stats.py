@@ -270,6 +270,41 @@ class Stats:
         total = amounts.sum() if ranks.over_stages is None else ranks.over_stages(amounts.sum(), False)
         return _root(total, self.norm_type)
 
+    @classmethod
+    def joined(cls, parts: list[Stats], positions: list[int], device: torch.device) -> Stats:
+        """The statistics of several calls, at least one, with what was decided in each, as of one call on `device`.
+        `positions`: of the gradients of the parts among all of them, one part after the other."""
+        over = [part._over_ranks for part in parts]
+        has_power = all(ranks is None or ranks.power for ranks in over)
+        has_absmax = all(ranks is None or ranks.absmax for ranks in over)
+        p = parts[0].norm_type
+        measured = []
+        for part in parts:
+            unknown = torch.zeros(part.count, dtype=torch.float64, device=part.device)
+            absmax = part.absmax if has_absmax else unknown
+            measured.append(Measurement(absmax if math.isinf(p) else part.power if has_power else unknown, absmax))
+        dtype = torch.float64 if any(part._dtype == torch.float64 for part in parts) else torch.float32
+        stats = cls(p, dtype, device, measured, positions)
+        stats.step = parts[0].step
+        if parts[0].zeroed is not None:
+            stats.zeroed = stats.gathered([part.zeroed for part in parts if part.zeroed is not None])
+
+        def total(numbers: list[Tensor]) -> Tensor:
+            return torch.stack([number.to(device, torch.float64) for number in numbers]).sum()
+
+        if any(ranks is not None for ranks in over):
+            counts = [part.nonfinite.sum() if ranks is None else ranks.nonfinite for part, ranks in zip(parts, over)]
+            zeroed = None if parts[0].zeroed is None else total([part.zeroed_count() for part in parts])
+            stats._over_ranks = OverRanks(total(counts), zeroed, has_power, has_absmax)
+            norms = [part.norm for part in parts]
+            if math.isinf(p):
+                stats._norm = torch.stack([norm.to(device) for norm in norms]).max()
+            else:
+                stats._norm = _root(total([norm**p for norm in norms]), p) if p else total(norms)
+        coef = stats.gathered([part._decision().expand(part.count) for part in parts])
+        clamped = [part._clamped for part in parts if part._clamped is not None]
+        return stats.record(coef, None, total(clamped) > 0 if clamped else None)
+
     def is_over_ranks(self) -> bool:
         """Whether they were summed over several ranks."""
         return self._over_ranks is not None

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import os
 import re
 
 import pytest
@@ -11,7 +13,22 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-from bench import clip, distributed, goals, inputs, isas, method, models, pictures, providers, report, rules, runs, step
+from bench import (
+    clip,
+    distributed,
+    goals,
+    inputs,
+    isas,
+    memory,
+    method,
+    models,
+    pictures,
+    providers,
+    report,
+    rules,
+    runs,
+    step,
+)
 
 TENSORS = {
     "resnet50": 161,
@@ -165,6 +182,17 @@ def test_rules(tmp_path, capsys):
     assert "ZClip" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells what was resident at most")
+def test_memory():
+    config = memory.Config(1, 2, 16, "fp32")
+    for name in (memory.BASELINE, memory.GOAL_OF):
+        measured = memory.peak_of_a_step(name, "cpu", config, 4)
+        assert 0 < measured["largest_bytes"] < measured["gradient_bytes"] < 2 * measured["largest_bytes"]
+    assert sum(p.numel() for p in memory.GPT2(memory.CONFIGS["gpt2-124m"]._replace(layers=1)).parameters()) == (
+        sum(map(math.prod, models.gpt2(1, 768)))
+    )
+
+
 @pytest.mark.slow
 def test_isas():
     rows = isas.rows_here("1x16", 0.1, 1)
@@ -174,6 +202,7 @@ def test_isas():
     assert isas.table(rows).count("99%") == len(runs.MODES) * len(isas.DTYPES)
 
 
+@pytest.mark.slow
 def test_distributed(tmp_path, capsys):
     path = tmp_path / "distributed.json"
     distributed.main(["--quick", "--counts", "20", "--json", str(path)])

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import pathlib
+import sys
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ def load(name):
 
 
 amp_accumulate = load("amp_accumulate")
+sys.modules["demo"] = load("demo")  # which its neighbour imports
 steady_training = load("steady_training")
+step_in_backward = load("step_in_backward")
 threshold_training = load("threshold_training")
 to_convergence = load("to_convergence")
 watch_training = load("watch_training")
@@ -139,6 +142,14 @@ def test_same_losses_as_whole_batches(capsys):
     assert torch.equal(half.skipped, single.skipped) and torch.equal(half.skipped, whole.skipped)
     assert single.norms.isfinite().all() and whole.clipped.any()
     assert "float16, 4 parts" in capsys.readouterr().out
+
+
+def test_step_in_backward(tmp_path, capsys):
+    path = tmp_path / "out.png"
+    after, within = step_in_backward.main(["--steps", "12", "--device", "cpu", "--out", str(path)]).values()
+    assert after.losses[0] == within.losses[0] and after.losses[-1] == pytest.approx(within.losses[-1], rel=0.02)
+    assert max(within.gradient_bytes) < 0.1 * max(after.gradient_bytes) and within.gradient_bytes[-1] == 0
+    assert path.stat().st_size > 10_000 and "step in backward" in capsys.readouterr().out
 
 
 def test_refuses_unequal_parts(capsys):

@@ -734,6 +734,36 @@ def test_streams_at_once():
         assert norm.item() == pytest.approx(expected[k % 4], rel=NORM_ERROR)
 
 
+@pytest.mark.parametrize("bucket_bytes", [1, 1 << 14, 1 << 30])
+def test_a_step_in_backward_whose_gradients_come_on_two_streams(bucket_bytes):
+    def network():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(6)]).cuda()
+
+    rule = fastclip.rules.AdaGC(lambda_rel=0.9, warmup=0)
+    model, other = network(), network()
+    mine = fastclip.optim.AdamW(
+        model.parameters(), lr=1e-2, max_norm=copy.deepcopy(rule), step_in_backward=True, bucket_bytes=bucket_bytes
+    )
+    reference = fastclip.optim.AdamW(other.parameters(), lr=1e-2, max_norm=copy.deepcopy(rule))
+    side = torch.cuda.Stream()
+    for step in range(20):
+        x = torch.randn(32, 64, generator=torch.Generator().manual_seed(step)).cuda()
+        for one, optimizer in ((model, mine), (other, reference)):
+            half = one[:3](x)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # whose backward runs there too
+                loss = one[3:](half).square().mean()
+            torch.cuda.current_stream().wait_stream(side)
+            loss.backward()
+            optimizer.step()
+            assert optimizer is reference or all(p.grad is None for p in one.parameters())
+            optimizer.zero_grad()
+    for p, q in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mine.stats.tensor_norms, reference.stats.tensor_norms, rtol=1e-4, atol=0)
+
+
 def test_compiled_step():
     """torch.compile keeps the call in one graph on a GPU too, also where it makes CUDA graphs of its own."""
     p = parameter(torch.full((16,), 2.0, device="cuda"))

@@ -69,13 +69,13 @@ class ParamIndex:
     def only(self, key: Hashable, positions: list[int]) -> ParamIndex:
         """Those at `positions` of the T."""
 
-        def make() -> ParamIndex:
-            names = self.names and tuple(self.names[i] for i in positions)
-            return ParamIndex(
-                [self.owners[i] for i in positions], names, [self.indices[i] for i in positions], self.total
-            )
+        return self.cached((key, "only"), lambda: self.at(positions))
 
-        return self.cached((key, "only"), make)
+    def at(self, positions: list[int]) -> ParamIndex:
+        """:meth:`only`, made anew."""
+        names = self.names and tuple(self.names[i] for i in positions)
+        owners = [self.owners[i] for i in positions]
+        return ParamIndex(owners, names, [self.indices[i] for i in positions], self.total)
 
     def index(self, device: torch.device) -> Tensor | None:
         """[T] int64 on `device`, `indices`; None if they are all, in order."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends.base import AdamWOptions, StepBackend, StepDecision, StepTable
 from .base import ClippingOptimizer
+from .in_backward import BUCKET_BYTES
 from .step_inputs import StepInputs, rate_for_torch
 
 if TYPE_CHECKING:
@@ -39,6 +40,18 @@ class AdamW(ClippingOptimizer):
             average, so that updates too small for bfloat16 are not lost and no float32 copy is needed. The same seed
             gives the same numbers, also after a checkpoint. Other dtypes round as ever.
         process_group: of ranks that hold other parameters, as :class:`~fastclip.Clipper`'s.
+        step_in_backward: clip, step and free each gradient as soon as it is complete, within ``loss.backward()``, so
+            that all of them are never there at the same time. `max_norm` must then be rules that go by each gradient
+            alone, or None. See below.
+        bucket_bytes: of gradients that are stepped together then. More are faster, fewer take less memory.
+
+    With ``step_in_backward``, :meth:`step` uses the gradients that are left, counts the step, and leaves the statistics
+    of all of it in :attr:`stats`. It must be called after each backward pass, but for those within
+    :meth:`accumulate`. ``nonfinite="skip"`` leaves single parameters alone, those whose gradient is not finite
+    (``stats.nonfinite``, whose coefficient is 1), and ``stats.skipped`` is whether all were; ``"raise"`` is refused.
+    There must be no GradScaler, no closure and no ``Clipper.step``. Of DTensors (FSDP2) the gradients of this rank's
+    parts come once they are summed; DistributedDataParallel, FSDP1 and declared parameters are refused. Rounding
+    stochastically, the random numbers are others than without ``step_in_backward``.
 
     Parameters may be DTensors, whose states are DTensors too: every parameter's from the first step on, so that
     ``torch.distributed.checkpoint`` finds the same on all ranks. Each rank steps its own parts.
@@ -67,6 +80,8 @@ class AdamW(ClippingOptimizer):
         nonfinite: str = "propagate",
         stochastic_rounding: int | None = None,
         process_group: ProcessGroup | DeviceMesh | None = None,
+        step_in_backward: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         if not eps >= 0:
             raise ValueError(f"eps must be >= 0, got {eps!r}")
@@ -77,7 +92,9 @@ class AdamW(ClippingOptimizer):
             "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
             "fused": fused, "decoupled_weight_decay": True,
         }  # fmt: skip
-        super().__init__(params, defaults, max_norm, nonfinite, stochastic_rounding, process_group)
+        super().__init__(
+            *(params, defaults, max_norm, nonfinite, stochastic_rounding, process_group, step_in_backward, bucket_bytes)
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -1,10 +1,10 @@
-"""What AdamW and SGD share: the decision, the plan of a step, and checkpoints."""
+"""What AdamW and SGD share: the arguments, the decision, and checkpoints."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-import numbers
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,24 +12,25 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.base import StepBackend, StepDecision, StepTable
 from ..clipper import Clipper
 from ..distributed.reduce import Wanted, reduce
-from ..distributed.unwrap import any_dtensor, is_copy, laid_out_as, local_of
+from ..distributed.unwrap import any_dtensor
 from ..gradients.measure import measure
-from ..gradients.pack import has_memory, pack, pack_step, refuse_set
+from ..gradients.pack import pack, refuse_set
 from ..gradients.param_index import check_names
 from ..pipeline.amp import given_by_scaler
 from ..pipeline.decide import ClipDecision
-from ..pipeline.step import FUSED_DEVICES, TakesDecision, divisor_of, flat_params, has_divisor
+from ..pipeline.step import flat_params
 from ..stats import Stats
-from .step_inputs import StepInputs, StepPlan, for_torch, rows_of, seed_of, shared_places, zero_
+from .checks import check_defaults, named_pairs, read_numbers, refuse_one_rank
+from .in_backward import InBackward
+from .step_inputs import zero_
+from .step_pass import StepPass, needs_host_decision
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-NUMBERS = ("eps", "momentum", "dampening", "weight_decay")  # entries of a parameter group, besides lr and betas
 OWN = ("stochastic_rounding", "rounding_step", "clipper")  # entries of a parameter group that torch's do not have
 
 
@@ -39,7 +40,7 @@ class _Last:
     stats: Stats | None = None
 
 
-class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
+class ClippingOptimizer(StepPass):
     """What AdamW and SGD share: the decision, and the pass over all parameters."""
 
     clipper: Clipper | None  # of the `max_norm`, over the parameters of all groups
@@ -53,36 +54,28 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
         nonfinite: str,
         stochastic_rounding: int | None,
         process_group: ProcessGroup | DeviceMesh | None,
+        step_in_backward: bool,
+        bucket_bytes: int,
     ) -> None:
-        refuse_set(params, "params")
-        if defaults["foreach"] or defaults["fused"] is False:
-            raise ValueError("foreach=True and fused=False are not supported: this optimizer is always fused")
-        if defaults["differentiable"]:
-            raise ValueError("differentiable=True is not supported")
-        for name in ("lr", "weight_decay"):
-            value = defaults[name]
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
-            if not (isinstance(value, Tensor) and value.device.type != "cpu") and not value >= 0:
-                raise ValueError(f"{name} must be >= 0, got {value!r}")
-        if stochastic_rounding is not None:
-            if isinstance(stochastic_rounding, bool) or not isinstance(stochastic_rounding, numbers.Integral):
-                raise TypeError(f"stochastic_rounding must be a seed (an int) or None, got {stochastic_rounding!r}")
-            stochastic_rounding = int(stochastic_rounding)
+        stochastic_rounding = check_defaults(params, defaults, stochastic_rounding)
         if max_norm is None and nonfinite != "propagate":
             raise ValueError(f"nonfinite={nonfinite!r} needs a max_norm; float('inf') only measures")
-        if max_norm is not None:
-            _refuse_one_rank()
         if max_norm is None and process_group is not None:
             raise ValueError("process_group needs a max_norm, of a norm over its ranks")
+        if max_norm is not None or step_in_backward:
+            refuse_one_rank("step_in_backward" if max_norm is None else "max_norm")
         self.clipper = (
             None if max_norm is None else Clipper([], max_norm, nonfinite=nonfinite, process_group=process_group)
         )
         self._last = _Last()
+        self._in_backward: InBackward | None = None
         defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "rounding_step": 0}
-        _read_numbers(defaults)
+        read_numbers(defaults)
         super().__init__(params, defaults)
         self._update_clipper()
+        if step_in_backward:
+            self._in_backward = InBackward(self, self.clipper, process_group, bucket_bytes)
+            self._in_backward.watch(self.param_groups)
 
     @property
     def _process_group(self) -> ProcessGroup | DeviceMesh | None:
@@ -110,12 +103,14 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
             p = item[1] if isinstance(item, tuple) else item
             if isinstance(p, Tensor) and not p.is_floating_point():
                 raise TypeError(f"params must be floating-point tensors, got one of {p.dtype}")
-        _read_numbers(param_group)
+        read_numbers(param_group)
         if self.clipper is not None:
-            check_names(pair for group in (*self.param_groups, param_group) for pair in _pairs(group))
+            check_names(pair for group in (*self.param_groups, param_group) for pair in named_pairs(group))
             if not self.param_groups:  # state_dict() fills it in; torch.distributed.checkpoint looks for the key here
                 param_group["clipper"] = {}
         super().add_param_group(param_group)
+        if self._in_backward is not None and not self._in_backward.began:
+            self._in_backward.watch(self.param_groups)
 
     def init_state(self) -> None:
         """Make the states of all parameters that require a gradient, and of the rules, as a first step would, without a
@@ -160,6 +155,8 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
         if len(saved) == len(self.param_groups):  # torch's know nothing of these
             own = [{name: group[name] for name in OWN if name in group} for group in self.param_groups]
             saved = [{**group_own, **group_saved} for group_own, group_saved in zip(own, saved)]
+        if self._in_backward is not None:  # a step that was under way is one of another run
+            self._in_backward.reset()
         try:
             super().load_state_dict({**state_dict, "param_groups": saved})
         except Exception:
@@ -168,14 +165,36 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        bucket_bytes = state.get("_in_backward")
         super().__setstate__(state)
+        if isinstance(bucket_bytes, int):  # a copy, which has no hooks before its first step
+            self._in_backward = InBackward(self, self.clipper, None, bucket_bytes)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-            _read_numbers(group)
+            read_numbers(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "clipper": self.clipper, "_last": _Last()}
+        bucket_bytes = None if self._in_backward is None else self._in_backward.bucket_bytes
+        own = {"clipper": self.clipper, "_last": _Last(), "_in_backward": bucket_bytes}
+        return {**super().__getstate__(), **own}
+
+    @property
+    def steps_in_backward(self) -> bool:
+        return self._in_backward is not None
+
+    def accumulate(self, more: bool = True) -> contextlib.AbstractContextManager[None]:
+        """A context for all backward passes of a step but the last, whose gradients are to be added up.
+
+        With ``step_in_backward`` gradients that come within are left where they are; without, nothing is different.
+
+        Args:
+            more: False: nothing is different either, for the last pass: ``with optimizer.accumulate(i + 1 < n):``.
+
+        Raises:
+            RuntimeError: gradients of this step have been used already.
+        """
+        return self._in_backward.accumulate() if more and self._in_backward is not None else contextlib.nullcontext()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
@@ -192,6 +211,9 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
 
             return graph_breaks.call(ClippingOptimizer.step, self, closure, zero_grad=zero_grad)
         loss = None
+        if self._in_backward is not None:
+            self._finish(self._in_backward, closure)
+            return None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -202,12 +224,47 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
             if self._process_group is not None or any_dtensor(flat_params(self)):
                 self.init_state()  # checkpoints, and the question above, need the same states on all ranks
         decision = self.decision or self._decided()
-        if decision is not None and _needs_host_decision(self.param_groups) and decision.is_skipped():
+        if decision is not None and needs_host_decision(self.param_groups) and decision.is_skipped():
             if zero_grad:
                 zero_(p.grad for group in self.param_groups for p in group["params"])
         else:
             self._step_groups(decision, zero_grad)
+            self._count_rounding()
         return loss
+
+    def _finish(self, in_backward: InBackward, closure: Any) -> None:
+        """The step of an optimizer that has taken most of it in backward."""
+        if closure is not None:
+            raise ValueError("closure must be left out with step_in_backward: its backward pass would step by itself")
+        if any(given is not None for given in given_by_scaler(self)):
+            raise RuntimeError(
+                "step_in_backward takes no GradScaler: the gradients were used as they came, with the scale in them, "
+                "and the parameters are wrong now. Train in bfloat16, which needs none"
+            )
+        if not self.state and not in_backward.began and self._is_initial():
+            self.init_state()
+            return
+        if not in_backward.began:
+            in_backward.watch(self.param_groups)
+        self._last.stats = in_backward.finish()
+        self._count_rounding()
+        in_backward.watch(self.param_groups)
+
+    def prepare_some(self, params: list[Tensor]) -> tuple[Stats | None, Callable[[], None]]:
+        """Of some parameters in backward: their statistics, if they are clipped, and what steps them."""
+        assert self._in_backward is not None
+        self._update_clipper()
+        if not self.state and any_dtensor(params):
+            self.init_state()
+        groups = self._in_backward.by_group(params, self.param_groups)
+        plan = self._plan(set(), groups)  # complains before anything is remembered
+        stats, decision = (None, None) if self.clipper is None else self._in_backward.decide(params)
+        return stats, functools.partial(self._step_groups, decision, False, groups, plan)
+
+    def _count_rounding(self) -> None:
+        for group in self.param_groups:
+            if group["stochastic_rounding"] is not None:
+                group["rounding_step"] += 1
 
     def _is_initial(self) -> bool:
         """Whether this step is meant to make the states and nothing else: torch.distributed.checkpoint takes one with
@@ -245,204 +302,3 @@ class ClippingOptimizer(TakesDecision, torch.optim.Optimizer):
             return None
         one = torch.ones((), dtype=torch.float64, device=given.device)
         return ClipDecision(one if inv_scale is None else inv_scale, skip)
-
-    def _step_groups(self, decision: ClipDecision | None, zero_grad: bool) -> None:
-        """Step all parameters as decided; None: with their gradients as they are."""
-        frozen = decision.frozen_params() if decision and _needs_host_decision(self.param_groups) else []
-        plan = self._plan(set(map(id, frozen)))  # complains before anything is written
-        shared = shared_places(plan)
-        zero_later = [p.grad for p in frozen]
-        positions = decision.positions() if decision and decision.differs_by_tensor() else {}
-        coef, mask = (None, None) if decision is None else (decision.coef, decision.frozen_mask())
-        for group, inputs, backend, table, seed in plan:
-            if backend is None or table is None or shared:
-                zero_later += inputs.grads
-            if backend is None or table is None:
-                self._step_by_torch(inputs, group, decision, positions, shared)
-            else:
-                one = torch.ones((), dtype=torch.float64, device=table.device) if coef is None else coef
-                table_coef = rows_of(one, inputs, positions)
-                table_mask = None if mask is None else rows_of(mask, inputs, positions)
-                table_decision = StepDecision(table_coef, table_mask, zero_grad and not shared, seed)
-                self._step_table(backend, table, table_decision, group, inputs)
-            zero_later += [p.grad for p, g in zip(inputs.owners, inputs.grads) if zero_grad and is_copy(p.grad, g)]
-            for p, momentum in zip(inputs.owners, inputs.momenta):
-                self.state[p]["momentum_buffer"] = momentum
-            wrappers = [p for p, part in zip(inputs.owners, inputs.params) if p is not part]
-            torch.autograd.graph.increment_version([p for p in wrappers if not p.is_inference()])
-        for group in self.param_groups:
-            if group["stochastic_rounding"] is not None:
-                group["rounding_step"] += 1
-        zero_(zero_later if zero_grad else [])
-
-    def _plan(self, left_out: set[int]) -> list[StepPlan]:
-        """What is to be stepped, and how; an error if any of it cannot be. `left_out`: ids of parameters."""
-        plan = []
-        for number, group in enumerate(self.param_groups):
-            parts = self._step_inputs(group, left_out)
-            for part, inputs in enumerate(parts):
-                backend = backends.choose_step(inputs.params[0].device)
-                table = pack_step(inputs.params, inputs.grads, inputs.states, inputs.steps) if backend else None
-                if table is None:
-                    self._check(inputs)
-                    if inputs.overlap():  # each sees what those before it wrote, as in torch
-                        parts += inputs.one_by_one()
-                        continue
-                seed = seed_of(group, number, part) if inputs.params[0].dtype == torch.bfloat16 else None
-                if seed is not None and table is None:
-                    raise NotImplementedError(
-                        "stochastic_rounding needs a backend with kernels, and gradients laid out as their parameters "
-                        "are, one each"
-                    )
-                if seed is not None and backends.capturing(inputs.params[0].device):
-                    raise NotImplementedError(
-                        "stochastic_rounding cannot be captured in a CUDA graph: every replay would round alike"
-                    )
-                plan.append(StepPlan(group, inputs, backend, table, seed))
-        return plan
-
-    def _check(self, inputs: StepInputs) -> None:
-        """An error where torch's kernel, which asks nothing, would read or write memory that is not there, or raise
-        after others have been stepped."""
-        if not inputs.params[0].is_floating_point():
-            raise TypeError(
-                f"parameter must be of a floating-point dtype, got {inputs.params[0].dtype}; nothing was changed"
-            )
-        columns = {"parameter": inputs.params, "gradient": inputs.grads, **dict(zip(self._names, inputs.states))}
-        for name, tensors in columns.items():
-            for p, t in zip(inputs.params, tensors):
-                if t.is_nested:
-                    raise NotImplementedError(f"{name} is a nested tensor, which is not supported; nothing was changed")
-                if t.shape != p.shape:
-                    raise ValueError(
-                        f"{name} has the shape {tuple(t.shape)}, and its parameter {tuple(p.shape)}; nothing was "
-                        f"changed"
-                    )
-        for name, tensors in {**columns, "step": inputs.steps}.items():
-            for t in tensors:
-                if not has_memory(t):
-                    raise RuntimeError(
-                        f"{name} of shape {tuple(t.shape)} has no memory: its storage was freed or shrunk; nothing was "
-                        f"changed"
-                    )
-
-    def _step_by_torch(
-        self,
-        inputs: StepInputs,
-        group: dict[str, Any],
-        decision: ClipDecision | None,
-        positions: dict[int, int],
-        shared: set[Any],
-    ) -> None:
-        """The step by torch's fused kernel."""
-        if decision is not None and decision.frozen is not None:
-            inputs = inputs.without(set(map(id, decision.frozen_params())))
-            if not inputs.params:
-                return
-        grad_scale, found_inf = None, None
-        plain, copies = for_torch(inputs, shared)
-        device = inputs.params[0].device
-        if decision is not None and device.type not in FUSED_DEVICES:
-            if decision.is_skipped():
-                return
-            pack(plain.grads, gradients=True, write=True, argument="grads").apply_(
-                rows_of(decision.coef, inputs, positions)
-            )
-        elif decision is not None:
-            in_float32 = all(g.dtype != torch.float64 for g in plain.grads) and has_divisor(decision.common)
-            in_place = decision.each if in_float32 else decision.coef
-            if in_place is not None:
-                rows = rows_of(decision.unless_skipped(in_place), inputs, positions)
-                pack(plain.grads, gradients=True, write=True, argument="grads").apply_(rows)
-            grad_scale = divisor_of(decision.common).to(device) if in_float32 else None  # torch's is float32
-            if decision.skip is not None:
-                found_inf = decision.skip.to(device, torch.float32)
-            else:
-                found_inf = torch.zeros((), device=device)
-        self._fused_torch(plain, group, grad_scale, found_inf)
-        for original, copy in copies:
-            original.copy_(copy)
-        torch.autograd.graph.increment_version(inputs.params)
-
-    def _step_inputs(self, group: dict[str, Any], left_out: set[int]) -> list[StepInputs]:
-        """The group's parameters that have a gradient and are not left out, by device and dtype."""
-        by_kind: dict[Any, StepInputs] = {}
-        cut = any_dtensor(group["params"])
-        for p in group["params"]:
-            gradient = p.grad
-            if gradient is None or id(p) in left_out:
-                continue
-            if gradient.layout is not torch.strided:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            states, step, first = self._state_of(p, group)
-            key = (p.device, p.dtype, first)
-            inputs = by_kind.get(key)
-            if inputs is None:
-                inputs = by_kind[key] = StepInputs([], [], [], [[] for _ in states], [], [])
-            inputs.owners.append(p)
-            inputs.params.append(local_of(p) if cut else p)
-            inputs.grads.append(gradient if type(gradient) is Tensor else local_of(laid_out_as(gradient, p)))
-            for column, state in zip(inputs.states, states):
-                column.append(local_of(state) if cut else state)
-            if first:
-                inputs.momenta.append(states[0])
-            if step is not None:
-                inputs.steps.append(step)
-        return list(by_kind.values())
-
-    _names: tuple[str, ...]  # of the states, in order
-
-    def _state_of(self, p: Tensor, group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, bool]:
-        """A parameter's states, made if there are none; its step count; and :attr:`StepInputs.first`."""
-        raise NotImplementedError
-
-    def _step_table(
-        self,
-        backend: StepBackend,
-        table: StepTable,
-        decision: StepDecision,
-        group: dict[str, Any],
-        inputs: StepInputs,
-    ) -> None:
-        """The step of a table by a backend."""
-        raise NotImplementedError
-
-    def _fused_torch(
-        self, inputs: StepInputs, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        """The step by torch's fused kernel, which divides by `grad_scale` and does nothing where `found_inf` is 1."""
-        raise NotImplementedError
-
-
-def _refuse_one_rank() -> None:
-    """ValueError where ZeroRedundancyOptimizer makes the optimizer: of this rank's share of the parameters alone."""
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = None if module is None else sys._getframe(2)
-    while frame is not None:
-        if module is not None and isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
-            raise ValueError(
-                "max_norm must be left out inside ZeroRedundancyOptimizer, which gives each rank's optimizer a part of "
-                "the parameters: their norm is not that of the model. Clip before its step, with fastclip.clip_norm_ "
-                "or a Clipper of all parameters"
-            )
-        frame = frame.f_back
-
-
-def _needs_host_decision(groups: list[dict[str, Any]]) -> bool:
-    """Whether the host must know what is skipped or frozen: the first step of SGD with dampening is another one."""
-    return any(group.get("dampening") for group in groups)
-
-
-def _read_numbers(group: dict[str, Any]) -> None:
-    """Tensors among a group's numbers as Python numbers: to read one at every step would wait for its device."""
-    group.update({name: group[name].item() for name in NUMBERS if isinstance(group.get(name), Tensor)})
-    if "betas" in group:
-        group["betas"] = tuple(map(float, group["betas"]))
-
-
-def _pairs(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """The named parameters of a group, as torch.optim takes them."""
-    return [
-        *zip(group.get("param_names", ()), group["params"]),
-        *(item for item in group["params"] if isinstance(item, tuple)),
-    ]

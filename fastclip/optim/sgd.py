@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends.base import SGDOptions, StepBackend, StepDecision, StepTable
 from .base import ClippingOptimizer
+from .in_backward import BUCKET_BYTES
 from .step_inputs import StepInputs, rate_for_torch
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class SGD(ClippingOptimizer):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as torch's.
         foreach, fused, differentiable: accepted for torch's sake; the step is always fused, never differentiable.
-        max_norm, nonfinite, stochastic_rounding, process_group: as :class:`AdamW`'s.
+        max_norm, nonfinite, stochastic_rounding, process_group, step_in_backward, bucket_bytes: as :class:`AdamW`'s.
 
     Raises:
         ValueError, TypeError: an argument out of range, named with its value.
@@ -53,6 +54,8 @@ class SGD(ClippingOptimizer):
         nonfinite: str = "propagate",
         stochastic_rounding: int | None = None,
         process_group: ProcessGroup | DeviceMesh | None = None,
+        step_in_backward: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         if not momentum >= 0:
             raise ValueError(f"momentum must be >= 0, got {momentum!r}")
@@ -64,7 +67,9 @@ class SGD(ClippingOptimizer):
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
             "maximize": maximize, "foreach": foreach, "differentiable": differentiable, "fused": fused,
         }  # fmt: skip
-        super().__init__(params, defaults, max_norm, nonfinite, stochastic_rounding, process_group)
+        super().__init__(
+            *(params, defaults, max_norm, nonfinite, stochastic_rounding, process_group, step_in_backward, bucket_bytes)
+        )
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, bool]:
         if group["momentum"] == 0:

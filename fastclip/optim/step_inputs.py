@@ -52,6 +52,15 @@ class StepInputs(NamedTuple):
         return StepInputs(*tensors, states, only(self.steps), only(self.momenta))
 
 
+class SomeOfGroup(NamedTuple):
+    """Parameters of a group that are stepped together."""
+
+    number: int  # of the group
+    group: dict[str, Any]
+    params: list[Tensor]
+    places: dict[int, int] | None = None  # where only some are, id of each -> its place among all
+
+
 class StepPlan(NamedTuple):
     """The step of some inputs: by the kernel of a backend on a table, or by torch's where there is none."""
 

@@ -133,10 +133,13 @@ def decide(
     owners: Callable[[], list[list[Tensor]]] = list,
     tensor_stats: bool = False,
     norm: Tensor | None = None,
+    skip_each: bool = False,
 ) -> tuple[Stats, ClipDecision]:
     """Read the gradients once and let the rules decide. Only what comes before the last rule that works in place is
     written. The statistics are those of the gradients times ``context.inv_scale``, as they were before any rule.
-    `norm`: the norm of all gradients, measured elsewhere, for rules that need nothing else; nothing is read then."""
+    `norm`: the norm of all gradients, measured elsewhere, for rules that need nothing else; nothing is read then.
+    `skip_each`: ``nonfinite="skip"`` leaves the parameters alone whose gradients are not finite, and steps the others.
+    """
     shards = table.shards
     if context.knows_params and any(rule.in_place for rule in rules):
         try:
@@ -151,7 +154,7 @@ def decide(
             rule.check_capture()
     inv_scale, skip = context.inv_scale, context.skip
     wanted = Wanted(
-        any(rule.needs & Needs.TENSOR_NORMS for rule in rules) or tensor_stats,
+        any(rule.needs & Needs.TENSOR_NORMS for rule in rules) or tensor_stats or (skip_each and nonfinite == "skip"),
         any(rule.needs & Needs.ABSMAX for rule in rules) or tensor_stats,
         f"{[type(rule).__name__ for rule in rules]} {nonfinite} {inv_scale is None}",
     )
@@ -169,7 +172,7 @@ def decide(
     before.step = context.step
     if check:
         check(before)
-    if nonfinite == "skip":
+    if nonfinite == "skip" and not skip_each:
         broken = before.any_nonfinite()
         skip = broken if skip is None else skip | broken
     if coef is not None or (shards is None and not len(table)):
@@ -181,6 +184,8 @@ def decide(
     coef, overall, changed = inv_scale, None, None  # None: 1, 1, no
     decisions: list[tuple[Rule, Tensor]] = []  # since the last rule that worked in place
     freezing: list[Tensor] = []
+    if nonfinite == "skip" and skip_each:
+        freezing.append((~before.nonfinite).double())
     stats: Stats | None = before
     for i, rule in enumerate(rules):
         if rule.in_place:
@@ -209,6 +214,8 @@ def decide(
         one = torch.ones((), dtype=torch.float64, device=table.device)
         coef, overall = one if coef is None else coef, one if overall is None else overall
     decision = ClipDecision(coef, skip, inv_scale, decisions, freezing, owners)
+    if nonfinite == "skip" and skip_each:
+        overall = torch.where(before.nonfinite, 1.0, overall)
     return before.record(overall, context.limit, changed, skip), decision
 
 

@@ -32,6 +32,11 @@ class TakesDecision:
 
     decision: ClipDecision | None = None  # what the next step() is to carry out; None: what the optimizer decides
 
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether it steps as the gradients come, so that there are none left to be clipped."""
+        return False
+
     @contextlib.contextmanager
     def step_with(self, decision: ClipDecision) -> Iterator[None]:
         """Let the steps within carry out `decision`: a context, since a wrapper may be what calls step()."""
@@ -83,6 +88,11 @@ def check_optimizer(optimizer: Any) -> None:
         )
     several = getattr(optimizer, "optimizers", ())
     parts = (optimizer, getattr(optimizer, "optimizer", None), *(several if isinstance(several, (list, tuple)) else ()))
+    if any(isinstance(part, TakesDecision) and part.steps_in_backward for part in parts):
+        raise ValueError(
+            "optimizer steps inside backward (step_in_backward), where its gradients are clipped: give the rule to its "
+            "max_norm, and call its step()"
+        )
     if any(getattr(part, "clipper", None) is not None for part in parts):
         raise ValueError(
             "optimizer has a max_norm of its own, so its gradients would be clipped twice: call its step()"

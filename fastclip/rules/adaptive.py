@@ -273,7 +273,7 @@ class AdaGC(Adaptive):
     Args:
         lambda_rel: how much larger than gamma_i a norm may be, > 0.
         beta: how slowly gamma_i follows, in [0, 1).
-        warmup: steps whose norm is finite and not 0, >= 0.
+        warmup: steps whose norm is finite and not 0, >= 0. With 0 it goes by each tensor alone (``step_in_backward``).
         lambda_abs: the limit of the global norm in the warm-up, > 0.
 
     Raises:
@@ -291,6 +291,10 @@ class AdaGC(Adaptive):
         self.beta = fraction(beta, "beta")
         self.warmup = at_least_one(warmup, "warmup") if warmup != 0 or is_bool(warmup) else 0
         self.lambda_abs = positive(lambda_abs, "lambda_abs")
+
+    @property
+    def per_tensor(self) -> bool:  # type: ignore[override]
+        return self.warmup == 0  # whose limit is one of the norm of all gradients
 
     def _new(self, device: torch.device) -> dict[str, Tensor]:
         return {

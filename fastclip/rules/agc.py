@@ -39,6 +39,7 @@ class AGC(InPlaceRule):
     """
 
     needs = Needs(0)
+    per_tensor = True
 
     def __init__(self, clip_factor: float = 0.01, eps: float = 1e-3, exclude: Any = ()) -> None:
         self.clip_factor = nonnegative(clip_factor, "clip_factor")

@@ -86,6 +86,8 @@ class Rule:
             gives the zeros that +0 stands for.
         in_place: whether it is an :class:`InPlaceRule`, or stands for one.
         needs_names: whether it goes by the names of parameters, which the Clipper must then have been given.
+        per_tensor: whether what it does to a gradient depends on nothing but that gradient, its parameter, and what the
+            rule remembers of these: it may then be asked about a few of them at a time, as a step inside backward does.
     """
 
     norm_type: float | None = None
@@ -94,6 +96,7 @@ class Rule:
     finite_zero: bool = False
     in_place: bool = False
     needs_names: bool = False
+    per_tensor: bool = False
 
     def decide(self, stats: Stats, context: StepContext) -> Tensor:
         """What the gradients are to be multiplied by.

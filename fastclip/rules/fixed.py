@@ -108,6 +108,7 @@ class TensorNorm(Rule):
     """
 
     needs = Needs.TENSOR_NORMS
+    per_tensor = True
 
     def __init__(self, max_norm: float, norm_type: float = 2.0) -> None:
         self.max_norm = nonnegative(max_norm, "max_norm")
@@ -137,6 +138,7 @@ class BlockRMS(Rule):
 
     norm_type = 2.0
     needs = Needs.TENSOR_NORMS
+    per_tensor = True
 
     def __init__(self, threshold: float) -> None:
         self.threshold = nonnegative(threshold, "threshold")
@@ -167,6 +169,7 @@ class Mask(Rule):
     """
 
     needs = Needs.ABSMAX
+    per_tensor = True
 
     def __init__(self, threshold: float, freeze: bool = False) -> None:
         self.threshold = nonnegative(threshold, "threshold")

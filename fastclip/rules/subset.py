@@ -62,6 +62,10 @@ class Only(Rule):
         return self.rule.freezes
 
     @property
+    def per_tensor(self) -> bool:  # type: ignore[override]
+        return self.rule.per_tensor
+
+    @property
     def in_place(self) -> bool:  # type: ignore[override]
         return self.rule.in_place
 

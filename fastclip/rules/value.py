@@ -26,6 +26,7 @@ class Value(InPlaceRule):
     """
 
     needs = Needs(0)
+    per_tensor = True
 
     def __init__(self, limit: float, high: float | None = None) -> None:
         if high is None:
