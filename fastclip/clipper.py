@@ -128,7 +128,7 @@ class Clipper:
         self._watch()
 
     def _watch(self) -> None:
-        """Measure these parameters' gradients in the next backward, if any are to be."""
+        """Measure the gradients in backward, if they are to be: of the parameters that require one now."""
         if self._sums is not None:
             count_unscaling()
             self._sums.watch(self.parameters)
@@ -181,6 +181,7 @@ class Clipper:
             from . import graph_breaks
 
             return graph_breaks.call(Clipper.clip_, self)
+        self._watch()
         done = None if self._sums else self._clip_fused()
         if isinstance(done, Stats):
             return done
@@ -382,7 +383,7 @@ class Clipper:
         params = functools.cache(lambda: self._param_index(count))  # not of the table, which holds the gradients
         context = StepContext(self.steps, skip, inv_scale, params)
         context.found_inf = found_inf
-        self._watch()  # parameters may require a gradient that did not
+        self._watch()
         known = None if self._sums is None or norm is not None else self._sums.of(table, params().owners)
         stats, decision = decide(
             *(table, self.rules, self.norm_type, context, check, policy, lambda: self._param_index(count).owners),

@@ -81,6 +81,10 @@ class BackwardSums:
     def __reduce__(self) -> Any:
         return BackwardSums, (self._norm_type,)  # a copy has other parameters: its hooks come with watch()
 
+    def __len__(self) -> int:
+        """Of how many gradients there are sums."""
+        return len(self._seen)
+
     def watch(self, parameters: list[Tensor]) -> None:
         """Measure the gradients of these parameters, as far as they require one, and of no others any more."""
         if parameters is not self._parameters:
@@ -98,7 +102,7 @@ class BackwardSums:
         """Measure gradients that have come."""
         for key in map(id, parameters):
             self._seen.pop(key, None)
-        if any(map(capturing, {p.device for p in parameters if p.is_cuda})):
+        if any(map(capturing, {p.device for p in parameters})):
             self._captured.update(map(id, parameters))
             return
         if is_watched():
