@@ -2,10 +2,10 @@
 
     python -m bench.backward                    # on the GPU if there is one; a minute and a half
 
-A real backward pass of one sequence, then clip and step with AdamW: torch's fused one without any clip, and after torch's
-clip; `fastclip.optim`'s, which reads the gradients for their norm first, and with `measure_in_backward=True`, which has
-read them by then. The rivals take turns, and only the last one's hooks are there in its turn. A ratio is the median over
-the rounds: of a step, to torch's without a clip; of backward, to the mean of the others in the same round.
+A real backward pass of one sequence, then clip and step with AdamW: torch's fused one without any clip, and after
+torch's clip; `fastclip.optim`'s, which reads the gradients for their norm first, and with `measure_in_backward=True`,
+which has read them by then. The rivals take turns, and only the last one's hooks are there in its turn. A ratio is the
+median over the rounds: of a step, to torch's without a clip; of backward, to the mean of the others in the same round.
 """
 
 from __future__ import annotations

@@ -15,15 +15,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch.nn.parameter import is_lazy
 
 from .. import backends, packers
-from ..backends import GradGroup, Measurement, capturing, upload
-from ..distributed.unwrap import local_of, spec_of
+from ..backends import Backend, GradGroup, Measurement, capturing, upload
+from ..distributed.unwrap import local_of, spec_of, specs_of
 from ..modes import is_watched
 from .buckets import Buckets
 from .table import GradTable
 
-CPU_BYTES = 1 << 22  # of a bucket: little enough to be in a cache still, much enough for two threads
+CPU_BYTES = (
+    1 << 24
+)  # of a bucket: little enough to be in a cache still, much enough that its bookkeeping does not count
 SMALL = 1 << 17  # bytes; to read a smaller gradient after backward takes less time than to remember it
 GPU_BYTES = 1 << 26  # much enough for a launch; or an eighth of all, so that few tables of addresses are uploaded
 GPU_BUCKETS = 8
@@ -63,8 +66,8 @@ class Seen(NamedTuple):
 class BackwardSums:
     """Takes the sums of parameters' gradients while backward runs, bucket by bucket.
 
-    Nothing is measured in a CUDA graph, nor are plain tensors once torch.distributed is initialized: what sums their
-    gradients over the ranks writes them after the hooks, and does not tell autograd.
+    Nothing is measured in a CUDA graph, and of plain tensors no sum counts once torch.distributed is initialized: what
+    sums their gradients over the ranks writes them after the hooks, and does not tell autograd.
     """
 
     def __init__(self, norm_type: float) -> None:
@@ -73,6 +76,7 @@ class BackwardSums:
         self._parameters: list[Tensor] | None = None
         self._large: list[Tensor] = []  # those of them that are worth it
         self._seen: dict[int, Seen] = {}  # by the id of the parameter; the gradient itself is what is compared
+        self._backends: dict[torch.device, Backend] = {}  # of this backward
         self._captured: set[int] = set()  # ids of parameters whose gradients a CUDA graph writes, and tells nobody
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pending: dict[torch.device, deque[tuple[torch.cuda.Event, list[Tensor]]]] = {}
@@ -90,12 +94,14 @@ class BackwardSums:
         if parameters is not self._parameters:
             self._parameters = parameters
             parts = [local_of(p) for p in parameters]
-            sizes = [part.numel() * part.itemsize for part in parts]
+            sizes = [0 if is_lazy(part) else part.numel() * part.itemsize for part in parts]
             on_gpu = any(part.device.type != "cpu" for part in parts)
             self._buckets.bucket_bytes = max(GPU_BYTES, sum(sizes) // GPU_BUCKETS) if on_gpu else CPU_BYTES
-            self._large = [p for p, size in zip(parameters, sizes) if size >= SMALL]
+            self._large = [p for p, size in zip(parameters, sizes) if size >= SMALL and not is_lazy(p)]
             self._seen.clear()
             self._captured.clear()
+        if self._large and _is_distributed():
+            self._large = [p for p, spec in zip(self._large, specs_of(self._large)) if spec is not None]
         self._buckets.watch(self._large)
 
     def _take(self, parameters: list[Tensor]) -> None:
@@ -108,10 +114,9 @@ class BackwardSums:
         if is_watched():
             return
         owners, gradients, parts = [], [], []
-        plain_ones = not _is_distributed()
         for p in parameters:
             gradient = p.grad
-            if (part := _part_of(gradient, plain_ones)) is not None:
+            if (part := _part_of(gradient)) is not None:
                 owners.append(id(p))
                 gradients.append(gradient)
                 parts.append(part)
@@ -126,7 +131,9 @@ class BackwardSums:
                     self._measure_parts([owner], [gradient], [part])
             return
         for native in packed:
-            group = GradGroup(backends.choose(native.device), native.positions, None, native)
+            if native.device not in self._backends:
+                self._backends[native.device] = backends.choose(native.device)
+            group = GradGroup(self._backends[native.device], native.positions, None, native)
             columns = owners, gradients, parts
             if native.positions:
                 columns = tuple([column[i] for i in native.positions] for column in columns)  # type: ignore[assignment]
@@ -138,7 +145,7 @@ class BackwardSums:
         wrapper_versions, wrappers = versions, refs
         if any(map(operator.is_not, gradients, parts)):
             wrapper_versions, wrappers = list(map(VERSION, gradients)), list(map(weakref.ref, gradients))
-        storages = map(weakref.ref, map(Tensor.untyped_storage, parts))
+        storages = list(map(weakref.ref, map(Tensor.untyped_storage, parts)))
         addresses, numels = group.addresses_and_sizes().tolist()
         measured = self._measured(group, parts)
         rows = zip(
@@ -175,11 +182,14 @@ class BackwardSums:
         """
         self._buckets.clear()  # what has not been handed over yet is read here, with the rest
         seen, self._seen = self._seen, {}
+        self._backends.clear()
         if capturing(table.device):
             return None
         self._wait()
         if not seen or not table.groups or is_watched():
             return None
+        if _is_distributed():
+            seen = {key: one for key, one in seen.items() if one.gradient is not one.part}
         found = [self._found(seen, each) for each in owners]
         return [
             self._completed(group, [found[i] for i in group.positions or range(len(group))]) for group in table.groups
@@ -260,12 +270,12 @@ def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _part_of(gradient: Tensor | None, plain_ones: bool) -> Tensor | None:
+def _part_of(gradient: Tensor | None) -> Tensor | None:
     """The part that this rank has of a gradient of which all writes are seen; None: it is another."""
     if gradient is None or gradient.is_inference():
         return None
     if type(gradient) is Tensor:
-        return gradient if plain_ones else None
+        return gradient
     spec = spec_of(gradient)
     if spec is None:
         return None
