@@ -387,7 +387,8 @@ class Clipper:
         known = None if self._sums is None or norm is not None else self._sums.of(table, params().owners)
         stats, decision = decide(
             *(table, self.rules, self.norm_type, context, check, policy, lambda: self._param_index(count).owners),
-            *(self.tensor_stats, norm, known),
+            *(self.tensor_stats, norm),
+            known=known,
         )
         if self.names is not None:
             stats.names = params().names
