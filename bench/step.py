@@ -2,6 +2,7 @@
 
     python -m bench.step                        # on the GPU if there is one
     python -m bench.step --quick                # under a minute
+    python -m bench.backward                    # after a real backward pass, which may measure the gradients
 
 AdamW and SGD with momentum, each in torch's three implementations (a loop over parameters, foreach, fused), after
 torch's clip and after fastclip's; `Clipper.step`, which feeds torch's fused one; and `fastclip.optim`. All of them must

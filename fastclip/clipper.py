@@ -16,10 +16,11 @@ from .backends import Measurement, NativeGroup, added, loaded
 from .distributed.declare import MARKED
 from .distributed.groups import checked_group
 from .distributed.plan import warm_up
+from .gradients.in_backward import BackwardSums
 from .gradients.pack import flatten_params, from_native, pack, same_items
 from .gradients.param_index import ParamIndex, check_names, named
 from .gradients.table import GradTable
-from .pipeline.amp import GradScalerState, flag
+from .pipeline.amp import GradScalerState, count_unscaling, flag
 from .pipeline.decide import ClipDecision, decide
 from .pipeline.step import (
     check_optimizer,
@@ -70,6 +71,15 @@ class Clipper:
         tensor_stats: with gradients that are sharded over ranks, also sum the statistics of each tensor over them
             (``stats.tensor_norms``, ``tensor_absmax``, ``nonfinite``), which a monitor shows, where no rule needs them.
             Without ranks they are always there.
+        measure_in_backward: read each gradient while backward runs, as soon as it is there, so that :meth:`clip_` and
+            :meth:`step` need not: on a CPU while it is still in the cache, on a GPU on a stream of its own. A gradient
+            that is another one by then, or was written since, is read again, so the numbers are those of a read. That
+            a gradient was written is seen as autograd sees it, by its version, which writes through ``.data``,
+            ``.numpy()``, DLPack or a storage, by ``torch.distributed`` and by kernels of others do not change: where
+            gradients are changed in one of these ways between backward and the clip, leave this out. (GradScaler's
+            ``unscale_`` is seen.) Once ``torch.distributed`` is initialized only DTensors (FSDP2) are read in backward,
+            since DDP changes plain gradients later; so it has no use with DDP. Nor in a CUDA graph. With several
+            backward passes a step, each reads the gradients.
 
     Attributes:
         steps: how often :meth:`clip_` and :meth:`step` have decided.
@@ -96,6 +106,7 @@ class Clipper:
         nonfinite: str = "propagate",
         process_group: ProcessGroup | DeviceMesh | None = None,
         tensor_stats: bool = False,
+        measure_in_backward: bool = False,
     ) -> None:
         self.parameters, self.names = named(flatten_params(parameters, ordered=True))
         self.rules = [as_rule(r) for r in rule] if isinstance(rule, (list, tuple)) else [as_rule(rule)]
@@ -113,6 +124,14 @@ class Clipper:
         self._params: ParamIndex | None = None
         if self.parameters:
             self._check_rules(self.parameters, self.names)
+        self._sums = BackwardSums(self.norm_type) if measure_in_backward else None
+        self._watch()
+
+    def _watch(self) -> None:
+        """Measure the gradients in backward, if they are to be: of the parameters that require one now."""
+        if self._sums is not None:
+            count_unscaling()
+            self._sums.watch(self.parameters)
 
     def set_parameters(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
         """Go on with other parameters. What rules remember of a parameter stays with it; a new one starts anew.
@@ -131,10 +150,12 @@ class Clipper:
             if earlier:
                 rule.reorder(came_from)
         self.parameters, self.names, self._params = list(parameters), names, None
+        self._watch()
 
     def release_parameters(self) -> None:
         """Hold no parameters until :meth:`set_parameters`, and keep what rules remember of each, by position."""
         self.parameters, self.names, self._params = [], None, None
+        self._watch()
 
     def _check_rules(self, parameters: list[Tensor], names: tuple[str, ...] | None) -> None:
         """ValueError if a rule names a parameter that is not among these."""
@@ -160,7 +181,8 @@ class Clipper:
             from . import graph_breaks
 
             return graph_breaks.call(Clipper.clip_, self)
-        done = self._clip_fused()
+        self._watch()
+        done = None if self._sums else self._clip_fused()
         if isinstance(done, Stats):
             return done
         table = from_native(done) if done else self.pack()
@@ -361,10 +383,12 @@ class Clipper:
         params = functools.cache(lambda: self._param_index(count))  # not of the table, which holds the gradients
         context = StepContext(self.steps, skip, inv_scale, params)
         context.found_inf = found_inf
+        self._watch()
+        known = None if self._sums is None or norm is not None else self._sums.of(table, params().owners)
         stats, decision = decide(
             *(table, self.rules, self.norm_type, context, check, policy, lambda: self._param_index(count).owners),
-            self.tensor_stats,
-            norm,
+            *(self.tensor_stats, norm),
+            known=known,
         )
         if self.names is not None:
             stats.names = params().names
@@ -401,16 +425,8 @@ class Clipper:
         if not stats.any_nonfinite():
             return
         table = pack(self.parameters, gradients=False, write=False, process_group=self.process_group)
-        concerned = [i for i, tensor in enumerate(table.tensors) if not tensor.isfinite().all()]
         names = self._param_index(len(table)).names or tuple(f"gradient {i}" for i in range(len(table)))
-        counts = [
-            f"{names[i]} ({int((~table.tensors[i].isfinite()).sum())} of {table.tensors[i].numel()})"
-            for i in concerned[:5]
-        ]
-        more = f" and {len(concerned) - 5} more" if len(concerned) > 5 else ""
-        found = f"{', '.join(counts)}{more}"
-        if table.shards is not None:
-            found = "; ".join(table.shards.texts(found))
+        found = table.nonfinite_text(names)
         raise RuntimeError(f"gradients hold elements that are not finite: {found}; nothing was changed")
 
     def _param_index(self, count: int) -> ParamIndex:

@@ -19,20 +19,29 @@ PIECE = 1 << 22  # elements of a gradient that are summed over the ranks at a ti
 
 
 def measure(
-    table: GradTable, norm_type: float, max_norm: float | None = None, repair: bool = False
+    table: GradTable,
+    norm_type: float,
+    max_norm: float | None = None,
+    repair: bool = False,
+    known: list[Measurement] | None = None,
 ) -> tuple[Stats, Tensor | None]:
     """One read of the table's gradients; also the clip coefficient of `max_norm` where the backends fuse that.
 
     `repair`: elements that are inf or NaN are set to 0 first, which is another read of the gradients that hold some.
+    `known`: what the read of each group would give, taken while backward ran; none is read then.
     Of parts of larger tensors the statistics are those of the parts: see :func:`fastclip.distributed.reduce.reduce`.
     """
     parts: list[Measurement] = []
     counts: list[Tensor] = []
     shards = table.shards
-    chained = len({(group.backend, group.device) for group in table.groups}) == 1 and not repair and shards is None
+    chained = len({(group.backend, group.device) for group in table.groups}) == 1 and not repair
+    chained = chained and shards is None and known is None
     before: Tensor | None = None
-    for group in table.groups:
-        parts.append(group.backend.measure(group, norm_type, max_norm if chained else None, before))
+    for i, group in enumerate(table.groups):
+        if known is None:
+            parts.append(group.backend.measure(group, norm_type, max_norm if chained else None, before))
+        else:
+            parts.append(known[i])
         before = parts[-1].total if chained else None
         if repair:
             parts[-1], zeroed = group.backend.repair_(group, parts[-1], norm_type)

@@ -55,6 +55,17 @@ class GradTable:
         make = functools.partial(upload, host, torch.float64, self.device)
         return _sizes.get(self.device, (self.device, stream), host, make)
 
+    def nonfinite_text(self, names: tuple[str, ...]) -> str:
+        """Which gradients hold elements that are not finite, and how many, for a message."""
+        concerned = [i for i, tensor in enumerate(self.tensors) if not tensor.isfinite().all()]
+        counts = [
+            f"{names[i]} ({int((~self.tensors[i].isfinite()).sum())} of {self.tensors[i].numel()})"
+            for i in concerned[:5]
+        ]
+        more = f" and {len(concerned) - 5} more" if len(concerned) > 5 else ""
+        found = f"{', '.join(counts)}{more}"
+        return found if self.shards is None else "; ".join(self.shards.texts(found))
+
     def at_home(self, tensor: Tensor) -> Tensor:
         """`tensor`, from where statistics are gathered, on the first gradient's device."""
         if self.home == self.device:

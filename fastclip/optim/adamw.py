@@ -44,6 +44,7 @@ class AdamW(ClippingOptimizer):
             that all of them are never there at the same time. `max_norm` must then be rules that go by each gradient
             alone, or None. See below.
         bucket_bytes: of gradients that are stepped together then. More are faster, fewer take less memory.
+        measure_in_backward: as :class:`~fastclip.Clipper`'s: the step then reads no gradient for its norm.
 
     With ``step_in_backward``, :meth:`step` uses the gradients that are left, counts the step, and leaves the statistics
     of all of it in :attr:`stats`. It must be called after each backward pass, but for those within
@@ -82,6 +83,7 @@ class AdamW(ClippingOptimizer):
         process_group: ProcessGroup | DeviceMesh | None = None,
         step_in_backward: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
+        measure_in_backward: bool = False,
     ) -> None:
         if not eps >= 0:
             raise ValueError(f"eps must be >= 0, got {eps!r}")
@@ -93,7 +95,8 @@ class AdamW(ClippingOptimizer):
             "fused": fused, "decoupled_weight_decay": True,
         }  # fmt: skip
         super().__init__(
-            *(params, defaults, max_norm, nonfinite, stochastic_rounding, process_group, step_in_backward, bucket_bytes)
+            *(params, defaults, max_norm, nonfinite, stochastic_rounding, process_group, step_in_backward),
+            *(bucket_bytes, measure_in_backward),
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

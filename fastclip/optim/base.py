@@ -56,6 +56,7 @@ class ClippingOptimizer(StepPass):
         process_group: ProcessGroup | DeviceMesh | None,
         step_in_backward: bool,
         bucket_bytes: int,
+        measure_in_backward: bool,
     ) -> None:
         stochastic_rounding = check_defaults(params, defaults, stochastic_rounding)
         if max_norm is None and nonfinite != "propagate":
@@ -64,9 +65,12 @@ class ClippingOptimizer(StepPass):
             raise ValueError("process_group needs a max_norm, of a norm over its ranks")
         if max_norm is not None or step_in_backward:
             refuse_one_rank("step_in_backward" if max_norm is None else "max_norm")
-        self.clipper = (
-            None if max_norm is None else Clipper([], max_norm, nonfinite=nonfinite, process_group=process_group)
-        )
+        if measure_in_backward and max_norm is None:
+            raise ValueError("measure_in_backward=True needs a max_norm; float('inf') only measures")
+        if measure_in_backward and step_in_backward:
+            raise ValueError("measure_in_backward=True must be left out with step_in_backward, which keeps no gradient")
+        options: dict[str, Any] = {"process_group": process_group, "measure_in_backward": measure_in_backward}
+        self.clipper = None if max_norm is None else Clipper([], max_norm, nonfinite=nonfinite, **options)
         self._last = _Last()
         self._in_backward: InBackward | None = None
         defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "rounding_step": 0}

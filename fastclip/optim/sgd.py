@@ -29,7 +29,8 @@ class SGD(ClippingOptimizer):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as torch's.
         foreach, fused, differentiable: accepted for torch's sake; the step is always fused, never differentiable.
-        max_norm, nonfinite, stochastic_rounding, process_group, step_in_backward, bucket_bytes: as :class:`AdamW`'s.
+        max_norm, nonfinite, stochastic_rounding, process_group, step_in_backward, bucket_bytes,
+            measure_in_backward: as :class:`AdamW`'s.
 
     Raises:
         ValueError, TypeError: an argument out of range, named with its value.
@@ -56,6 +57,7 @@ class SGD(ClippingOptimizer):
         process_group: ProcessGroup | DeviceMesh | None = None,
         step_in_backward: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
+        measure_in_backward: bool = False,
     ) -> None:
         if not momentum >= 0:
             raise ValueError(f"momentum must be >= 0, got {momentum!r}")
@@ -68,7 +70,8 @@ class SGD(ClippingOptimizer):
             "maximize": maximize, "foreach": foreach, "differentiable": differentiable, "fused": fused,
         }  # fmt: skip
         super().__init__(
-            *(params, defaults, max_norm, nonfinite, stochastic_rounding, process_group, step_in_backward, bucket_bytes)
+            *(params, defaults, max_norm, nonfinite, stochastic_rounding, process_group, step_in_backward),
+            *(bucket_bytes, measure_in_backward),
         )
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from typing import Any
 
@@ -92,6 +93,31 @@ class GradScalerState:
         """Note that the optimizer has stepped, unless it raised: for :meth:`contextlib.ExitStack.push`."""
         if self.active and kind is None:
             self._state["stage"] = OptState.STEPPED
+
+
+def count_unscaling() -> None:
+    """From now on ``unscale_()`` of every GradScaler counts as the write of the gradients that it is: torch's kernel
+    for it leaves their versions as they are, so that nobody could tell."""
+    kinds: list[type] = [GradScaler]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        unscale = vars(kind).get("unscale_")
+        if unscale is not None and not hasattr(unscale, "counts"):
+            kind.unscale_ = _counting(unscale)  # type: ignore[attr-defined]
+
+
+def _counting(unscale: Any) -> Any:
+    @functools.wraps(unscale)
+    def unscale_(self: GradScaler, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return unscale(self, optimizer, *args, **kwargs)
+        finally:
+            groups = getattr(optimizer, "param_groups", ())
+            gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+            torch.autograd.graph.increment_version([g for g in gradients if not g.is_inference()])
+
+    unscale_.counts = True  # type: ignore[attr-defined]
+    return unscale_
 
 
 def given_by_scaler(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, Tensor | None]:

@@ -134,11 +134,13 @@ def decide(
     tensor_stats: bool = False,
     norm: Tensor | None = None,
     skip_each: bool = False,
+    known: list[Measurement] | None = None,
 ) -> tuple[Stats, ClipDecision]:
     """Read the gradients once and let the rules decide. Only what comes before the last rule that works in place is
     written. The statistics are those of the gradients times ``context.inv_scale``, as they were before any rule.
     `norm`: the norm of all gradients, measured elsewhere, for rules that need nothing else; nothing is read then.
     `skip_each`: ``nonfinite="skip"`` leaves the parameters alone whose gradients are not finite, and steps the others.
+    `known`: as :func:`~fastclip.gradients.measure.measure`'s.
     """
     shards = table.shards
     if context.knows_params and any(rule.in_place for rule in rules):
@@ -163,7 +165,7 @@ def decide(
     if norm is not None:
         before, coef = stats_of_norm(table, norm, norm_type), None
     else:
-        before, coef = measure(table, norm_type, limit, repair=nonfinite == "zero")
+        before, coef = measure(table, norm_type, limit, repair=nonfinite == "zero", known=known)
     if shards is not None and norm is None:
         before, skip, context.found_inf = reduce(before, shards, wanted, skip, context.found_inf)
     if inv_scale is not None:
