@@ -19,13 +19,14 @@ test-long: .venv/ready
 test-integrations: .venv-integrations/ready
 	.venv-integrations/bin/python -m pytest -q -n 2 tests/integrations tests/test_guides.py tests/test_wrapped.py tests/test_rules_agc.py
 
-# What depends on the instructions of the CPU, with those that other CPUs have (torch's, then ours); and without the compiled
+# What depends on the instructions of the CPU, with those that other CPUs have (torch's and ours); and without the compiled
 # packer.
-ISAS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 FASTCLIP_CPU_ISA=portable FASTCLIP_CPU_ISA=avx2 FASTCLIP_PACKER=python
+ISAS = ATEN_CPU_CAPABILITY=default,FASTCLIP_CPU_ISA=portable ATEN_CPU_CAPABILITY=avx2,FASTCLIP_CPU_ISA=avx2 FASTCLIP_PACKER=python
+comma := ,
 test-isas: .venv/ready
 	for isa in $(ISAS); do \
 	  echo $$isa; \
-	  env $$isa $(BIN)/python -m pytest -q -n 2 -m "isa and not slow" -k "not triton and not cuda" || exit 1; \
+	  env $$(echo $$isa | tr $(comma) ' ') $(BIN)/python -m pytest -q -n 2 -m "isa and not slow" -k "not triton and not cuda" || exit 1; \
 	done
 
 # The tests with another torch: `make test-torch TORCH=2.14.1`, in an environment of its own.

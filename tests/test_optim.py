@@ -145,6 +145,8 @@ def test_the_second_moment_overflows_only_where_it_is_too_large(step_backend, dt
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("limit", [0.5, 1e9, 0.0])
 def test_clipped_steps_as_clip_then_step_in_float64(step_backend, pair, limit):
+    if step_backend in ("cuda", "triton") and limit != 0.5 and pair not in ("AdamW default", "SGD momentum"):
+        pytest.skip("emulated or interpreted, one limit for each of the others is enough")
     ours, theirs, options = PAIRS[pair]
     a = parameters()
     mine, exact = ours(a, **options, max_norm=limit), ExactSteps(lambda ps: theirs(ps, **options), a)
