@@ -264,7 +264,7 @@ def _global_norm(
             reduces=True,
         )
     stats = clip(table, [rule], rule.norm_type, refuse_nonfinite if error_if_nonfinite else None)
-    return table.at_home(stats.total_norm)
+    return table.at_home(stats.take_total_norm())
 
 
 def _global_norm_in_graph(

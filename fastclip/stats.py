@@ -123,7 +123,11 @@ class Stats:
 
     @property
     def total_norm(self) -> Tensor:
-        return self.norm.to(self._dtype) if self._norm32 is None else self._norm32
+        return self.norm.to(self._dtype, copy=True)  # what users do to one look at it must not show at the next
+
+    def take_total_norm(self) -> Tensor:
+        """`total_norm`, for whoever looks once: without a launch, where the backend has rounded it."""
+        return self.total_norm if self._norm32 is None else self._norm32
 
     @property
     def tensor_norms(self) -> Tensor:

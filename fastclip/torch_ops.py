@@ -26,7 +26,7 @@ TAGS = (torch.Tag.cudagraph_unsafe,)  # the address table is uploaded from the h
 def clip_norm_(grads: list[Tensor], max_norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> Tensor:
     check = refuse_nonfinite if error_if_nonfinite else None
     table = _table(grads)
-    return table.at_home(clip(table, [GlobalNorm(max_norm, norm_type)], norm_type, check).total_norm)
+    return table.at_home(clip(table, [GlobalNorm(max_norm, norm_type)], norm_type, check).take_total_norm())
 
 
 @torch.library.custom_op("fastclip::total_norm", mutates_args=(), tags=TAGS)
@@ -34,7 +34,7 @@ def total_norm(tensors: list[Tensor], norm_type: float, error_if_nonfinite: bool
     check = refuse_nonfinite if error_if_nonfinite else None
     rule = GlobalNorm(math.inf, norm_type)
     table = pack(tensors, gradients=True, write=False, argument="tensors")
-    return table.at_home(clip(table, [rule], norm_type, check).total_norm)
+    return table.at_home(clip(table, [rule], norm_type, check).take_total_norm())
 
 
 @torch.library.custom_op("fastclip::clip_with_norm_", mutates_args={"grads"}, tags=TAGS)

@@ -94,6 +94,12 @@ assert set(told) == names and not through_triton
 knobs.runtime.launch_enter_hook.remove(hook)
 call()
 assert len(told) == 2
+before = knobs.runtime.launch_enter_hook
+for assigned in (hook, None):  # in the place of Triton's chain of hooks
+    knobs.runtime.launch_enter_hook = assigned
+    call()
+assert len(told) == 4 and not through_triton
+knobs.runtime.launch_enter_hook = before
 
 # Tools that change the code compile anew; another GPU has its own kernels.
 knobs.compilation.instrumentation_mode = "tool"

@@ -317,7 +317,9 @@ cudaError_t launch(void (*kernel)(Table, uint32_t, uint32_t, Parameters...), con
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  if (error == cudaSuccess && to.overlaps && can_overlap(reinterpret_cast<const void*>(kernel), to.device))
+  cudaStreamCaptureStatus captured = cudaStreamCaptureStatusNone;  // in a graph its edges say what waits for what
+  if (error == cudaSuccess && to.overlaps && can_overlap(reinterpret_cast<const void*>(kernel), to.device) &&
+      cudaStreamIsCapturing(to.stream, &captured) == cudaSuccess && captured == cudaStreamCaptureStatusNone)
     config.numAttrs = 1;
 #endif
   // By pointers: the template that takes arguments copies the table, up to 32 KB of it, once more.

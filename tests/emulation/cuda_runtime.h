@@ -71,6 +71,7 @@ constexpr unsigned WARP = 32;
 inline int units = 2;       // multiprocessors
 inline bool idle = false;   // launches copy their parameters, as CUDA's do, and run nothing: what is left is host time
 inline unsigned order = 0;  // seed of the order of the blocks
+inline bool capturing = false;
 inline int launches = 0, overlapping = 0;  // how many there were, and how many of them might begin early
 inline std::mutex one_launch;
 inline std::barrier<>* block_barrier;
@@ -140,6 +141,12 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulation::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore, cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...devices import has_float64
 from ..base import GradGroup, Measurement
-from ..transfer import upload
+from ..transfer import capturing, upload
 from .launch import Launcher, depends, on
 from .reduction import measure_into
 from .table import table_of
@@ -219,7 +219,7 @@ def apply_(group: GradGroup, coef: Tensor) -> None:
     table = table_of(group)
     layout = table.layout
     with on(group.device):
-        dependent = depends()
+        dependent = depends() and not capturing(group.device)  # older drivers do not take such launches into graphs
         _launch_apply(
             layout.programs,
             (table.addresses, layout.device, coef, coef.dim(), layout.tensors, layout.tiles),

@@ -41,6 +41,8 @@ def current_stream(device: torch.device) -> Any:
     """What launches on `device` go to now: two streams must not share a workspace."""
     if INTERPRET:
         return None
+    if device.type != "cuda":  # Intel's driver tells that of the current device, whatever it is asked
+        return torch.get_device_module(device.type).current_stream(device)
     index = _current_device() if device.index is None else device.index
     return triton.runtime.driver.active.get_current_stream(index)
 
@@ -118,7 +120,17 @@ class Launcher:
 
 def _tools() -> Any:
     """Whether a tool looks into the kernels, for which Triton compiles them anew."""
-    return getattr(knobs.compilation, "instrumentation_mode", None) or getattr(knobs.runtime, "debug", None)
+    return (
+        getattr(knobs.compilation, "instrumentation_mode", None)
+        or getattr(knobs.runtime, "debug", None)
+        or getattr(knobs.runtime, "add_stages_inspection_hook", None)
+    )
+
+
+def _watched() -> bool:
+    """Whether a profiler's hook looks on at launches: one that was added to Triton's, or set in their place."""
+    hooks = [getattr(knobs.runtime, name, None) for name in HOOKS]
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
 class Compiled(NamedTuple):
@@ -133,13 +145,12 @@ class Compiled(NamedTuple):
     def of(cls, kernel: Any) -> Compiled | None:
         """None: this Triton's kernels are made otherwise."""
         found = [getattr(kernel, name, None) for name in ("run", "function", "packed_metadata")]
-        hooks = [getattr(getattr(knobs.runtime, name, None), "calls", None) for name in HOOKS]
-        known = isinstance(kernel, CompiledKernel) and None not in found and None not in hooks
-        return cls(kernel, *found) if known else None
+        known = isinstance(kernel, CompiledKernel) and None not in found
+        return cls(kernel, *found) if known and all(hasattr(knobs.runtime, name) for name in HOOKS) else None
 
     def launch(self, programs: int, stream: int, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
         numbers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:  # a profiler looks on
+        if _watched():
             self.kernel[programs, 1, 1](*numbers, *constants, stream=stream)
         else:
             told = (self.packed_metadata, None, None, None)
