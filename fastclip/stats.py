@@ -70,7 +70,7 @@ class Stats:
     ) -> None:
         self.norm_type = norm_type
         self.device = device
-        self.count = sum(len(part.power) for part in parts)  # T
+        self.count = sum([len(part.power) for part in parts])  # T
         self._dtype = dtype
         self._parts = parts
         self._positions = positions  # of the parts' tensors, one part after the other; None: as they come
@@ -153,7 +153,8 @@ class Stats:
     @property
     def limit(self) -> Tensor | None:
         if isinstance(self._limit, float):
-            return torch.full((), self._limit, dtype=self._dtype, device=self.device)
+            # In float64 first, of which what is too large for float32 is inf there.
+            return torch.full((), self._limit, dtype=torch.float64, device=self.device).to(self._dtype)
         return None if self._limit is None else self._limit.to(self._dtype)
 
     @property
@@ -309,6 +310,11 @@ class Stats:
         clamped = [part._clamped for part in parts if part._clamped is not None]
         return stats.record(coef, None, total(clamped) > 0 if clamped else None)
 
+    def as_left(self) -> Stats | None:
+        """The statistics :meth:`scaled` by 1. None where they would not be these: a gradient that was repaired is
+        finite now, and what is computed anew over the ranks must be so on all of them, whatever each has."""
+        return self if self._over_ranks is None and self.zeroed is None else None
+
     def is_over_ranks(self) -> bool:
         """Whether they were summed over several ranks."""
         return self._over_ranks is not None
@@ -350,6 +356,15 @@ class Stats:
 
     def __repr__(self) -> str:
         return f"Stats(total_norm={self.total_norm.item():.6g}, clipped={bool(self.clipped)}, tensors={self.count})"
+
+
+def leaves(coef: Tensor) -> bool:
+    """Whether multiplying by it changes nothing, where that can be known without waiting: on a CPU."""
+    if not coef.is_cpu:
+        return False
+    if not coef.dim():
+        return coef.item() == 1
+    return not len(coef) or all(extreme.item() == 1 for extreme in torch.aminmax(coef))
 
 
 def is_zero(coef: Tensor) -> Tensor:

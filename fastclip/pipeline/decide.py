@@ -14,7 +14,7 @@ from ..gradients.measure import measure
 from ..gradients.table import GradTable
 from ..rules.base import Needs, Rule, StepContext
 from ..rules.coefficients import checked, clip_coefficient, combined
-from ..stats import OverRanks, Stats, is_zero
+from ..stats import OverRanks, Stats, is_zero, leaves
 
 
 class ClipDecision:
@@ -208,10 +208,11 @@ def decide(
         if rule_coef.dim() and rule.freezes:
             freezing.append(rule_coef)
         same = coef is overall
-        coef = combined(coef, rule_coef)
-        overall = coef if same else combined(overall, rule_coef)
+        left = leaves(rule_coef)
+        coef = combined(coef, rule_coef, left)
+        overall = coef if same else combined(overall, rule_coef, left)
         if i + 1 < len(rules):
-            stats = stats.scaled(rule_coef)
+            stats = (stats.as_left() if left else None) or stats.scaled(rule_coef)
     if coef is None or overall is None:
         one = torch.ones((), dtype=torch.float64, device=table.device)
         coef, overall = one if coef is None else coef, one if overall is None else overall

@@ -19,6 +19,21 @@ from torch import Tensor
 from ..arguments import at_least_one, fraction, is_bool, nonnegative, number, positive
 from ..backends import capturing, choose, get
 from ..stats import Stats
+from .arithmetic import (
+    Number,
+    as_tensor,
+    ceil,
+    clamped,
+    divided,
+    either,
+    every,
+    floor,
+    on_host,
+    put,
+    root,
+    taken,
+    where,
+)
 from .base import STATES, Needs, Rule, StepContext, saved_by
 from .coefficients import EPS, clip_coefficient
 
@@ -61,8 +76,13 @@ class Adaptive(Rule):
         """`norm`, or NaN if the step is skipped."""
         return norm if context.skip is None else torch.where(context.skip, math.nan, norm)
 
-    def _remember(self, *new: Tensor) -> None:
-        torch._foreach_copy_(list(self.state.values()), list(new))
+    def _remember(self, *new: Number) -> None:
+        tensors = [value for value in new if isinstance(value, Tensor)]
+        if len(tensors) == len(new):
+            torch._foreach_copy_(list(self.state.values()), tensors)
+            return
+        for own, value in zip(self.state.values(), new):
+            own.copy_(value) if isinstance(value, Tensor) else own.fill_(value)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: t.detach().clone() for name, t in self.state.items()}
@@ -141,8 +161,9 @@ class ZClip(Adaptive):
 
     def decide(self, stats: Stats, context: StepContext) -> Tensor:
         state = self._on(stats.device)
+        norm = stats.norm
         coef, context.limit, *new = fused(
-            *(_zclip, stats.norm, self._to_remember(stats.norm, context)),
+            *(_zclip, norm, self._to_remember(norm, context)),
             *state.values(),
             self.z_max,
             self.alpha,
@@ -150,45 +171,45 @@ class ZClip(Adaptive):
             self.eps,
         )
         self._remember(*new)
-        return coef
+        return as_tensor(coef, stats.device)
 
     def __repr__(self) -> str:
         return f"ZClip(z_max={self.z_max}, alpha={self.alpha}, warmup={self.warmup}, eps={self.eps})"
 
 
 def _zclip(
-    norm: Tensor,
-    observed: Tensor,
-    count: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    norm: Number,
+    observed: Number,
+    count: Number,
+    mean: Number,
+    var: Number,
     z_max: float,
     alpha: float,
     warmup: float,
     eps: float,
-) -> tuple[Tensor, ...]:
+) -> tuple[Number, ...]:
     """(coefficient, limit, and count, mean and var afterwards)."""
-    std = var.sqrt()
-    z = (norm - mean) / (std + eps)
+    std = root(var)
+    z = divided(norm - mean, std + eps)
     warm = count >= warmup
     has_mean = warm & (mean > 0)  # a mean of 0 comes from a checkpoint of a version that remembered zeros
     spike = has_mean & (z > z_max)
-    above = torch.where(has_mean, mean + z_max * (std + eps), math.inf)
-    limit = torch.where(spike, mean + z_max * z_max * std / z, above)
-    coef = torch.where(spike, clip_coefficient(norm, limit), 1.0)
+    above = where(has_mean, mean + z_max * (std + eps), math.inf)
+    limit = where(spike, mean + divided(z_max * z_max * std, z), above)
+    coef = either(spike, lambda: clip_coefficient(norm, limit), lambda: 1.0)
     # A NaN is no spike; it and inf go on as torch's clip would let them, for whatever rule or policy comes after.
-    seen = torch.where(spike, limit, norm)
+    seen = where(spike, limit, norm)
     toward = seen - mean
-    share = torch.where(warm, 1 - alpha, 1 / (count + 1))
+    share = where(warm, 1 - alpha, divided(1.0, count + 1))
     new_mean = mean + share * toward
-    new_var = var + share * (torch.where(warm, seen - new_mean, toward) * (seen - new_mean) - var)
+    new_var = var + share * (where(warm, seen - new_mean, toward) * (seen - new_mean) - var)
     usable = (observed > 0) & (observed < math.inf)
     return (
         coef,
         limit,
-        torch.where(usable, (count + 1).clamp(max=warmup), count),
-        torch.where(usable, new_mean, mean),
-        torch.where(usable, new_var, var),
+        where(usable, clamped(count + 1, high=warmup), count),
+        where(usable, new_mean, mean),
+        where(usable, new_var, var),
     )
 
 
@@ -228,30 +249,29 @@ class AutoClip(Adaptive):
 
     def decide(self, stats: Stats, context: StepContext) -> Tensor:
         state = self._on(stats.device)
+        norm = stats.norm
         coef, context.limit, *new = fused(
-            _autoclip, stats.norm, self._to_remember(stats.norm, context), *state.values(), self.percentile / 100
+            _autoclip, norm, self._to_remember(norm, context), *state.values(), self.percentile / 100
         )
         self._remember(*new)
-        return coef
+        return as_tensor(coef, stats.device)
 
     def __repr__(self) -> str:
         return f"AutoClip({self.percentile}, window={self.window})"
 
 
-def _autoclip(norm: Tensor, observed: Tensor, count: Tensor, history: Tensor, share: float) -> tuple[Tensor, ...]:
+def _autoclip(norm: Number, observed: Number, count: Number, history: Tensor, share: float) -> tuple[Number, ...]:
     """(coefficient, limit, and count and history afterwards)."""
     window = len(history) - 1
     usable = (observed > 0) & (observed < math.inf)
-    place = torch.where(usable, count % window, window).long()
-    history = history.scatter(0, place.unsqueeze(0), torch.where(usable, observed, math.inf).unsqueeze(0))
+    history = put(history, where(usable, count % window, window), where(usable, observed, math.inf))
     count = count + usable
-    filled = count.clamp(max=window)
+    filled = clamped(count, high=window)
     ordered = history[:window].sort().values  # what is not filled yet is inf, and so comes last
-    rank = share * (filled - 1).clamp(min=0)
-    low = rank.floor()
-    below = ordered.gather(0, low.long().unsqueeze(0)).squeeze(0)
-    above = ordered.gather(0, rank.ceil().long().unsqueeze(0)).squeeze(0)
-    limit = torch.where(above > below, below + (above - below) * (rank - low), below)
+    rank = share * clamped(filled - 1, low=0)
+    low = floor(rank)
+    below, above = taken(ordered, low), taken(ordered, ceil(rank))
+    limit = where(above > below, below + (above - below) * (rank - low), below)
     return clip_coefficient(norm, limit), limit, count, history
 
 
@@ -329,50 +349,53 @@ class AdaGC(Adaptive):
         count, gamma = state["count"], state["gamma"]
         index = params.index(stats.device)
         means = gamma[: params.total] if index is None else gamma[index]
+        norms = stats.norms
         coef, new_count, new = fused(
-            *(_adagc, stats.norm, stats.norms, self._to_remember(stats.norms, context), count, means),
+            *(_adagc, stats.norm, norms, self._to_remember(norms, context), count, means),
             self.lambda_rel,
             self.beta,
             self.warmup,
             self.lambda_abs,
         )
-        count.copy_(new_count)
+        count.copy_(as_tensor(new_count, stats.device))
         if index is None:
             gamma[: params.total] = new
         else:
+            assert isinstance(new, Tensor)
             gamma.index_copy_(0, index, new)
-        return coef
+        return as_tensor(coef, stats.device).expand(len(norms))
 
     def __repr__(self) -> str:
         return f"AdaGC({self.lambda_rel}, beta={self.beta}, warmup={self.warmup}, lambda_abs={self.lambda_abs})"
 
 
 def _adagc(
-    norm: Tensor,
+    norm: Number,
     norms: Tensor,
     observed: Tensor,
-    count: Tensor,
+    count: Number,
     gamma: Tensor,
     rel: float,
     beta: float,
     warmup: int,
     absolute: float,
-) -> tuple[Tensor, ...]:
+) -> tuple[Number, ...]:
     """(coefficients, and count and gamma afterwards)."""
     warming = count < warmup
     remembered = gamma > 0
-    apart = torch.where(remembered, clip_coefficient(norms, rel * gamma), 1.0)
-    # Not by clip_coefficient, whose look at the limit a compiler could not follow.
-    together = torch.where(norm == math.inf, -0.0, (absolute / (norm + EPS)).clamp(max=1.0))
-    coef = torch.where(warming, together, apart)
+    coef = either(
+        warming,
+        # Not by clip_coefficient, whose look at the limit a compiler could not follow.
+        lambda: where(norm == math.inf, -0.0, clamped(divided(absolute, norm + EPS), high=1.0)),
+        lambda: where(remembered, clip_coefficient(norms, rel * gamma), 1.0),
+    )
     clipped = coef * norms
-    least = torch.where(remembered, torch.minimum(gamma, clipped), clipped)
-    followed = torch.where(remembered, beta * gamma + (1 - beta) * clipped, clipped)
+    followed = either(warming, lambda: torch.minimum(gamma, clipped), lambda: beta * gamma + (1 - beta) * clipped)
     finite = observed < math.inf  # not NaN either
     usable = (clipped > 0) & (clipped < math.inf) & finite
-    gamma = torch.where(usable, torch.where(warming, least, followed), gamma)
+    new = where(usable, where(remembered, followed, clipped), gamma)
     # The norm too must be finite: with pipeline stages it is what all of them know.
-    return coef, count + (warming & finite.all() & (norm > 0) & (norm < math.inf)), gamma
+    return coef, count + (warming & every(finite, norm) & (norm > 0) & (norm < math.inf)), new
 
 
 # ---- one kernel out of a few lines ----
@@ -382,13 +405,16 @@ _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}  # a function that 
 _compiled_for: set[Any] = set()  # what a compiled function was called with
 
 
-def fused(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
-    """function(*arguments), on a GPU compiled into one kernel or two if torch.compile can do that here.
+def fused(function: Callable[..., tuple[Number, ...]], *arguments: Any) -> tuple[Number, ...]:
+    """function(*arguments), on a GPU compiled into one kernel or two if torch.compile can do that here, on a CPU with
+    Python's numbers in the place of [] tensors.
 
     `function` must not change anything, so that it can be called again where compiling fails.
     """
     device = arguments[0].device
-    if device.type == "cpu" or _compiled.get(function) is function:
+    if device.type == "cpu":
+        return function(*[on_host(x) if isinstance(x, Tensor) else x for x in arguments])
+    if _compiled.get(function) is function:
         return function(*arguments)
     key = function, device, tuple(x.shape if isinstance(x, Tensor) else x for x in arguments)
     if capturing(device) and key not in _compiled_for:

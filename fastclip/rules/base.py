@@ -52,6 +52,7 @@ class StepContext:
         self.limit: Tensor | float | None = None
         self.found_inf: Tensor | None = None
         self._params, self._sizes = params, sizes
+        self._index: ParamIndex | None = None
 
     @property
     def knows_params(self) -> bool:
@@ -60,9 +61,11 @@ class StepContext:
 
     def params(self) -> ParamIndex:
         """The parameters that the gradients belong to. RuntimeError where only tensors are known."""
-        if self._params is None:
-            raise RuntimeError("this rule needs to know the parameters: use it in a Clipper")
-        return self._params()
+        if self._index is None:
+            if self._params is None:
+                raise RuntimeError("this rule needs to know the parameters: use it in a Clipper")
+            self._index = self._params()
+        return self._index
 
     def sizes(self) -> Tensor:
         """[T] float64 on the statistics' device, how many elements each gradient has."""

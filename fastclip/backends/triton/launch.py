@@ -41,8 +41,8 @@ def current_stream(device: torch.device) -> Any:
     """What launches on `device` go to now: two streams must not share a workspace."""
     if INTERPRET:
         return None
-    if device.type != "cuda":  # Intel's driver tells that of the current device, whatever it is asked
-        return torch.get_device_module(device.type).current_stream(device)
+    if device.type == "xpu":  # Intel's driver tells that of the current device, whatever it is asked
+        return torch.xpu.current_stream(device)
     index = _current_device() if device.index is None else device.index
     return triton.runtime.driver.active.get_current_stream(index)
 
