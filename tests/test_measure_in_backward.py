@@ -376,6 +376,22 @@ def test_optimizers_step_alike(make, scaled, hits):
     assert optimizers[0].param_groups[0].keys() == optimizers[1].param_groups[0].keys()
 
 
+def test_a_scaler_of_a_class_that_comes_later_is_seen():
+    net = small_net()
+    clipper = fastclip.Clipper(net.parameters(), 1e9, measure_in_backward=True)
+
+    class Scaler(torch.amp.GradScaler):
+        def unscale_(self, optimizer):
+            state = self._per_optimizer_states[id(optimizer)]
+            found = torch.zeros(1)
+            state["found_inf_per_device"] = self._unscale_grads_(optimizer, self._scale.reciprocal(), found, True)
+
+    scaler, optimizer = Scaler("cpu", init_scale=8.0), torch.optim.SGD(net.parameters(), lr=0.1)
+    backward(net, 0, scaler.scale(torch.ones(())))
+    scaler.unscale_(optimizer)
+    check(clipper.clip_(), powers(net.parameters()))
+
+
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, fastclip.optim.AdamW])
 def test_gradients_that_a_fused_step_has_scaled_are_read_again(make):
     """torch's kernels write them back, and change no version."""
