@@ -77,9 +77,9 @@ class Clipper:
             a gradient was written is seen as autograd sees it, by its version, which writes through ``.data``,
             ``.numpy()``, DLPack or a storage, by ``torch.distributed`` and by kernels of others do not change: where
             gradients are changed in one of these ways between backward and the clip, leave this out. (GradScaler's
-            ``unscale_`` is seen.) Once ``torch.distributed`` is initialized only DTensors (FSDP2) are read in backward,
-            since DDP changes plain gradients later; so it has no use with DDP. Nor in a CUDA graph. With several
-            backward passes a step, each reads the gradients.
+            ``unscale_`` is seen; the unscaling in its ``step`` of a fused optimizer is not.) It has no use once
+            ``torch.distributed`` is initialized: DDP changes gradients later, and writes of DTensors (FSDP2) do not
+            all tell. Nor in a CUDA graph. With several backward passes a step, each reads the gradients.
 
     Attributes:
         steps: how often :meth:`clip_` and :meth:`step` have decided.
@@ -182,8 +182,7 @@ class Clipper:
 
             return graph_breaks.call(Clipper.clip_, self)
         self._watch()
-        done = None if self._sums else self._clip_fused()
-        if isinstance(done, Stats):
+        if isinstance(done := None if self._sums else self._clip_fused(), Stats):
             return done
         table = from_native(done) if done else self.pack()
         stats, decision = self.decide(table)
@@ -245,6 +244,8 @@ class Clipper:
         done = fused.clip_norm_fused(self.parameters, True, limit, self.norm_type, False, True)
         if not isinstance(done, tuple):
             return done
+        if self._sums is not None:
+            self._sums.forget_waiting()
         power, absmax, norm, coef, wide = done
         parts = [Measurement(power, absmax)]
         stats = Stats(self.norm_type, torch.float64 if wide else torch.float32, power.device, parts, None, norm)

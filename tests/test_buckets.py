@@ -109,6 +109,22 @@ def test_watching_the_same_parameters_again_registers_nothing():
     assert len(batches) == 2
 
 
+def test_tensors_that_are_swapped_keep_their_hooks():
+    """As conversions of modules may do it: autograd has the hooks with what is swapped."""
+    ps = parameters(1, 2)
+    buckets, batches = collected(1, ps)
+    for _ in range(2):
+        torch.utils.swap_tensors(ps[0], nn.Parameter(torch.ones(1, dtype=torch.float64)))
+        buckets.watch(ps)
+        batches.clear()
+        backward(ps)
+        assert ids(batches) == ids([[ps[1]], [ps[0]]])
+        buckets.clear()
+        for p in ps:
+            p.grad = None
+    assert [len(p._post_accumulate_grad_hooks) for p in ps] == [1, 1]
+
+
 class Owner:
     def __init__(self, ps, fails=()):
         self.ps, self.taken, self.fails = ps, [], list(fails)

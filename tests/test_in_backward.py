@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fastclip
 from fastclip import rules
 from fastclip.optim import SGD, AdamW
+from fastclip.optim import in_backward as module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -270,6 +271,102 @@ def test_zero_grad_drops_what_waits():
 
 
 # ---- models ----
+
+
+@pytest.mark.parametrize("bucket", [1, 10**9])
+def test_zero_grad_begins_anew_where_nothing_was_stepped(bucket):
+    model, other = network(), network()
+    mine, reference = (
+        in_backward(model, bucket_bytes=bucket),
+        AdamW(other.parameters(), max_norm=rules.TensorNorm(0.05)),
+    )
+    backward(model, 0)
+    mine.zero_grad()
+    if bucket == 1:
+        with pytest.raises(RuntimeError, match="came twice"):
+            backward(model, 1)
+        return
+    backward(model, 1)
+    mine.step()
+    backward(other, 1)
+    reference.step()
+    assert_same(model, other)
+
+
+class Wrapper:
+    """Holds the optimizer, and is held by it."""
+
+    def __init__(self, optimizer):
+        self.optimizer, optimizer.wrapper = optimizer, self
+
+
+def test_two_optimizers_over_one_parameter_are_refused():
+    model = network()
+    kept = in_backward(model)
+    backward(model, 0)
+    kept.step()
+    other = AdamW(model[2].named_parameters(), step_in_backward=True)
+    backward(model, 1)  # for one of them
+    with pytest.raises(ValueError, match=r"weight, of shape \(16, 16\), is stepped inside backward by another"):
+        other.step()
+    del other
+    gc.collect()
+    for p in model.parameters():
+        p.grad = None
+    kept.step()
+    Wrapper(kept)  # so that a count of references does not free it
+    kept = in_backward(model)
+    backward(model, 2)
+    kept.step()
+    thawed = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
+    kept.add_param_group({"params": [("thawed", thawed)]})
+    other = SGD([thawed], step_in_backward=True, lr=0.1)
+    thawed.requires_grad_()
+    kept.step()
+    other.step()
+    loss = model(data(0)).sum() + thawed.sum()
+    with pytest.raises(ValueError, match="thawed, of shape"):
+        loss.backward()
+
+
+def test_a_group_that_is_refused_is_not_added(monkeypatch):
+    model, other, extra = network(), network(), nn.Parameter(torch.ones(2))
+    mine, theirs = in_backward(model), in_backward(other)
+    monkeypatch.setattr(module, "MARKED", [extra])
+    monkeypatch.setattr(module, "marks_of", lambda ps: [] if any(p is extra for p in ps) else None)
+    for bad, message in (([("taken", other[0].weight)], "taken, of shape"), ([("extra", extra)], "mark_shared")):
+        with pytest.raises(ValueError, match=message):
+            mine.add_param_group({"params": bad})
+        assert len(mine.param_groups) == 1
+        backward(model, 0)
+        mine.step()
+    del theirs
+
+
+def test_a_checkpoint_that_is_refused_leaves_the_step_that_is_under_way():
+    model, other = network(), network()
+    mine, reference = in_backward(model), in_backward(other)
+    for m, optimizer in ((model, mine), (other, reference)):
+        backward(m, 0)
+        if optimizer is mine:
+            with pytest.raises(ValueError, match="group"):
+                mine.load_state_dict({**(saved := mine.state_dict()), "param_groups": saved["param_groups"] * 2})
+        optimizer.step()
+    assert_same(model, other)
+    assert torch.equal(mine.stats.norms, reference.stats.norms) and mine.stats.count == 6
+
+
+def test_ranks_are_checked_once_and_declarations_every_time(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "_check_parameters", lambda ps: calls.append("ranks"))
+    monkeypatch.setattr(module, "MARKED", [1])
+    monkeypatch.setattr(module, "marks_of", lambda ps: calls.append("marks"))
+    model = network()
+    mine = in_backward(model)
+    for step in range(3):
+        backward(model, step)
+        mine.step()
+    assert calls.count("ranks") == 2 and calls.count("marks") == 3
 
 
 class Tied(nn.Module):

@@ -376,6 +376,34 @@ def test_optimizers_step_alike(make, scaled, hits):
     assert optimizers[0].param_groups[0].keys() == optimizers[1].param_groups[0].keys()
 
 
+def test_a_scaler_of_a_class_that_comes_later_is_seen():
+    net = small_net()
+    clipper = fastclip.Clipper(net.parameters(), 1e9, measure_in_backward=True)
+
+    class Scaler(torch.amp.GradScaler):
+        def unscale_(self, optimizer):
+            state = self._per_optimizer_states[id(optimizer)]
+            found = torch.zeros(1)
+            state["found_inf_per_device"] = self._unscale_grads_(optimizer, self._scale.reciprocal(), found, True)
+
+    scaler, optimizer = Scaler("cpu", init_scale=8.0), torch.optim.SGD(net.parameters(), lr=0.1)
+    backward(net, 0, scaler.scale(torch.ones(())))
+    scaler.unscale_(optimizer)
+    check(clipper.clip_(), powers(net.parameters()))
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, fastclip.optim.AdamW])
+def test_gradients_that_a_fused_step_has_scaled_are_read_again(make):
+    """torch's kernels write them back, and change no version."""
+    net = small_net()
+    clipper = fastclip.Clipper(net.parameters(), 1e9, measure_in_backward=True)
+    backward(net, 0)
+    optimizer = make(net.parameters(), lr=0.1, fused=True)
+    with fastclip.use_backend("foreach"):  # on which fastclip.optim steps by torch's kernel
+        fastclip.Clipper(net.parameters(), 1e-3).step(optimizer)
+    check(clipper.clip_(), powers(net.parameters()))
+
+
 def test_gradients_that_no_kernel_reads_are_read_afterwards():
     embedding, table = nn.Embedding(20, 8, sparse=True), nn.Parameter(torch.randn(4, 8, dtype=torch.complex64))
     line = nn.Parameter(torch.randn(40))
@@ -460,6 +488,22 @@ def test_parameters_that_come_go_and_thaw(hits):
     clipper = fastclip.Clipper(net.parameters(), 1.0, measure_in_backward=True)
     clipper.release_parameters()
     assert hooks_of(net) == [1] * 6
+
+
+def test_parameters_that_were_released_are_not_kept_alive(monkeypatch):
+    monkeypatch.setattr(in_backward, "CPU_BYTES", 1 << 20)  # so that they wait
+    net = small_net()
+    clipper = fastclip.Clipper(net.parameters(), 1.0, measure_in_backward=True)
+    backward(net, 0)
+    assert len(clipper._sums._buckets) == 6
+    clipper.clip_()
+    assert not len(clipper._sums._buckets)
+    backward(net, 1)
+    known = weakref.ref(net[0].weight)
+    clipper.release_parameters()
+    del net
+    gc.collect()
+    assert known() is None
 
 
 def test_small_gradients_get_no_hook(monkeypatch):

@@ -42,6 +42,9 @@ OPERATORS = {
 ATTRIBUTES = {
     (torch.amp.GradScaler, "_per_optimizer_states"): "clipper.step(optimizer, scaler=)",
     (torch.amp.GradScaler, "_scale"): "clipper.step(optimizer, scaler=)",
+    (torch.amp.GradScaler, "_unscale_grads_"): "measure_in_backward, with subclasses",
+    (torch.nn.Parameter, "_cdata"): "hooks of tensors that torch.utils.swap_tensors has exchanged",
+    (torch.nn.Parameter, "_post_accumulate_grad_hooks"): "the same, and two optimizers that step in backward",
     (
         torch.optim.SGD,
         "_optimizer_step_pre_hooks",

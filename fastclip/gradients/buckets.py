@@ -6,10 +6,11 @@ once the gradient of this rank's part is reduced). What has come is handed over 
 
 from __future__ import annotations
 
+import operator
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..distributed.unwrap import local_of, spec_of
 from .pack import same_items
+
+IMPLEMENTATION = operator.attrgetter("_cdata")  # of a tensor, in C++, where autograd has its hooks
 
 Ready = Callable[[list[Tensor]], None]
 Again = Callable[[Tensor], None]
@@ -53,22 +56,38 @@ class Buckets:
         self._parameters: list[Tensor] = []
         self._frozen: list[Tensor] = []  # those that need no hook yet
         self._handles: dict[int, tuple[Tensor, RemovableHandle]] = {}
+        self._hooked: list[Tensor] = []  # those of the handles
+        self._implementations: list[int] = []  # theirs
         self._arrived_on: set[Any] = set()  # streams
         self._launched_on: dict[int, Any] = {}  # device -> stream
 
     def watch(self, parameters: list[Tensor]) -> None:
         """Hook these parameters, as far as they require a gradient, and no others any more."""
-        if same_items(parameters, self._parameters) and not any(p.requires_grad for p in self._frozen):
+        if not self.changes(parameters):
             return
         self._parameters = list(parameters)
         wanted = {id(p): p for p in parameters if p.is_leaf}
         for key in self._handles.keys() - wanted.keys():
             self._handles.pop(key)[1].remove()
+        for p, implementation in zip(self._hooked, self._implementations):
+            if id(p) in self._handles and IMPLEMENTATION(p) != implementation:  # which knows of no hooks
+                p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks
         for key, p in wanted.items():
             if key not in self._handles and p.requires_grad:
                 hook = _Hook(weakref.ref(self), share_of(p))
                 self._handles[key] = p, p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._frozen = [p for key, p in wanted.items() if key not in self._handles]
+        self._hooked = [p for p, _ in self._handles.values()]
+        self._implementations = list(map(IMPLEMENTATION, self._hooked))
+
+    def changes(self, parameters: list[Tensor]) -> bool:
+        """Whether :meth:`watch` has anything to do: they are others, some require a gradient now, or a tensor has been
+        given another implementation (``torch.utils.swap_tensors``, with which modules may be converted)."""
+        return (
+            not same_items(parameters, self._parameters)
+            or any(p.requires_grad for p in self._frozen)
+            or list(map(IMPLEMENTATION, self._hooked)) != self._implementations
+        )
 
     def flush(self) -> None:
         """Hand over what waits, full bucket or not. The current streams then wait for all that was launched."""
@@ -87,7 +106,7 @@ class Buckets:
         for _, handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        self._parameters, self._frozen = [], []
+        self._parameters, self._frozen, self._hooked, self._implementations = [], [], [], []
         self.clear()
 
     def __len__(self) -> int:
@@ -167,6 +186,15 @@ class _Hook:
         buckets = self._buckets()
         if buckets is not None:
             buckets._arrived(self, parameter)
+
+
+def owners_of(parameter: Tensor) -> Iterator[Any]:
+    """Those whose methods are called, by their Buckets, when the parameter's gradient has come."""
+    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+        if isinstance(hook, _Hook) and (buckets := hook._buckets()) is not None:
+            owner = getattr(buckets._ready(), "__self__", None)
+            if owner is not None:
+                yield owner
 
 
 def share_of(parameter: Tensor) -> int:

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import backends, packers
 from ..backends import Backend, GradGroup, Measurement, capturing, upload
-from ..distributed.unwrap import local_of, spec_of, specs_of
+from ..distributed.unwrap import specs_of
 from ..modes import is_watched
 from .buckets import Buckets
 from .table import GradTable
@@ -38,8 +38,6 @@ GRAD, VERSION = operator.attrgetter("grad"), operator.attrgetter("_version")
 class Seen(NamedTuple):
     """A gradient as it was when it was measured. None of it keeps the gradient, or its memory, alive."""
 
-    part: weakref.ref[Tensor]  # this rank's part; of a plain tensor itself
-    part_version: int
     gradient: weakref.ref[Tensor]
     version: int
     storage: weakref.ref[UntypedStorage]
@@ -49,14 +47,12 @@ class Seen(NamedTuple):
     measured: Measurement  # of the bucket
     row: int  # in it
 
-    def is_still(self, gradient: Tensor, part: Tensor, address: int, numel: int, dtype: torch.dtype) -> bool:
+    def is_still(self, gradient: Tensor, address: int, numel: int, dtype: torch.dtype) -> bool:
         """Whether that gradient, of which the last three were packed, is as it was. The memory is dense."""
         return (
-            self.part() is part
-            and self.gradient() is gradient
-            and self.part_version == part._version
+            self.gradient() is gradient
             and self.version == gradient._version
-            and self.storage() is part.untyped_storage()
+            and self.storage() is gradient.untyped_storage()
             and self.address == address
             and self.numel == numel
             and self.dtype == dtype
@@ -66,8 +62,9 @@ class Seen(NamedTuple):
 class BackwardSums:
     """Takes the sums of parameters' gradients while backward runs, bucket by bucket.
 
-    Nothing is measured in a CUDA graph, and of plain tensors no sum counts once torch.distributed is initialized: what
-    sums their gradients over the ranks writes them after the hooks, and does not tell autograd.
+    Nothing is measured in a CUDA graph, nor once torch.distributed is initialized: what sums plain gradients over the
+    ranks writes them after the hooks, and does not tell autograd; and what foreach operations write of DTensors changes
+    the version neither of these nor of their parts.
     """
 
     def __init__(self, norm_type: float) -> None:
@@ -93,16 +90,19 @@ class BackwardSums:
         """Measure the gradients of these parameters, as far as they require one, and of no others any more."""
         if parameters is not self._parameters:
             self._parameters = parameters
-            parts = [local_of(p) for p in parameters]
-            sizes = [0 if is_lazy(part) else part.numel() * part.itemsize for part in parts]
-            on_gpu = any(part.device.type != "cpu" for part in parts)
+            plain = [p for p, spec in zip(parameters, specs_of(parameters)) if spec is None and not is_lazy(p)]
+            sizes = [p.numel() * p.itemsize for p in plain]
+            on_gpu = any(p.device.type != "cpu" for p in plain)
             self._buckets.bucket_bytes = max(GPU_BYTES, sum(sizes) // GPU_BUCKETS) if on_gpu else CPU_BYTES
-            self._large = [p for p, size in zip(parameters, sizes) if size >= SMALL and not is_lazy(p)]
+            self._large = [p for p, size in zip(plain, sizes) if size >= SMALL]
             self._seen.clear()
             self._captured.clear()
-        if self._large and _is_distributed():
-            self._large = [p for p, spec in zip(self._large, specs_of(self._large)) if spec is not None]
-        self._buckets.watch(self._large)
+            self._buckets.clear()  # which holds those that wait
+        self._buckets.watch([] if _is_distributed() else self._large)
+
+    def forget_waiting(self) -> None:
+        """Hold no parameters whose gradients are yet to be measured: they were read otherwise."""
+        self._buckets.clear()
 
     def _take(self, parameters: list[Tensor]) -> None:
         """Measure gradients that have come."""
@@ -111,50 +111,39 @@ class BackwardSums:
         if any(map(capturing, {p.device for p in parameters})):
             self._captured.update(map(id, parameters))
             return
-        if is_watched():
+        if is_watched() or _is_distributed():
             return
-        owners, gradients, parts = [], [], []
-        for p in parameters:
-            gradient = p.grad
-            if (part := _part_of(gradient)) is not None:
-                owners.append(id(p))
-                gradients.append(gradient)
-                parts.append(part)
-        if parts:
-            self._measure_parts(owners, gradients, parts)
+        measurable = [p for p in parameters if _tells_writes(p.grad)]
+        if measurable:
+            self._measure(list(map(id, measurable)), list(map(GRAD, measurable)))
 
-    def _measure_parts(self, owners: list[int], gradients: list[Any], parts: list[Tensor]) -> None:
-        packed = packers.get().packer.pack(parts, False)
-        if not packed or sum(map(len, packed)) < len(parts):  # one is not plain, or they share memory
-            if len(parts) > 1:
-                for owner, gradient, part in zip(owners, gradients, parts):
-                    self._measure_parts([owner], [gradient], [part])
+    def _measure(self, owners: list[int], gradients: list[Tensor]) -> None:
+        packed = packers.get().packer.pack(gradients, False)
+        if not packed or sum(map(len, packed)) < len(gradients):  # one is not plain, or they share memory
+            if len(gradients) > 1:
+                for owner, gradient in zip(owners, gradients):
+                    self._measure([owner], [gradient])
             return
         for native in packed:
             if native.device not in self._backends:
                 self._backends[native.device] = backends.choose(native.device)
             group = GradGroup(self._backends[native.device], native.positions, None, native)
-            columns = owners, gradients, parts
-            if native.positions:
-                columns = tuple([column[i] for i in native.positions] for column in columns)  # type: ignore[assignment]
-            self._note(group, *columns)
+            places = native.positions or range(len(gradients))
+            self._note(group, [owners[i] for i in places], [gradients[i] for i in places])
 
-    def _note(self, group: GradGroup, owners: list[int], gradients: list[Tensor], parts: list[Tensor]) -> None:
+    def _note(self, group: GradGroup, owners: list[int], gradients: list[Tensor]) -> None:
         """Measure a group, and note what its gradients are now."""
-        versions, refs = list(map(VERSION, parts)), list(map(weakref.ref, parts))
-        wrapper_versions, wrappers = versions, refs
-        if any(map(operator.is_not, gradients, parts)):
-            wrapper_versions, wrappers = list(map(VERSION, gradients)), list(map(weakref.ref, gradients))
-        storages = list(map(weakref.ref, map(Tensor.untyped_storage, parts)))
+        versions, refs = list(map(VERSION, gradients)), list(map(weakref.ref, gradients))
+        storages = list(map(weakref.ref, map(Tensor.untyped_storage, gradients)))
         addresses, numels = group.addresses_and_sizes().tolist()
-        measured = self._measured(group, parts)
+        measured = self._measured(group, gradients)
         rows = zip(
-            *(refs, versions, wrappers, wrapper_versions, storages, addresses, numels),
+            *(refs, versions, storages, addresses, numels),
             *(itertools.repeat(group.dtype), itertools.repeat(measured), itertools.count()),
         )
         self._seen.update(zip(owners, map(Seen._make, rows)))
 
-    def _measured(self, group: GradGroup, parts: list[Tensor]) -> Measurement:
+    def _measured(self, group: GradGroup, gradients: list[Tensor]) -> Measurement:
         """One read, on a GPU on a stream of its own behind what wrote the gradients. These are held until the stream
         that backward runs on waits for that read, so that their memory is not given to others before."""
         device = group.device
@@ -171,7 +160,7 @@ class BackwardSums:
         with torch.cuda.stream(side):
             measured = group.backend.measure(group, self._norm_type)
             event = side.record_event()
-        pending.append((event, parts))
+        pending.append((event, gradients))
         return measured
 
     def of(self, table: GradTable, owners: list[list[Tensor]]) -> list[Measurement] | None:
@@ -186,10 +175,8 @@ class BackwardSums:
         if capturing(table.device):
             return None
         self._wait()
-        if not seen or not table.groups or is_watched():
+        if not seen or not table.groups or is_watched() or _is_distributed():
             return None
-        if _is_distributed():
-            seen = {key: one for key, one in seen.items() if one.gradient is not one.part}
         found = [self._found(seen, each) for each in owners]
         return [
             self._completed(group, [found[i] for i in group.positions or range(len(group))]) for group in table.groups
@@ -212,7 +199,7 @@ class BackwardSums:
         for i, (each, address, numel) in enumerate(zip(found, *group.addresses_and_sizes().tolist())):
             if each is not None and (gradient := each[1].grad) is not None:
                 one = each[0]
-                if one.is_still(gradient, local_of(gradient), address, numel, group.dtype):
+                if one.is_still(gradient, address, numel, group.dtype):
                     source = sources.get(id(one.measured))
                     if source is None:
                         source = sources[id(one.measured)] = one.measured, total
@@ -270,16 +257,6 @@ def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _part_of(gradient: Tensor | None) -> Tensor | None:
-    """The part that this rank has of a gradient of which all writes are seen; None: it is another."""
-    if gradient is None or gradient.is_inference():
-        return None
-    if type(gradient) is Tensor:
-        return gradient
-    spec = spec_of(gradient)
-    if spec is None:
-        return None
-    part = local_of(gradient)
-    if type(part) is not Tensor or part.is_inference() or part.device.type != spec.mesh.device_type:
-        return None  # one that FSDP2 offloads to the host may still be on its way when the hook is called
-    return part
+def _tells_writes(gradient: Tensor | None) -> bool:
+    """Whether there is a gradient whose version all writes change that autograd hears of."""
+    return type(gradient) is Tensor and not gradient.is_inference()

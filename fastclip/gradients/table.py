@@ -82,6 +82,13 @@ class GradTable:
         if self.shards is not None and not (coef.device.type == "cpu" and (coef == 1).all()):
             self.shards.bump_versions()
 
+    def bump_versions(self) -> None:
+        """Tell autograd that the gradients were written."""
+        for group in self.groups:
+            group.bump_version()
+        if self.shards is not None:
+            self.shards.bump_versions()
+
     def clamp_(self, low: float, high: float) -> Tensor:
         """Limit every element to [low, high]; [] bool on the table's device, whether anything was changed."""
         if self.shards is not None and self.shards.partial:

@@ -50,6 +50,10 @@ class AdamW(ClippingOptimizer):
     of all of it in :attr:`stats`. It must be called after each backward pass, but for those within
     :meth:`accumulate`. ``nonfinite="skip"`` leaves single parameters alone, those whose gradient is not finite
     (``stats.nonfinite``, whose coefficient is 1), and ``stats.skipped`` is whether all were; ``"raise"`` is refused.
+    A learning rate that is set between backward and :meth:`step` comes too late for what was stepped already. Hooks
+    that others register later (``register_post_accumulate_grad_hook``) may find no gradient any more. Freeze the
+    parameters (``requires_grad_(False)``) while the backward pass of another network reaches them, as in a GAN. No
+    other optimizer and no Clipper finds gradients of theirs; a second optimizer that steps them in backward is refused.
     There must be no GradScaler, no closure and no ``Clipper.step``. Of DTensors (FSDP2) the gradients of this rank's
     parts come once they are summed; DistributedDataParallel, FSDP1 and declared parameters are refused. Rounding
     stochastically, the random numbers are others than without ``step_in_backward``.

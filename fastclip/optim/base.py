@@ -112,6 +112,8 @@ class ClippingOptimizer(StepPass):
             check_names(pair for group in (*self.param_groups, param_group) for pair in named_pairs(group))
             if not self.param_groups:  # state_dict() fills it in; torch.distributed.checkpoint looks for the key here
                 param_group["clipper"] = {}
+        if self._in_backward is not None:
+            self._in_backward.check_group(param_group)
         super().add_param_group(param_group)
         if self._in_backward is not None and not self._in_backward.began:
             self._in_backward.watch(self.param_groups)
@@ -159,14 +161,14 @@ class ClippingOptimizer(StepPass):
         if len(saved) == len(self.param_groups):  # torch's know nothing of these
             own = [{name: group[name] for name in OWN if name in group} for group in self.param_groups]
             saved = [{**group_own, **group_saved} for group_own, group_saved in zip(own, saved)]
-        if self._in_backward is not None:  # a step that was under way is one of another run
-            self._in_backward.reset()
         try:
             super().load_state_dict({**state_dict, "param_groups": saved})
         except Exception:
             if clipper is not None and before is not None:
                 clipper.load_state_dict(before)
             raise
+        if self._in_backward is not None:  # a step that was under way is one of another run
+            self._in_backward.reset()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         bucket_bytes = state.get("_in_backward")
@@ -199,6 +201,13 @@ class ClippingOptimizer(StepPass):
             RuntimeError: gradients of this step have been used already.
         """
         return self._in_backward.accumulate() if more and self._in_backward is not None else contextlib.nullcontext()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """torch.optim's. With ``step_in_backward``, as long as no gradient of this step has been used, all of them may
+        come anew."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.drop()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:

@@ -18,7 +18,7 @@ from ..backends import added, wide_device
 from ..clipper import Clipper
 from ..distributed.declare import MARKED, marks_of
 from ..distributed.unwrap import specs_of
-from ..gradients.buckets import Buckets, share_of
+from ..gradients.buckets import Buckets, owners_of, share_of
 from ..gradients.measure import measure
 from ..gradients.pack import pack, same_items
 from ..gradients.param_index import ParamIndex
@@ -79,7 +79,7 @@ class InBackward:
         self._group_of: list[int] = []
         self._index: ParamIndex | None = None
         self._indices: dict[tuple[int, ...], ParamIndex] = {}
-        self._checked_ranks = False
+        self._checked = False  # whether somebody else writes or takes the gradients
         self._stepped: set[int] = set()  # positions
         self._parts: list[tuple[list[int], Stats]] = []
 
@@ -91,13 +91,41 @@ class InBackward:
     def watch(self, groups: list[dict[str, Any]]) -> None:
         """Go by the parameters of these groups from now on, unless a step is under way."""
         flat = [p for group in groups for p in group["params"]]
+        if self._buckets.changes(flat):
+            self._checked = False
         if not same_items(flat, self._parameters):
             _check_parameters(flat)
             self._parameters = flat
             self._positions = {id(p): i for i, p in enumerate(flat)}
             self._group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
-            self._index, self._indices, self._checked_ranks = None, {}, False
+            self._index, self._indices = None, {}
         self._buckets.watch(flat)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """ValueError if the parameters of a group cannot be added to those that there are."""
+        added = [item if isinstance(item, tuple) else (None, item) for item in group["params"]]
+        tensors = [p for _, p in added if isinstance(p, Tensor)]
+        _check_parameters([*self._parameters, *tensors])
+        self._refuse_shared(tensors, [name for name, _ in added if name is not None])
+
+    def _refuse_shared(self, parameters: list[Tensor], names: list[str]) -> None:
+        """ValueError if another optimizer steps one of them inside backward too: each would take gradients away from
+        the other."""
+        if not self._shared(parameters):
+            return
+        gc.collect()  # one that was dropped may be in a circle of references still
+        for i in self._shared(parameters):
+            name = names[i] if len(names) == len(parameters) else f"parameter {i}"
+            raise ValueError(
+                f"step_in_backward: {name}, of shape {tuple(parameters[i].shape)}, is stepped inside backward by "
+                f"another optimizer too, and each would take its gradient away from the other. Drop that one"
+            )
+
+    def _shared(self, parameters: list[Tensor]) -> list[int]:
+        return [i for i, p in enumerate(parameters) if any(map(self._is_rival, owners_of(p)))]
+
+    def _is_rival(self, owner: Any) -> bool:
+        return isinstance(owner, InBackward) and owner is not self and owner._optimizer() is not None
 
     def by_group(self, parameters: list[Tensor], groups: list[dict[str, Any]]) -> list[SomeOfGroup]:
         """These parameters by their groups, of the optimizer's `groups`."""
@@ -155,6 +183,11 @@ class InBackward:
         self.reset()
         return stats
 
+    def drop(self) -> None:
+        """The gradients were dropped: begin anew, unless some of them have been used."""
+        if not self._stepped:
+            self.reset()
+
     def reset(self) -> None:
         """Begin a new step. Gradients that have come and were not used stay where they are."""
         self._buckets.clear()
@@ -168,9 +201,12 @@ class InBackward:
             return
         if not self._stepped:
             self.watch(optimizer.param_groups)
-            if MARKED or not self._checked_ranks:
+            if not self._checked:  # which takes long
                 _check_parameters(self._parameters)
-                self._checked_ranks = True
+                names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+                self._refuse_shared(self._parameters, names)
+                self._checked = True
+            _check_marks(self._parameters)
         # Others may have set a gradient to None, or taken the parameter out of the optimizer, while it waited.
         parameters = [p for p in batch if p.grad is not None and id(p) in self._positions]
         parameters.sort(key=lambda p: self._positions[id(p)])
@@ -264,15 +300,20 @@ def _check_parameters(parameters: list[Tensor]) -> None:
                 f"step_in_backward: parameter {i} is a plain tensor beside DTensors, whose gradient nobody has summed "
                 f"over the ranks when it is complete on this one. Step it after backward, by an optimizer of its own"
             )
-    if MARKED and marks_of(parameters) is not None:
-        raise ValueError(
-            "step_in_backward: parameters that were declared by mark_sharded or mark_shared are not supported, since "
-            "their gradients come on each rank in an order of its own"
-        )
+    _check_marks(parameters)
     if plain and dist.is_available() and dist.is_initialized() and _in_ddp(parameters):
         raise ValueError(
             "step_in_backward: DistributedDataParallel sums the gradients over the ranks only after they are complete "
             "on this one, and the optimizer would step with those of this rank alone. Use fully_shard (FSDP2)"
+        )
+
+
+def _check_marks(parameters: list[Tensor]) -> None:
+    """ValueError where the ranks would send messages about different parameters."""
+    if MARKED and marks_of(parameters) is not None:
+        raise ValueError(
+            "step_in_backward: parameters that were declared by mark_sharded or mark_shared are not supported, since "
+            "their gradients come on each rank in an order of its own"
         )
 
 

@@ -122,6 +122,8 @@ class StepPass(TakesDecision, torch.optim.Optimizer):
         for original, copy in copies:
             original.copy_(copy)
         torch.autograd.graph.increment_version(inputs.params)
+        if grad_scale is not None:  # torch's kernel writes the quotients back, and tells nobody
+            torch.autograd.graph.increment_version([g for g in inputs.grads if not g.is_inference()])
 
     def _step_inputs(self, group: dict[str, Any], params: list[Tensor], left_out: set[int]) -> list[StepInputs]:
         """Those of `params`, all of the group, that have a gradient and are not left out, by device and dtype."""

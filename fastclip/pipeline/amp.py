@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import numbers
+import sys
 from typing import Any
 
 import torch
@@ -97,13 +98,15 @@ class GradScalerState:
 
 def count_unscaling() -> None:
     """From now on ``unscale_()`` of every GradScaler counts as the write of the gradients that it is: torch's kernel
-    for it leaves their versions as they are, so that nobody could tell."""
+    for it leaves their versions as they are, so that nobody could tell. What calls the kernel is wrapped as well, where
+    this torch has it by that name: a class that comes later may have an ``unscale_`` of its own."""
     kinds: list[type] = [GradScaler]
     for kind in kinds:
         kinds += kind.__subclasses__()
-        unscale = vars(kind).get("unscale_")
-        if unscale is not None and not hasattr(unscale, "counts"):
-            kind.unscale_ = _counting(unscale)  # type: ignore[attr-defined]
+        for name in ("unscale_", "_unscale_grads_"):
+            unscale = vars(kind).get(name)
+            if unscale is not None and not hasattr(unscale, "counts"):
+                setattr(kind, name, _counting(unscale))
 
 
 def _counting(unscale: Any) -> Any:
@@ -112,9 +115,10 @@ def _counting(unscale: Any) -> Any:
         try:
             return unscale(self, optimizer, *args, **kwargs)
         finally:
-            groups = getattr(optimizer, "param_groups", ())
-            gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            torch.autograd.graph.increment_version([g for g in gradients if not g.is_inference()])
+            if sys._getframe(1).f_code.co_name != "_check_inf_per_device":  # which multiplies by 1, for fused steps
+                groups = getattr(optimizer, "param_groups", ())
+                gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+                torch.autograd.graph.increment_version([g for g in gradients if not g.is_inference()])
 
     unscale_.counts = True  # type: ignore[attr-defined]
     return unscale_

@@ -169,6 +169,8 @@ def prepare(
             attributes = {"grad_scale": divisor, "found_inf": skip}
         elif divisor != 1:  # with a grad_scale torch writes the gradients back, whatever it is
             attributes["grad_scale"] = divisor
+        if attributes.get("grad_scale") is not None:  # with which torch writes gradients, and tells nobody
+            undo.callback(table.bump_versions)
     else:
         decision.apply_(table)
         if decision.is_skipped():
