@@ -52,7 +52,10 @@ KERNELS = 4 * (4 * 4 + 3 * 4) + 5 * 5 + 3 * 2 * 2
 needs_cuobjdump = pytest.mark.skipif(_cuobjdump() is None, reason="needs cuobjdump, from CUDA or triton")
 
 
-@pytest.fixture(scope="module", params=["80", "90", "100"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("80", marks=pytest.mark.long), "90", pytest.param("100", marks=pytest.mark.long)],
+)
 def compiled(request, tmp_path_factory):
     """The library for one architecture, and what ptxas said of each kernel: compiled once for all workers."""
     folder = tmp_path_factory.getbasetemp()

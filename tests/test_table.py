@@ -138,19 +138,21 @@ import fastclip
 SIZE = (1 << 21) + (1 << 20)
 ps = [torch.nn.Parameter(torch.ones(SIZE)) for _ in range(2)]
 optimizer = fastclip.optim.AdamW(ps, max_norm=1.0)
-done = threading.Event()
+done, turns = threading.Event(), threading.Lock()
 
 def give_gradients():
     for p in ps:
-        p.grad = torch.ones(SIZE)
+        with turns:
+            p.grad = torch.ones(SIZE)
 
 def take_away():
     while not done.is_set():
         for p in ps:
-            gradient = p.grad
-            if gradient is not None:
-                gradient.data = torch.zeros(SIZE)
-            p.grad = None
+            with turns:
+                gradient = p.grad
+                if gradient is not None:
+                    gradient.data = torch.zeros(SIZE)
+                p.grad = None
             del gradient  # only now is it freed: torch itself crashes where .grad is read while None takes its place
             p.data = torch.ones(SIZE)
             for name in ("exp_avg", "exp_avg_sq"):

@@ -28,7 +28,9 @@ interpreted = pytest.mark.skipif(not tiles.INTERPRET, reason="looks at the table
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    "arch", [pytest.param(80, marks=pytest.mark.long), 90, pytest.param(100, marks=pytest.mark.long)]
+)
 def test_compiles_ahead_of_time(arch):
     """For sm_80, sm_90 and sm_100: 128-bit loads (and stores, where all is written) in the main loop, no spills."""
     rows = compiled("triton", arch)

@@ -318,7 +318,9 @@ def test_no_change_of_value_compiles_anew(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    "arch", [pytest.param(80, marks=pytest.mark.long), 90, pytest.param(100, marks=pytest.mark.long)]
+)
 def test_compiles_ahead_of_time(arch):
     """The main loop has 128-bit loads and stores for every array and no others; no spills."""
     rows = compiled("triton_step", arch)
