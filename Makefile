@@ -65,6 +65,7 @@ bench: .venv/ready
 	$(BIN)/python -m bench.clip --minutes 3 --json bench/results/$(DEVICE)-clip.json
 	$(BIN)/python -m bench.clip --growth --minutes 1.6 --json bench/results/$(DEVICE)-growth.json
 	$(BIN)/python -m bench.step --minutes 2.5 --json bench/results/$(DEVICE)-step.json
+	$(BIN)/python -m bench.backward --json bench/results/$(DEVICE)-backward.json
 	$(BIN)/python -m bench.memory --json bench/results/$(DEVICE)-memory.json
 	$(BIN)/python -m bench.rules --minutes 0.7 --json bench/results/$(DEVICE)-rules.json
 	$(BIN)/python -m bench.monitor --json bench/results/$(DEVICE)-monitor.json

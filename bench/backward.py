@@ -19,48 +19,17 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import fastclip
 
 from . import method
+from .memory import CONFIGS, GPT2, VOCABULARY, Config
 
 BASELINE = "torch fused, no clip"
 HOOKED = "fastclip.optim, measure_in_backward"
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.01}
-VOCABULARY, CONTEXT = 50257, 1024
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, length, width = x.shape
-        parts = self.qkv(self.norm1(x)).split(width, -1)
-        q, k, v = (part.view(rows, length, self.heads, -1).transpose(1, 2) for part in parts)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(x.shape))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    """GPT-2, whose last layer has the weights of the embedding."""
-
-    def __init__(self, layers: int = 12, width: int = 768, heads: int = 12, vocabulary: int = VOCABULARY) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        return self.norm(self.blocks(x)) @ self.tokens.weight.t()
 
 
 def rivals(parameters: list[Tensor]) -> dict[str, Any]:
@@ -74,11 +43,11 @@ def rivals(parameters: list[Tensor]) -> dict[str, Any]:
     }
 
 
-def measure(model: GPT, device: str, tokens: int, seconds: float) -> list[dict[str, Any]]:
+def measure(model: GPT2, device: str, tokens: int, seconds: float) -> list[dict[str, Any]]:
     parameters = list(model.parameters())
     optimizers = rivals(parameters)
     hooked = optimizers[HOOKED].clipper
-    rows = torch.randint(0, model.tokens.num_embeddings, (1, tokens + 1), device=device)
+    rows = torch.randint(VOCABULARY, (1, tokens + 1), device=device)
 
     def loss() -> Tensor:
         return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
@@ -126,23 +95,19 @@ def measure(model: GPT, device: str, tokens: int, seconds: float) -> list[dict[s
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    def times(spread: dict[str, float]) -> str:
+def table(rows: list[dict[str, Any]], form: str = "simple") -> str:
+    def milliseconds(spread: dict[str, float]) -> str:
         return f"{spread['median'] * 1e3:,.1f} ({spread['p20'] * 1e3:,.1f} – {spread['p80'] * 1e3:,.1f})"
 
+    headers = ["", "backward, ms", "to the others'", "clip and step, ms", f"to {BASELINE}"]
     lines = [
-        [r["provider"], times(r["backward_s"]), f"{r['backward_vs_others']['median']:.3f}×", times(r["step_s"]),
-         f"{r['step_vs_torch']['median']:.3f}×"]
+        [
+            *(r["provider"], milliseconds(r["backward_s"]), f"{r['backward_vs_others']['median']:.2f}×"),
+            *(milliseconds(r["step_s"]), f"{r['step_vs_torch']['median']:.2f}×"),
+        ]
         for r in rows
-    ]  # fmt: skip
-    headers = [
-        "clip and step",
-        "backward ms (p20 – p80)",
-        "vs others",
-        "clip and step ms (p20 – p80)",
-        f"vs {BASELINE}",
     ]
-    return tabulate(lines, headers, disable_numparse=True, colalign=("left",) + ("right",) * 4)
+    return tabulate(lines, headers, tablefmt=form, disable_numparse=True, colalign=("left",) + ("right",) * 4)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model = GPT(2, 64, 4, 1000) if options.quick else GPT()
+    model = GPT2(Config(2, 4, 64, "fp32") if options.quick else CONFIGS["gpt2-124m"])
     minutes = 0.01 if options.quick else options.minutes
     results = method.Results(options.json, "backward", options.device, options.threads, argv)
     results.add(measure(model.to(options.device), options.device, options.tokens, 60 * minutes))

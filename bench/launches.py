@@ -31,13 +31,8 @@ class FakeDriver:
         self.records = True
         self.launches: list[SimpleNamespace] = []
         self.utils = SimpleNamespace(
-            load_binary=lambda name, *rest: (
-                object(),
-                name,
-                64,
-                0,
-                1024,
-            ),  # module, function, registers, spills, threads
+            # module, function, registers, spills, threads
+            load_binary=lambda name, *rest: (object(), name, 64, 0, 1024),
             get_device_properties=lambda device: {"max_shared_mem": 232_448},
         )
 

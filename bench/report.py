@@ -15,6 +15,7 @@ import numpy as np
 from tabulate import tabulate
 
 from . import pictures
+from .backward import table as backward_table
 from .goals import goals
 from .isas import table as isas_table
 from .memory import table as memory_table
@@ -108,6 +109,8 @@ def block(runs: dict[tuple[str, str], Run]) -> str:
     if step := runs.get(("step", "cpu")):
         parts += ["Clip and optimizer step together, beside torch's clip and torch's fused optimizer:"]
         parts += [step_table(step["rows"])]
+    if backward := runs.get(("backward", "cpu")):
+        parts += [backward_words(backward), backward_table(backward["rows"], "pipe")]
     if memory := runs.get(("memory", "cpu")):
         parts += [MEMORY_INTRO, memory_table(memory["rows"], "pipe")]
     if rules := runs.get(("rules", "cpu")):
@@ -255,6 +258,15 @@ ISAS_INTRO = (
     "The kernels of each instruction set, on GPT-2 124M's gradients, as a share of the floor: plain passes of torch "
     "over the same bytes, taken in turns with them."
 )
+
+
+def backward_words(run: Run) -> str:
+    first = run["rows"][0]
+    return (
+        f"Backward, and what comes after it, of {NAMES[first['model']]} with a sequence of {first['tokens']} tokens: "
+        f"times as long as torch's fused AdamW takes without any clip, and the hooks of `measure_in_backward=True` as "
+        f"part of backward (medians of {first['rounds']} rounds in turns, 20th and 80th percentile):"
+    )
 
 
 def platform_words(run: Run) -> str:

@@ -14,6 +14,7 @@ pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
 from bench import (
+    backward,
     clip,
     distributed,
     goals,
@@ -191,6 +192,21 @@ def test_memory():
     assert sum(p.numel() for p in memory.GPT2(memory.CONFIGS["gpt2-124m"]._replace(layers=1)).parameters()) == (
         sum(map(math.prod, models.gpt2(1, 768)))
     )
+
+
+@pytest.mark.slow
+def test_backward(tmp_path):
+    path = tmp_path / "backward.json"
+    backward.main(["--quick", "--tokens", "8", "--threads", "1", "--device", "cpu", "--json", str(path)])
+    run = json.loads(path.read_text())
+    assert [r["provider"] for r in run["rows"]] == [
+        backward.BASELINE,
+        "torch clip + fused",
+        "fastclip.optim",
+        backward.HOOKED,
+    ]
+    assert run["rows"][0]["step_vs_torch"]["median"] == 1 and all(r["step_s"]["median"] > 0 for r in run["rows"])
+    assert "8 tokens" in report.backward_words(run)
 
 
 @pytest.mark.slow

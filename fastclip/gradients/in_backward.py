@@ -24,9 +24,8 @@ from ..modes import is_watched
 from .buckets import Buckets
 from .table import GradTable
 
-CPU_BYTES = (
-    1 << 24
-)  # of a bucket: little enough to be in a cache still, much enough that its bookkeeping does not count
+# Of a bucket: little enough to be in a cache still, much enough that its bookkeeping does not count.
+CPU_BYTES = 1 << 24
 SMALL = 1 << 17  # bytes; to read a smaller gradient after backward takes less time than to remember it
 GPU_BYTES = 1 << 26  # much enough for a launch; or an eighth of all, so that few tables of addresses are uploaded
 GPU_BUCKETS = 8
