@@ -29,8 +29,8 @@ class SGD(ClippingOptimizer):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as torch's.
         foreach, fused, differentiable: accepted for torch's sake; the step is always fused, never differentiable.
-        max_norm, nonfinite, stochastic_rounding, process_group, step_in_backward, bucket_bytes,
-            measure_in_backward: as :class:`AdamW`'s.
+        max_norm, nonfinite, stochastic_rounding, process_group: as :class:`AdamW`'s.
+        step_in_backward, bucket_bytes, measure_in_backward: as :class:`AdamW`'s.
 
     Raises:
         ValueError, TypeError: an argument out of range, named with its value.
