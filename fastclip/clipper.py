@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +16,7 @@ from .distributed.declare import MARKED
 from .distributed.groups import checked_group
 from .distributed.plan import warm_up
 from .gradients.in_backward import BackwardSums
+from .gradients.measure import read
 from .gradients.pack import flatten_params, from_native, pack, same_items
 from .gradients.param_index import ParamIndex, check_names, named
 from .gradients.table import GradTable
@@ -118,6 +118,8 @@ class Clipper:
         self.nonfinite = nonfinite
         self.process_group = process_group if process_group is None else checked_group(process_group, "process_group")
         self.tensor_stats = tensor_stats
+        self._read_first = nonfinite != "zero" and not any(r.in_place or r.needs & Needs.SIZES for r in self.rules)
+        self._wrote = False  # whether the last clip_() may have written
         self.steps = 0
         self.skips: Tensor | None = None
         self.zeroed: Tensor | None = None
@@ -184,9 +186,10 @@ class Clipper:
         self._watch()
         if isinstance(done := None if self._sums else self._clip_fused(), Stats):
             return done
-        table = from_native(done) if done else self.pack()
+        table = from_native(done) if done else self.read()
         stats, decision = self.decide(table)
         decision.apply_(table)
+        self._wrote = not decision.leaves
         return stats
 
     def clip_with_norm_(self, total_norm: Tensor | float) -> Stats:
@@ -219,6 +222,14 @@ class Clipper:
     def pack(self) -> GradTable:
         """The table of the gradients that there are now."""
         return pack(self.parameters, gradients=False, write=True, process_group=self.process_group, reduces=True)
+
+    def read(self) -> GradTable:
+        """:meth:`pack`, of gradients about which :meth:`decide` decides next: perhaps they are read first, and packed
+        only if something is to be done to them. Not where the last clip did something: the next one will, too."""
+        table = None
+        if self._read_first and not self._wrote and self._sums is None and self.process_group is None and not MARKED:
+            table = read(self.parameters, self.norm_type)
+        return self.pack() if table is None else table
 
     def warm_up(self) -> None:
         """Do what a first call would do besides: load the kernels, make what rules remember, and, with sharded
@@ -341,7 +352,7 @@ class Clipper:
     def decide_step(self, optimizers: list[Any], scaler: Any, when: Any = None, divide_by: Any = 1) -> DecidedStep:
         """What the rules say of a step of the last of `optimizers`, which the others wrap; see :meth:`step`."""
         complete = covers(optimizers[-1], self.parameters)
-        table = self.pack()
+        table = self.read()
         scaler_state = GradScalerState.of(scaler, optimizers, table.device)
         inv_scale = scaler_state.inv_scale(divide_by)
         if inv_scale is not None and not complete:
@@ -381,18 +392,17 @@ class Clipper:
         policy = "skip" if scaled else self.nonfinite
         check = self._refuse if policy == "raise" else None
         count = len(table)
-        params = functools.cache(lambda: self._param_index(count))  # not of the table, which holds the gradients
-        context = StepContext(self.steps, skip, inv_scale, params)
+        context = StepContext(self.steps, skip, inv_scale, lambda: self._param_index(count))  # which holds no gradient
         context.found_inf = found_inf
         self._watch()
-        known = None if self._sums is None or norm is not None else self._sums.of(table, params().owners)
+        if self._sums is not None and norm is None:
+            table.known = self._sums.of(table, context.params().owners)
         stats, decision = decide(
             *(table, self.rules, self.norm_type, context, check, policy, lambda: self._param_index(count).owners),
             *(self.tensor_stats, norm),
-            known=known,
         )
         if self.names is not None:
-            stats.names = params().names
+            stats.names = context.params().names
         self.steps += 1
         if decision.skip is not None:
             self.skips = added(self.skips, decision.skip)
@@ -432,18 +442,8 @@ class Clipper:
 
     def _param_index(self, count: int) -> ParamIndex:
         """The parameters of the `count` distinct gradients there are now."""
-        cached, total = self._params, len(self.parameters)
-        if count == total:
-            if cached is None or cached.total != total or len(cached.indices) != total:
-                cached = ParamIndex.all_of(self.parameters, self.names)
-        else:
-            present = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-            alone = len(present) == count and cached is not None and not cached.shared
-            if cached is None or not alone or cached.total != total or cached.indices != present:
-                index = ParamIndex.of(self.parameters, self.names)
-                cached = cached if cached is not None and index.same_as(cached) else index
-        self._params = cached
-        return cached
+        self._params = ParamIndex.now(self.parameters, self.names, count, self._params)
+        return self._params
 
     def __repr__(self) -> str:
         return f"Clipper({len(self.parameters)} parameters, {self.rules})"

@@ -134,6 +134,28 @@ PyObject* clip_norm_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// The statistics of the gradients of parameters: (power [T], absmax [T], norm [], all float64, whether the gradients are
+// float64, the fingerprint of their group). No gradient is owned, which takes longer than to read a small one; Python runs
+// nothing until they have been read. Where they are in several groups, or on another device, or where reading takes long,
+// what pack() returns.
+py::object measure_gradients(const py::list& list, double p) {
+  std::vector<Group> groups;
+  if (watched() || pack_items(list.ptr(), /*gradients_of=*/true, groups) == Packed::Odd) return py::none();
+  if (groups.size() != 1 || !groups[0].device.is_cpu() || groups[0].work > LONG_WORK) return wrap(std::move(groups));
+  auto& group = groups[0];
+  static thread_local std::vector<NormPartial> per_segment;
+  per_segment.resize(group.segments.size());  // all are written below
+  cpu::GlobalNorm all;
+  const auto table = group.table();
+  const auto workers = threads();
+  cpu::fastclip_cpu_global_norm(&table, &workers, p, INFINITY, nullptr, per_segment.data(), &all);
+  const uint64_t fingerprint = group.fingerprint();
+  const bool wide = group.dtype == at::kDouble;
+  recycle(std::move(group));
+  const PerTensor each(per_segment);
+  return py::make_tuple(each.power, each.absmax, scalar(all.norm, at::kDouble), wide, fingerprint);
+}
+
 // The groups of a list of tensors, or None if it needs the general packer.
 py::object pack_list(const py::list& list, bool gradients_of) {
   std::vector<Group> groups;
@@ -313,6 +335,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("tensors", &tensors)
       .def("addresses_and_sizes", &addresses_and_sizes)
       .def("units", &units, py::keep_alive<0, 1>())
+      .def("fingerprint", &Group::fingerprint)
       .def("bump_version", [](const Group& g) {
         for (size_t i = 0; i < g.segments.size(); i++) g.bump_version(i);
       });
@@ -321,6 +344,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("bump_version", [](const KeptStepGroup& g, bool gradients) { g.bump_version(gradients); });
   using Released = py::call_guard<py::gil_scoped_release>;
   m.def("pack", &pack_list);
+  m.def("measure_gradients", &measure_gradients);
   m.def("same_items", &same_items);
   m.def("unwrap", &unwrap);
   m.def("bump_versions", &bump_versions);

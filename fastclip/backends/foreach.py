@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import packers
 from ..devices import has_float64, wide_device
 from ..modes import is_watched
-from ..packers import NativeGroup
+from ..packers import MeasureGradients, NativeGroup
 from ..packers.cpu_kernels import scalar
 from ..packers.groups import Group
 from ..packers.python import number
@@ -73,6 +73,9 @@ def clip(groups: list[Group], p: float, max_norm: float, write: bool, refuse_non
         for group in groups:
             _multiply(group.gradients, coef)
     return norm
+
+
+measure_gradients: MeasureGradients | None = None  # see FusedClip
 
 
 def clip_norm_fused(

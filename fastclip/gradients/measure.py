@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..backends import Measurement
 from ..distributed.groups import all_reduce, device_for
 from ..distributed.unwrap import reduction_of
 from ..stats import Stats
-from .pack import pack
-from .table import GradTable
+from .pack import from_native, pack
+from .table import GradTable, ReadTable
 
 PIECE = 1 << 22  # elements of a gradient that are summed over the ranks at a time
 
@@ -23,28 +25,23 @@ def measure(
     norm_type: float,
     max_norm: float | None = None,
     repair: bool = False,
-    known: list[Measurement] | None = None,
 ) -> tuple[Stats, Tensor | None]:
-    """One read of the table's gradients; also the clip coefficient of `max_norm` where the backends fuse that.
+    """One read of the table's gradients, unless it is known what that would give; also the clip coefficient of
+    `max_norm` where the backends fuse that.
 
     `repair`: elements that are inf or NaN are set to 0 first, which is another read of the gradients that hold some.
-    `known`: what the read of each group would give, taken while backward ran; none is read then.
     Of parts of larger tensors the statistics are those of the parts: see :func:`fastclip.distributed.reduce.reduce`.
     """
-    parts: list[Measurement] = []
     counts: list[Tensor] = []
     shards = table.shards
-    chained = len({(group.backend, group.device) for group in table.groups}) == 1 and not repair
-    chained = chained and shards is None and known is None
-    before: Tensor | None = None
-    for i, group in enumerate(table.groups):
-        if known is None:
-            parts.append(group.backend.measure(group, norm_type, max_norm if chained else None, before))
-        else:
-            parts.append(known[i])
-        before = parts[-1].total if chained else None
-        if repair:
-            parts[-1], zeroed = group.backend.repair_(group, parts[-1], norm_type)
+    known, table.known = table.known, None  # which is so until something is written
+    if known is None:
+        parts, chained = _read(table, norm_type, max_norm, chain=not repair and shards is None)
+    else:
+        parts, chained = known, len(known) == 1 and not repair and shards is None
+    if repair:
+        for i, group in enumerate(table.groups):
+            parts[i], zeroed = group.backend.repair_(group, parts[i], norm_type)
             counts.append(zeroed)
     positions = [p for group in table.groups for p in group.positions] if len(parts) > 1 else None
     last = parts[-1] if chained else None  # which has the norm of all
@@ -58,6 +55,31 @@ def measure(
         zeroed_counts, stats = stats.zeroed, Stats(norm_type, table.dtype, table.device, [Measurement(power, absmax)])
         stats.zeroed = zeroed_counts
     return stats, coef
+
+
+def _read(table: GradTable, norm_type: float, max_norm: float | None, chain: bool) -> tuple[list[Measurement], bool]:
+    """One read of each group; and whether the last measurement has the norm of all, which it may have if `chain`."""
+    parts: list[Measurement] = []
+    chained = chain and len({(group.backend, group.device) for group in table.groups}) == 1
+    before: Tensor | None = None
+    for group in table.groups:
+        parts.append(group.backend.measure(group, norm_type, max_norm if chained else None, before))
+        before = parts[-1].total if chained else None
+    return parts, chained
+
+
+def read(parameters: list[Any], norm_type: float) -> GradTable | None:
+    """The table of the gradients of plain parameters, if it takes less time to read them now than to pack them first.
+    What is decided must be decided by this read, at once."""
+    fused = backends.choose_fused()
+    if fused is None or fused.measure_gradients is None:
+        return None
+    found = fused.measure_gradients(parameters, norm_type)
+    if not isinstance(found, tuple):
+        return from_native(found) if found else None
+    power, absmax, norm, wide, fingerprint = found
+    again = functools.partial(pack, parameters, gradients=False, write=True)
+    return ReadTable(len(power), Measurement(power, absmax, norm), wide, fingerprint, again)
 
 
 def _measure_partial(table: GradTable, norm_type: float, power: Tensor, absmax: Tensor) -> None:

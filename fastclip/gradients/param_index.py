@@ -53,6 +53,26 @@ class ParamIndex:
         """All `parameters`, each with a gradient of its own."""
         return cls([[p] for p in parameters], names, range(len(parameters)), len(parameters))
 
+    @classmethod
+    def now(
+        cls, parameters: list[Tensor], names: tuple[str, ...] | None, count: int, before: ParamIndex | None
+    ) -> ParamIndex:
+        """Those of the `count` distinct gradients that there are now: `before`, if they are the same still."""
+        total = len(parameters)
+        if count == total:
+            if before is None or before.total != total or len(before.indices) != total:
+                return cls.all_of(parameters, names)
+            return before
+        present = [i for i, p in enumerate(parameters) if p.grad is not None]
+        if (
+            before is not None
+            and (before.total, before.indices, before.shared) == (total, present, False)
+            and len(present) == count
+        ):
+            return before
+        index = cls.of(parameters, names)
+        return before if before is not None and index.same_as(before) else index
+
     def same_as(self, other: ParamIndex | None) -> bool:
         """Whether the parameters are those of `other`, and share the same gradients."""
         return (

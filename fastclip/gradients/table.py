@@ -1,17 +1,19 @@
 """The gradients of a call as a table: groups of one device and dtype, each with the backend that works on it.
 
 A table owns the memory it was made of until the call is over. Where a rule or another thread sets a gradient to None or
-gives it other memory (``p.grad.data = x``) meanwhile, that first memory is what is clipped.
+gives it other memory (``p.grad.data = x``) meanwhile, that first memory is what is clipped. A :class:`ReadTable` owns
+nothing until something is to be done to the gradients, and refuses others than those that it has read.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..backends import GradGroup, UploadCache, upload, wide_device
+from ..backends import GradGroup, Measurement, UploadCache, upload, wide_device
 from ..distributed.reduce import Shards
 
 _sizes: UploadCache[Tensor] = UploadCache()
@@ -21,12 +23,17 @@ class GradTable:
     """All gradients of a call, in the order of the parameters, each once."""
 
     def __init__(self, groups: list[GradGroup], device: torch.device) -> None:
-        self.groups = groups
+        self._groups = groups
         self.home = device  # the first gradient's, else the first parameter's
         self.device = wide_device(device)  # where statistics are gathered
         wide = any(group.dtype in (torch.float64, torch.complex128) for group in groups)
         self.dtype = torch.float64 if wide else torch.float32  # of norms and coefficients
         self.shards: Shards | None = None  # where they are this rank's parts of larger ones
+        self.known: list[Measurement] | None = None  # what the next read of each group would give, where that is known
+
+    @property
+    def groups(self) -> list[GradGroup]:
+        return self._groups
 
     def __len__(self) -> int:
         return sum(map(len, self.groups))
@@ -102,3 +109,42 @@ class GradTable:
         if self.shards is not None:
             self.shards.bump_versions()
         return changed
+
+
+class ReadTable(GradTable):
+    """The gradients of one group on the CPU, which have been read and are packed only if there is more to do.
+
+    To own thousands of small gradients takes longer than to read them, and a clip mostly leaves them as they are.
+
+    Args:
+        count: T.
+        measured: what the read gave.
+        wide: whether the gradients are float64.
+        fingerprint: of the group that was read.
+        pack: -> the table of the gradients that there are now.
+    """
+
+    def __init__(
+        self, count: int, measured: Measurement, wide: bool, fingerprint: int, pack: Callable[[], GradTable]
+    ) -> None:
+        super().__init__([], torch.device("cpu"))
+        self.dtype = torch.float64 if wide else torch.float32
+        self.known = [measured]
+        self._count, self._fingerprint, self._pack = count, fingerprint, pack
+
+    @property
+    def groups(self) -> list[GradGroup]:
+        """RuntimeError if the gradients are not where those were that have been read."""
+        if not self._groups:
+            found = self._pack().groups
+            native = found[0].native if len(found) == 1 else None
+            if native is None or native.fingerprint() != self._fingerprint:
+                raise RuntimeError(
+                    "gradients were replaced by others, or given other memory, while they were being clipped; nothing "
+                    "was changed"
+                )
+            self._groups = found
+        return self._groups
+
+    def __len__(self) -> int:
+        return self._count

@@ -299,7 +299,7 @@ class ClippingOptimizer(StepPass):
         clipper = self.clipper
         if clipper is not None:
             self._update_clipper()
-            table = clipper.pack()
+            table = clipper.read()
             if not len(table) and table.shards is None:
                 nothing, _ = measure(table, clipper.norm_type, repair=clipper.nonfinite == "zero")
                 nothing.record(torch.ones((), dtype=torch.float64, device=table.device))

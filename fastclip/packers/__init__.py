@@ -23,11 +23,21 @@ import torch
 
 from ..native import cpu_interface, libraries
 from .abi3 import Abi3Packer
-from .base import FusedClip, FusedStats, Kernels, NativeGroup, NativeStepGroup, Packer
+from .base import FusedClip, FusedStats, Kernels, MeasureGradients, NativeGroup, NativeStepGroup, Packer
 from .cpu_kernels import CpuKernels
 from .python import PythonPacker
 
-__all__ = ["Chosen", "FusedClip", "FusedStats", "Kernels", "NativeGroup", "NativeStepGroup", "Packer", "get"]
+__all__ = [
+    "Chosen",
+    "FusedClip",
+    "FusedStats",
+    "Kernels",
+    "MeasureGradients",
+    "NativeGroup",
+    "NativeStepGroup",
+    "Packer",
+    "get",
+]
 
 PACKERS = ("compiled", "abi3", "python")
 PROCESS = os.getpid()  # that imported this; another one later is a fork of it

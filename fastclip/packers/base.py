@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, overload
 
 import torch
@@ -23,6 +24,7 @@ class NativeGroup(Protocol):
     def addresses_and_sizes(self) -> Tensor: ...
     def units(self) -> NativeGroup | None: ...
     def bump_version(self) -> None: ...
+    def fingerprint(self) -> int: ...  # another number where a gradient is elsewhere, or of another size
 
 
 class NativeStepGroup(Protocol):
@@ -36,6 +38,13 @@ class NativeStepGroup(Protocol):
 FusedStats = tuple[Tensor, Tensor, Tensor, Tensor, bool]
 
 
+# What one read tells of gradients that are not held: power [T], absmax [T], norm [], whether they are float64, and the
+# fingerprint of where they are.
+ReadStats = tuple[Tensor, Tensor, Tensor, bool, int]
+# (parameters, norm_type) -> their gradients read without being held; where that has no use, what `Packer.pack` gives.
+MeasureGradients = Callable[[list[Any], float], ReadStats | list[NativeGroup] | None]
+
+
 class FusedClip(Protocol):
     """What has the commonest call in one go: pack, measure, decide and apply.
 
@@ -46,6 +55,8 @@ class FusedClip(Protocol):
     Returns the norm before; with `per_tensor` a :data:`FusedStats`. Where it is another case (gradients on another
     device, say) nothing is done, and it returns the packed groups, or None if it has not packed.
     """
+
+    measure_gradients: MeasureGradients | None  # None: there is none
 
     @overload
     def clip_norm_fused(

@@ -167,6 +167,9 @@ class Group:
             gradients += [gradient] * rows
         return Group(gradients, storages, addresses, numels, [])
 
+    def fingerprint(self) -> int:
+        return hash((self.addresses.tobytes(), self.numels.tobytes()))
+
     def bump_version(self, positions: list[int] | None = None) -> None:
         bump_versions(self.gradients if positions is None else [self.gradients[i] for i in positions])
 

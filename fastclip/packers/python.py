@@ -20,7 +20,7 @@ from ..devices import place_of
 from ..modes import is_watched
 from ..native.cpu_interface import ClipOptions
 from ..torch_internals import any_function_mode, no_functions
-from .base import NativeGroup
+from .base import MeasureGradients, NativeGroup
 from .cpu_kernels import CpuKernels, scalar
 from .groups import Group, Memory, StepGroup, are_apart, bump_versions, memory_of, together
 
@@ -46,6 +46,7 @@ class PythonPacker:
 
     name = "python"
     unwrap = None  # fastclip.distributed.unwrap does the same in Python
+    measure_gradients: MeasureGradients | None = None  # Python's objects hold gradients whether or not that is wanted
 
     def __init__(self, kernels: CpuKernels | None) -> None:
         self.kernels = kernels

@@ -27,6 +27,7 @@ class ClipDecision:
         decisions: the other parts of it, each with its rule; None: `coef` is one for all.
         freezing: [T] coefficients, 0 for gradients whose parameters are not to be touched at all.
         owners: -> for each gradient, the parameters that have it.
+        leaves: whether `coef` is known to leave all gradients as they are.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class ClipDecision:
         decisions: list[tuple[Rule, Tensor]] | None = None,
         freezing: Sequence[Tensor] = (),
         owners: Callable[[], list[list[Tensor]]] = list,
+        leaves: bool = False,
     ) -> None:
-        self.coef, self.skip, self.owners = coef, skip, owners
+        self.coef, self.skip, self.owners, self.leaves = coef, skip, owners, leaves
         self._inv_scale, self._decisions, self._freezing = inv_scale, decisions, freezing
 
     @property
@@ -105,7 +107,7 @@ class ClipDecision:
 
     def apply_(self, table: GradTable) -> None:
         """Do it to the gradients in place."""
-        if len(table):
+        if len(table) and not self.leaves:
             table.apply_(self.unless_skipped(self.coef))
 
 
@@ -134,13 +136,11 @@ def decide(
     tensor_stats: bool = False,
     norm: Tensor | None = None,
     skip_each: bool = False,
-    known: list[Measurement] | None = None,
 ) -> tuple[Stats, ClipDecision]:
     """Read the gradients once and let the rules decide. Only what comes before the last rule that works in place is
     written. The statistics are those of the gradients times ``context.inv_scale``, as they were before any rule.
     `norm`: the norm of all gradients, measured elsewhere, for rules that need nothing else; nothing is read then.
     `skip_each`: ``nonfinite="skip"`` leaves the parameters alone whose gradients are not finite, and steps the others.
-    `known`: as :func:`~fastclip.gradients.measure.measure`'s.
     """
     shards = table.shards
     if context.knows_params and any(rule.in_place for rule in rules):
@@ -155,19 +155,15 @@ def decide(
         for rule in rules:
             rule.check_capture()
     inv_scale, skip = context.inv_scale, context.skip
-    wanted = Wanted(
-        any(rule.needs & Needs.TENSOR_NORMS for rule in rules) or tensor_stats or (skip_each and nonfinite == "skip"),
-        any(rule.needs & Needs.ABSMAX for rule in rules) or tensor_stats,
-        f"{[type(rule).__name__ for rule in rules]} {nonfinite} {inv_scale is None}",
-    )
+    wanted = functools.partial(_wanted, rules, nonfinite, tensor_stats, skip_each, inv_scale is None)
     limit = rules[0].static_limit(context.step) if len(rules) == 1 and inv_scale is None and shards is None else None
     coef: Tensor | None
     if norm is not None:
         before, coef = stats_of_norm(table, norm, norm_type), None
     else:
-        before, coef = measure(table, norm_type, limit, repair=nonfinite == "zero", known=known)
+        before, coef = measure(table, norm_type, limit, repair=nonfinite == "zero")
     if shards is not None and norm is None:
-        before, skip, context.found_inf = reduce(before, shards, wanted, skip, context.found_inf)
+        before, skip, context.found_inf = reduce(before, shards, wanted(), skip, context.found_inf)
     if inv_scale is not None:
         zeroed, before = before.zeroed, before.scaled(inv_scale)
         before.zeroed = zeroed
@@ -182,13 +178,14 @@ def decide(
             coef = torch.ones((), dtype=torch.float64, device=table.device)
         return before.record(coef, limit, None, skip), ClipDecision(coef, skip, owners=owners)
 
-    context = StepContext(context.step, skip, inv_scale, context.params if context.knows_params else None, table.sizes)
+    context.begin_rules(skip, table.sizes)
     coef, overall, changed = inv_scale, None, None  # None: 1, 1, no
     decisions: list[tuple[Rule, Tensor]] = []  # since the last rule that worked in place
     freezing: list[Tensor] = []
     if nonfinite == "skip" and skip_each:
         freezing.append((~before.nonfinite).double())
     stats: Stats | None = before
+    all_left = inv_scale is None
     for i, rule in enumerate(rules):
         if rule.in_place:
             if coef is not None:
@@ -197,11 +194,12 @@ def decide(
             in_place = rule.apply_(table, context)
             changed = in_place if changed is None else changed | in_place
             stats = None  # what the next rule needs must be read again
+            all_left = False
             continue
         if stats is None:
             stats, _ = measure(table, norm_type)
             if shards is not None:
-                stats = reduce(stats, shards, wanted).stats
+                stats = reduce(stats, shards, wanted()).stats
             stats.step = context.step
         rule_coef = checked(rule.decide(stats, context), rule, stats.count).to(stats.device)
         decisions.append((rule, rule_coef))
@@ -209,6 +207,7 @@ def decide(
             freezing.append(rule_coef)
         same = coef is overall
         left = leaves(rule_coef)
+        all_left = all_left and left
         coef = combined(coef, rule_coef, left)
         overall = coef if same else combined(overall, rule_coef, left)
         if i + 1 < len(rules):
@@ -216,10 +215,19 @@ def decide(
     if coef is None or overall is None:
         one = torch.ones((), dtype=torch.float64, device=table.device)
         coef, overall = one if coef is None else coef, one if overall is None else overall
-    decision = ClipDecision(coef, skip, inv_scale, decisions, freezing, owners)
+    decision = ClipDecision(coef, skip, inv_scale, decisions, freezing, owners, all_left)
     if nonfinite == "skip" and skip_each:
         overall = torch.where(before.nonfinite, 1.0, overall)
     return before.record(overall, context.limit, changed, skip), decision
+
+
+def _wanted(rules: list[Rule], nonfinite: str, tensor_stats: bool, skip_each: bool, unscaled: bool) -> Wanted:
+    """What must be known over all ranks."""
+    return Wanted(
+        any(rule.needs & Needs.TENSOR_NORMS for rule in rules) or tensor_stats or (skip_each and nonfinite == "skip"),
+        any(rule.needs & Needs.ABSMAX for rule in rules) or tensor_stats,
+        f"{[type(rule).__name__ for rule in rules]} {nonfinite} {unscaled}",
+    )
 
 
 def stats_of_norm(table: GradTable, norm: Tensor, norm_type: float) -> Stats:

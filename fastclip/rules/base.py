@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 
 class Needs(Flag):
-    """Which statistics a rule looks at, and so what must be known over all ranks before it decides."""
+    """What a rule looks at, and so what must be known, over all ranks, before it decides."""
 
     TOTAL_NORM = auto()  # stats.norm
     TENSOR_NORMS = auto()  # stats.norms, stats.power
     ABSMAX = auto()  # stats.absmax
-    EVERYTHING = TOTAL_NORM | TENSOR_NORMS | ABSMAX
+    SIZES = auto()  # context.sizes()
+    EVERYTHING = TOTAL_NORM | TENSOR_NORMS | ABSMAX | SIZES
 
 
 class StepContext:
@@ -66,6 +67,10 @@ class StepContext:
                 raise RuntimeError("this rule needs to know the parameters: use it in a Clipper")
             self._index = self._params()
         return self._index
+
+    def begin_rules(self, skip: Tensor | None, sizes: Callable[[], Tensor]) -> None:
+        """What is known once the gradients have been read and the rules begin to decide."""
+        self.skip, self._sizes = skip, sizes
 
     def sizes(self) -> Tensor:
         """[T] float64 on the statistics' device, how many elements each gradient has."""

@@ -137,7 +137,7 @@ class BlockRMS(Rule):
     """
 
     norm_type = 2.0
-    needs = Needs.TENSOR_NORMS
+    needs = Needs.TENSOR_NORMS | Needs.SIZES
     per_tensor = True
 
     def __init__(self, threshold: float) -> None:
