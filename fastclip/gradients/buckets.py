@@ -6,6 +6,7 @@ once the gradient of this rank's part is reduced). What has come is handed over 
 
 from __future__ import annotations
 
+import math
 import operator
 import threading
 import types
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..distributed.unwrap import local_of, spec_of
+from ..distributed.unwrap import is_shard, local_of, spec_of
 from .pack import same_items
 
 IMPLEMENTATION = operator.attrgetter("_cdata")  # of a tensor, in C++, where autograd has its hooks
@@ -198,10 +199,12 @@ def owners_of(parameter: Tensor) -> Iterator[Any]:
 
 
 def share_of(parameter: Tensor) -> int:
-    """The bytes of a parameter; of a DTensor those of an equal part for each rank of its mesh."""
+    """The bytes of a parameter; of a DTensor those of an equal part for each rank that it is sharded over."""
     spec = spec_of(parameter)
     size = parameter.numel() * parameter.itemsize
-    return size if spec is None else size // spec.mesh.size()
+    if spec is None:
+        return size
+    return size // math.prod(spec.mesh.size(i) for i, placement in enumerate(spec.placements) if is_shard(placement))
 
 
 def _weakly(function: Any) -> Callable[[], Any]:

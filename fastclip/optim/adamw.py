@@ -15,6 +15,7 @@ from .step_inputs import StepInputs, rate_for_torch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.nn.parallel import DistributedDataParallel
 
 
 class AdamW(ClippingOptimizer):
@@ -42,7 +43,7 @@ class AdamW(ClippingOptimizer):
         process_group: of ranks that hold other parameters, as :class:`~fastclip.Clipper`'s.
         step_in_backward: clip, step and free each gradient as soon as it is complete, within ``loss.backward()``, so
             that all of them are never there at the same time. `max_norm` must then be rules that go by each gradient
-            alone, or None. See below.
+            alone, or None. Of a model in DistributedDataParallel, pass that model instead of True. See below.
         bucket_bytes: of gradients that are stepped together then. More are faster, fewer take less memory.
         measure_in_backward: as :class:`~fastclip.Clipper`'s: the step then reads no gradient for its norm.
 
@@ -55,8 +56,10 @@ class AdamW(ClippingOptimizer):
     parameters (``requires_grad_(False)``) while the backward pass of another network reaches them, as in a GAN. No
     other optimizer and no Clipper finds gradients of theirs; a second optimizer that steps them in backward is refused.
     There must be no GradScaler, no closure and no ``Clipper.step``. Of DTensors (FSDP2) the gradients of this rank's
-    parts come once they are summed; DistributedDataParallel, FSDP1 and declared parameters are refused. Rounding
-    stochastically, the random numbers are others than without ``step_in_backward``.
+    parts come once they are summed; FSDP1 and declared parameters are refused. DistributedDataParallel hands its own
+    buckets over as they are averaged, by its one communication hook; it must give every parameter a gradient on every
+    rank, and :meth:`accumulate` must be around the forward pass too. Rounding stochastically, the random numbers are
+    others than without ``step_in_backward``.
 
     Parameters may be DTensors, whose states are DTensors too: every parameter's from the first step on, so that
     ``torch.distributed.checkpoint`` finds the same on all ranks. Each rank steps its own parts.
@@ -85,7 +88,7 @@ class AdamW(ClippingOptimizer):
         nonfinite: str = "propagate",
         stochastic_rounding: int | None = None,
         process_group: ProcessGroup | DeviceMesh | None = None,
-        step_in_backward: bool = False,
+        step_in_backward: bool | DistributedDataParallel = False,
         bucket_bytes: int = BUCKET_BYTES,
         measure_in_backward: bool = False,
     ) -> None:

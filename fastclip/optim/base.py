@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..arguments import is_bool
 from ..clipper import Clipper
 from ..distributed.reduce import Wanted, reduce
 from ..distributed.unwrap import any_dtensor
@@ -23,6 +24,7 @@ from ..pipeline.decide import ClipDecision
 from ..pipeline.step import flat_params
 from ..stats import Stats
 from .checks import check_defaults, named_pairs, read_numbers, refuse_one_rank
+from .ddp import is_ddp
 from .in_backward import InBackward
 from .step_inputs import zero_
 from .step_pass import StepPass, needs_host_decision
@@ -30,6 +32,7 @@ from .step_pass import StepPass, needs_host_decision
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.nn.parallel import DistributedDataParallel
 
 OWN = ("stochastic_rounding", "rounding_step", "clipper")  # entries of a parameter group that torch's do not have
 
@@ -54,7 +57,7 @@ class ClippingOptimizer(StepPass):
         nonfinite: str,
         stochastic_rounding: int | None,
         process_group: ProcessGroup | DeviceMesh | None,
-        step_in_backward: bool,
+        step_in_backward: bool | DistributedDataParallel,
         bucket_bytes: int,
         measure_in_backward: bool,
     ) -> None:
@@ -67,6 +70,9 @@ class ClippingOptimizer(StepPass):
             refuse_one_rank("step_in_backward" if max_norm is None else "max_norm")
         if measure_in_backward and max_norm is None:
             raise ValueError("measure_in_backward=True needs a max_norm; float('inf') only measures")
+        if not is_bool(step_in_backward) and not is_ddp(step_in_backward):
+            got = type(step_in_backward).__name__
+            raise TypeError(f"step_in_backward must be True, False or a DistributedDataParallel, got {got}")
         if measure_in_backward and step_in_backward:
             raise ValueError("measure_in_backward=True must be left out with step_in_backward, which keeps no gradient")
         options: dict[str, Any] = {"process_group": process_group, "measure_in_backward": measure_in_backward}
@@ -78,7 +84,8 @@ class ClippingOptimizer(StepPass):
         super().__init__(params, defaults)
         self._update_clipper()
         if step_in_backward:
-            self._in_backward = InBackward(self, self.clipper, process_group, bucket_bytes)
+            ddp = step_in_backward if is_ddp(step_in_backward) else None
+            self._in_backward = InBackward(self, self.clipper, process_group, bucket_bytes, ddp)
             self._in_backward.watch(self.param_groups)
 
     @property

@@ -6,7 +6,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -26,11 +26,13 @@ from ..gradients.table import GradTable
 from ..pipeline.decide import ClipDecision, decide
 from ..rules.base import StepContext
 from ..stats import Stats
+from .ddp import DdpSteps, averaged_parameters
 from .step_inputs import SomeOfGroup
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.nn.parallel import DistributedDataParallel
 
 BUCKET_BYTES = 32 * 2**20  # a launch's cost is small beside reading as much; a 7B model has some 400 of them
 MOST_INDICES = 4096  # that are remembered of buckets: those of a model whose backward is another one each time are not
@@ -54,6 +56,7 @@ class InBackward:
     Args:
         optimizer: held weakly.
         clipper: the optimizer's.
+        ddp: whose buckets are stepped as soon as they are averaged over the ranks.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class InBackward:
         clipper: Clipper | None,
         process_group: ProcessGroup | DeviceMesh | None,
         bucket_bytes: int,
+        ddp: DistributedDataParallel | None = None,
     ) -> None:
         self.bucket_bytes = at_least_one(bucket_bytes, "bucket_bytes")
         if process_group is not None:
@@ -82,6 +86,15 @@ class InBackward:
         self._checked = False  # whether somebody else writes or takes the gradients
         self._stepped: set[int] = set()  # positions
         self._parts: list[tuple[list[int], Stats]] = []
+        self._ddp = ddp
+        self._averaged: set[int] = set()  # ids of the parameters of `ddp`
+        if ddp is not None:
+            self._averaged = set(map(id, averaged_parameters(ddp)))
+            if not any(id(p) in self._averaged for group in optimizer.param_groups for p in group["params"]):
+                raise ValueError(
+                    "step_in_backward: the optimizer holds none of the parameters of the DistributedDataParallel"
+                )
+            self._ddp_steps = DdpSteps(ddp, self._take_averaged)
 
     @property
     def began(self) -> bool:
@@ -91,21 +104,26 @@ class InBackward:
     def watch(self, groups: list[dict[str, Any]]) -> None:
         """Go by the parameters of these groups from now on, unless a step is under way."""
         flat = [p for group in groups for p in group["params"]]
-        if self._buckets.changes(flat):
+        hooked = self._hooked(flat)
+        if self._buckets.changes(hooked):
             self._checked = False
         if not same_items(flat, self._parameters):
-            _check_parameters(flat)
+            _check_parameters(hooked)
             self._parameters = flat
             self._positions = {id(p): i for i, p in enumerate(flat)}
             self._group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
             self._index, self._indices = None, {}
-        self._buckets.watch(flat)
+        self._buckets.watch(hooked)
+
+    def _hooked(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Those whose own hooks tell of their gradients: all that are not in `ddp`."""
+        return [p for p in parameters if id(p) not in self._averaged] if self._averaged else parameters
 
     def check_group(self, group: dict[str, Any]) -> None:
         """ValueError if the parameters of a group cannot be added to those that there are."""
         added = [item if isinstance(item, tuple) else (None, item) for item in group["params"]]
         tensors = [p for _, p in added if isinstance(p, Tensor)]
-        _check_parameters([*self._parameters, *tensors])
+        _check_parameters(self._hooked([*self._parameters, *tensors]))
         self._refuse_shared(tensors, [name for name, _ in added if name is not None])
 
     def _refuse_shared(self, parameters: list[Tensor], names: list[str]) -> None:
@@ -144,7 +162,8 @@ class InBackward:
             )
         before, self._buckets.paused = self._buckets.paused, True
         try:
-            yield
+            with nullcontext() if self._ddp is None else self._ddp.no_sync():
+                yield
         finally:
             self._buckets.paused = before
 
@@ -169,6 +188,12 @@ class InBackward:
         self._buckets.flush()
         rest = [p for p in self._parameters if p.grad is not None]
         for p in rest:
+            if id(p) in self._averaged:
+                raise RuntimeError(
+                    f"the gradient of {self._name_of(p)} was not averaged over the ranks, for which forward and "
+                    f"backward of the last pass of a step must run outside of accumulate() and no_sync(). Nothing was "
+                    f"done with it"
+                )
             if self._positions[id(p)] in self._stepped:
                 self._again(p)
         batch: list[Tensor] = []
@@ -202,7 +227,7 @@ class InBackward:
         if not self._stepped:
             self.watch(optimizer.param_groups)
             if not self._checked:  # which takes long
-                _check_parameters(self._parameters)
+                _check_parameters(self._hooked(self._parameters))
                 names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
                 self._refuse_shared(self._parameters, names)
                 self._checked = True
@@ -224,14 +249,39 @@ class InBackward:
                     p.grad = None
         batch.clear()
 
-    def _again(self, parameter: Tensor) -> None:
+    def _take_averaged(self, parameters: list[Tensor], gradients: list[Tensor]) -> list[int]:
+        """Step those parameters of a bucket of `ddp` that are the optimizer's; the places of the others."""
+        if self._optimizer() is None:
+            return list(range(len(parameters)))
+        if self._buckets.paused:
+            raise RuntimeError(
+                "accumulate() must be around the forward pass too with DistributedDataParallel, as no_sync(), of which "
+                "it is one. Nothing was done with the gradients"
+            )
+        own = [i for i, p in enumerate(parameters) if id(p) in self._positions]
+        for p in (parameters[i] for i in own):
+            if self._positions[id(p)] in self._stepped:
+                self._again(p)
+            if p.grad is None:
+                raise RuntimeError(
+                    f"{self._name_of(p)} has no gradient on this rank, which step_in_backward needs with "
+                    f"DistributedDataParallel: on the other ranks it may have one"
+                )
+        for i in own:
+            parameters[i].grad = gradients[i]
+        self._ready([parameters[i] for i in own])
+        return [i for i, p in enumerate(parameters) if id(p) not in self._positions]
+
+    def _name_of(self, parameter: Tensor) -> str:
         position = self._positions.get(id(parameter), 0)
         names = None if self._clipper is None else self._clipper.names
+        return f"{names[position] if names else f'parameter {position}'}, of shape {tuple(parameter.shape)},"
+
+    def _again(self, parameter: Tensor) -> None:
         raise RuntimeError(
-            f"the gradient of {names[position] if names else f'parameter {position}'}, of shape "
-            f"{tuple(parameter.shape)}, came twice before step(), and the optimizer steps with the first as soon as it "
-            f"is complete: run all backward passes of a step but the last within optimizer.accumulate(). Nothing was "
-            f"done with the second"
+            f"the gradient of {self._name_of(parameter)} came twice before step(), and the optimizer steps with the "
+            f"first as soon as it is complete: run all backward passes of a step but the last within "
+            f"optimizer.accumulate(). Nothing was done with the second"
         )
 
     def _index_of(self, positions: tuple[int, ...]) -> ParamIndex:
@@ -301,10 +351,11 @@ def _check_parameters(parameters: list[Tensor]) -> None:
                 f"over the ranks when it is complete on this one. Step it after backward, by an optimizer of its own"
             )
     _check_marks(parameters)
-    if plain and dist.is_available() and dist.is_initialized() and _in_ddp(parameters):
+    if plain and parameters and dist.is_available() and dist.is_initialized() and _in_ddp(parameters):
         raise ValueError(
             "step_in_backward: DistributedDataParallel sums the gradients over the ranks only after they are complete "
-            "on this one, and the optimizer would step with those of this rank alone. Use fully_shard (FSDP2)"
+            "on this one, and the optimizer would step with those of this rank alone. Pass the "
+            "DistributedDataParallel itself, step_in_backward=model, or use fully_shard (FSDP2)"
         )
 
 

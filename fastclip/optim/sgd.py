@@ -15,6 +15,7 @@ from .step_inputs import StepInputs, rate_for_torch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.nn.parallel import DistributedDataParallel
 
 
 class SGD(ClippingOptimizer):
@@ -55,7 +56,7 @@ class SGD(ClippingOptimizer):
         nonfinite: str = "propagate",
         stochastic_rounding: int | None = None,
         process_group: ProcessGroup | DeviceMesh | None = None,
-        step_in_backward: bool = False,
+        step_in_backward: bool | DistributedDataParallel = False,
         bucket_bytes: int = BUCKET_BYTES,
         measure_in_backward: bool = False,
     ) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import worlds
 from models import local, mesh_of, raised, same_bits, whole
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 import fastclip
 from fastclip import rules
@@ -40,11 +40,15 @@ def network():
     return torch.nn.Sequential(*layers).double()
 
 
-def sharded():
+def sharded(mesh=None, tensor_parallel=None):
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     model = network()
-    mesh = mesh_of((dist.get_world_size(),), ("dp",))
+    mesh = mesh or mesh_of((dist.get_world_size(),), ("dp",))
+    if tensor_parallel:
+        for layer in (model[0], model[2]):  # and the last one not
+            parallelize_module(layer, tensor_parallel, ColwiseParallel(output_layouts=Replicate()))
     for layer in (*model[::2], model):
         fully_shard(layer, mesh=mesh)
     return model
@@ -89,6 +93,31 @@ def _equal_to_clip_then_step():
 
 def test_fsdp2_as_clip_then_step_in_one_process():
     worlds.run(2, _equal_to_clip_then_step)
+
+
+def _two_dimensions(of):
+    mesh = mesh_of((2, 2), ("outer", "inner"))
+    for name in ("none", "TensorNorm", "TensorNorm inf", "BlockRMS", "Value"):
+        model = sharded(mesh) if of == "replicas" else sharded(mesh["outer"], mesh["inner"])
+        alone = network()
+        ours = AdamW(model.parameters(), max_norm=RULES[name], step_in_backward=True, bucket_bytes=75)
+        theirs = AdamW(alone.parameters(), max_norm=RULES[name])
+        for step in range(3):
+            loss_of(model, step)[0].backward()
+            assert sum(p.grad is not None for p in model.parameters()) <= 2, name
+            ours.step()
+            theirs.zero_grad()
+            loss_of(alone, step)[0].backward()
+            theirs.step()
+            assert_same(model, alone)
+            if RULES[name] is not None:
+                same_bits(ours.stats.total_norm)
+                torch.testing.assert_close(ours.stats.total_norm, theirs.stats.total_norm, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("of", ["replicas", "tensors"])
+def test_hsdp_and_tensor_parallelism_as_clip_then_step_in_one_process(of):
+    worlds.run(4, _two_dimensions, of)
 
 
 def _accumulated():
