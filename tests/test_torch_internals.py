@@ -49,6 +49,7 @@ ATTRIBUTES = {
         torch.optim.SGD,
         "_optimizer_step_pre_hooks",
     ): "clipper.step(optimizer), before others' hooks",
+    (torch._C._distributed_c10d.Reducer, "_set_optimizer_in_backward"): "step_in_backward=model, with DDP",
     (torch.optim.SGD, "_optimizer_step_post_hooks"): "the same, after the step",
     (optimizer, "_global_optimizer_pre_hooks"): "the same, for all optimizers",
     (optimizer, "_global_optimizer_post_hooks"): "the same, after the step",

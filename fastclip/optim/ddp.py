@@ -6,20 +6,21 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch.distributed import GradBucket
     from torch.nn.parallel import DistributedDataParallel
+
+LEAVE = "_set_optimizer_in_backward"  # of a Reducer: leaves it to the hook where gradients are after backward
 
 # Parameters and their averaged gradients, of one bucket; returns those that it has not taken.
 Take = Callable[[list[Tensor], list[Tensor]], list[int]]
 
 
-def is_ddp(value: Any) -> bool:
+def is_ddp(value: Any) -> TypeGuard[DistributedDataParallel]:
     """Whether it is a DistributedDataParallel."""
     return torch.distributed.is_available() and isinstance(value, torch.nn.parallel.DistributedDataParallel)
 
@@ -39,7 +40,7 @@ def check_ddp(ddp: DistributedDataParallel) -> None:
         )
     if ddp.mixed_precision is not None:
         raise ValueError("step_in_backward: DistributedDataParallel(mixed_precision=...) is not supported")
-    if not hasattr(ddp.reducer, "_set_optimizer_in_backward"):
+    if not hasattr(ddp.reducer, LEAVE):
         raise ValueError(
             f"step_in_backward: the DistributedDataParallel of torch {torch.__version__} gives parameters their "
             f"gradients back after backward, which there is no way to prevent"
@@ -68,9 +69,9 @@ class DdpSteps:
                 "step_in_backward: the DistributedDataParallel has a communication hook already, perhaps of an "
                 "optimizer made before, and takes no second one"
             ) from error
-        ddp.reducer._set_optimizer_in_backward()  # which leaves it to the hook where averaged gradients are then
+        getattr(ddp.reducer, LEAVE)()
 
-    def _averaged(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def _averaged(self, bucket: Any) -> torch.futures.Future[Tensor]:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         def hand_over(future: torch.futures.Future[Tensor]) -> Tensor:
