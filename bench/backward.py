@@ -28,6 +28,7 @@ from . import method
 from .memory import CONFIGS, GPT2, VOCABULARY, Config
 
 BASELINE = "torch fused, no clip"
+CLIPPED = "torch clip + fused"
 HOOKED = "fastclip.optim, measure_in_backward"
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.01}
 
@@ -37,7 +38,7 @@ def rivals(parameters: list[Tensor]) -> dict[str, Any]:
     ours = fastclip.optim.AdamW
     return {
         BASELINE: torch.optim.AdamW(parameters, fused=True, **OPTIONS),
-        "torch clip + fused": torch.optim.AdamW(parameters, fused=True, **OPTIONS),
+        CLIPPED: torch.optim.AdamW(parameters, fused=True, **OPTIONS),
         "fastclip.optim": ours(parameters, max_norm=1.0, **OPTIONS),
         HOOKED: ours(parameters, max_norm=1.0, measure_in_backward=True, **OPTIONS),
     }
@@ -70,7 +71,7 @@ def measure(model: GPT2, device: str, tokens: int, seconds: float) -> list[dict[
             backward = taken(loss().backward)
 
             def step(name: str = name) -> None:
-                if name == "torch clip + fused":
+                if name == CLIPPED:
                     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizers[name].step()
 

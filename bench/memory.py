@@ -46,7 +46,7 @@ class Config(NamedTuple):
 
 
 CONFIGS = {"gpt2-124m": Config(12, 12, 768, "fp32"), "gpt2-774m": Config(36, 20, 1280, "bf16")}
-BASELINE, GOAL_OF = "torch clip + fused AdamW", "fastclip.optim, step_in_backward"
+BASELINE, IN_BACKWARD = "torch clip + fused AdamW", "fastclip.optim, step_in_backward"
 WARM_UP = 2  # steps, of which the first makes the states
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -106,7 +106,7 @@ def provider(name: str, model: nn.Module) -> Step:
     return step
 
 
-PROVIDERS = ("torch clip + AdamW", BASELINE, "fastclip.optim", GOAL_OF)
+PROVIDERS = ("torch clip + AdamW", BASELINE, "fastclip.optim", IN_BACKWARD)
 
 
 def resident(name: str) -> int:

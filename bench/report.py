@@ -15,9 +15,11 @@ import numpy as np
 from tabulate import tabulate
 
 from . import pictures
+from .backward import CLIPPED, HOOKED
 from .backward import table as backward_table
 from .goals import goals
 from .isas import table as isas_table
+from .memory import IN_BACKWARD
 from .memory import table as memory_table
 from .method import ROOT
 from .models import find
@@ -73,10 +75,32 @@ def brief(runs: dict[tuple[str, str], Run]) -> str:
                 f"Times as fast as torch {clip['versions']['torch']}, on the same gradients ({on}). The last column: "
                 f"beside torch's clip and its fused AdamW."
             ]
-            parts += [brief_table(clip["rows"], step["rows"])]
+            parts += [brief_table(clip["rows"], step["rows"]), *inside_backward(runs, device)]
     if ("clip", "cuda") not in runs:
         parts += ["GPUs have not been measured yet."]
     return "\n\n".join([*parts, END])
+
+
+def inside_backward(runs: dict[tuple[str, str], Run], device: str) -> list[str]:
+    """A sentence on what is done while backward runs, if it was measured."""
+    words = []
+    if backward := runs.get(("backward", device)):
+        steps = {r["provider"]: r["step_vs_torch"]["median"] for r in backward["rows"]}
+        words.append(
+            f"the clip and AdamW after a backward pass that has [measured the norm](docs/optimizer.md) take "
+            f"{steps[HOOKED]:.2f}× the time of torch's fused AdamW alone ({steps[CLIPPED]:.2f}× with torch's clip)"
+        )
+    if memory := runs.get(("memory", device)):
+        saved = {
+            r["model"]: r["saved_of_gradients"]
+            for r in memory["rows"]
+            if r["provider"] == IN_BACKWARD and r["status"] == "ok"
+        }
+        words.append(
+            f"stepping inside backward takes {saved['gpt2-124m']:.0%} of the gradients' bytes less memory "
+            f"({saved['gpt2-774m']:.0%} of those of GPT-2 774M in bfloat16)"
+        )
+    return [f"GPT-2 124M in fp32: {'; '.join(words)}."] if words else []
 
 
 def brief_table(rows: list[Row], steps: list[Row]) -> str:

@@ -186,7 +186,7 @@ def test_rules(tmp_path, capsys):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells what was resident at most")
 def test_memory():
     config = memory.Config(1, 2, 16, "fp32")
-    for name in (memory.BASELINE, memory.GOAL_OF):
+    for name in (memory.BASELINE, memory.IN_BACKWARD):
         measured = memory.peak_of_a_step(name, "cpu", config, 4)
         assert 0 < measured["largest_bytes"] < measured["gradient_bytes"] < 2 * measured["largest_bytes"]
     assert sum(p.numel() for p in memory.GPT2(memory.CONFIGS["gpt2-124m"]._replace(layers=1)).parameters()) == (
@@ -201,12 +201,17 @@ def test_backward(tmp_path):
     run = json.loads(path.read_text())
     assert [r["provider"] for r in run["rows"]] == [
         backward.BASELINE,
-        "torch clip + fused",
+        backward.CLIPPED,
         "fastclip.optim",
         backward.HOOKED,
     ]
     assert run["rows"][0]["step_vs_torch"]["median"] == 1 and all(r["step_s"]["median"] > 0 for r in run["rows"])
     assert "8 tokens" in report.backward_words(run)
+    assert report.inside_backward({}, "cpu") == []
+    (words,) = report.inside_backward(
+        {("backward", "cpu"): run, ("memory", "cpu"): runs.newest()["memory", "cpu"]}, "cpu"
+    )
+    assert f"{run['rows'][3]['step_vs_torch']['median']:.2f}×" in words and "% of the gradients' bytes less" in words
 
 
 @pytest.mark.slow
