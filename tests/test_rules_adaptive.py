@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import os
 
 import numpy as np
 import pytest
@@ -457,6 +458,10 @@ def test_a_broken_gradient_is_refused_before_anything_is_remembered(rule, value)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "ATEN_CPU_CAPABILITY" in os.environ,
+    reason="torch.compile goes by what the CPU has, and at::vec, which its code uses, by this: it leaves elements out",
+)
 @pytest.mark.parametrize("rule", ["ZClip", "AutoClip", "AdaGC"])
 def test_compiled_into_few_kernels(rule, monkeypatch):
     """What a GPU runs: torch.compile takes the lines whole, and they give the same."""
