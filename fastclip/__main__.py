@@ -173,7 +173,13 @@ def main(argv: list[str] | None = None) -> int:
         return launch.run(arguments)
     if arguments.verb == "plot":
         return plot(arguments.record, arguments.out)
-    return info() if arguments.verb == "info" else build(arguments.force)
+    if arguments.verb == "build":
+        return build(arguments.force)
+    try:
+        return info()
+    except BrokenPipeError:  # whoever was reading has seen enough: `head`, a pager
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return 0
 
 
 if __name__ == "__main__":

@@ -140,6 +140,16 @@ def test_build_command_without_a_compiler(tmp_path):
     assert result.returncode == 1 and "there is no C++ compiler" in result.stderr
 
 
+def test_info_stops_when_nobody_reads_on():
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastclip", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline().startswith("fastclip")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
 def test_info_command():
     result = run(sys.executable, "-m", "fastclip", "info")
     assert result.returncode == 0, result.stderr
