@@ -141,9 +141,8 @@ def test_build_command_without_a_compiler(tmp_path):
 
 
 def test_info_stops_when_nobody_reads_on():
-    with subprocess.Popen(
-        [sys.executable, "-m", "fastclip", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-u", "-m", "fastclip", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().startswith("fastclip")
         process.stdout.close()
         assert process.stderr.read() == ""
