@@ -23,6 +23,7 @@ from .gradients.table import GradTable
 from .pipeline.amp import GradScalerState, count_unscaling, flag
 from .pipeline.decide import ClipDecision, decide
 from .pipeline.step import (
+    TakesDecision,
     check_optimizer,
     covers,
     has_post_hooks,
@@ -226,9 +227,10 @@ class Clipper:
     def read(self) -> GradTable:
         """:meth:`pack`, of gradients about which :meth:`decide` decides next: perhaps they are read first, and packed
         only if something is to be done to them. Not where the last clip did something: the next one will, too."""
-        table = None
-        if self._read_first and not self._wrote and self._sums is None and self.process_group is None and not MARKED:
-            table = read(self.parameters, self.norm_type)
+        first = (
+            self._read_first and not self._wrote and self._sums is None and self.process_group is None and not MARKED
+        )
+        table = read(self.parameters, self.norm_type) if first else None
         return self.pack() if table is None else table
 
     def warm_up(self) -> None:
@@ -352,7 +354,7 @@ class Clipper:
     def decide_step(self, optimizers: list[Any], scaler: Any, when: Any = None, divide_by: Any = 1) -> DecidedStep:
         """What the rules say of a step of the last of `optimizers`, which the others wrap; see :meth:`step`."""
         complete = covers(optimizers[-1], self.parameters)
-        table = self.read()
+        table = self.read() if isinstance(optimizers[-1], TakesDecision) else self.pack()
         scaler_state = GradScalerState.of(scaler, optimizers, table.device)
         inv_scale = scaler_state.inv_scale(divide_by)
         if inv_scale is not None and not complete:
