@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, compiler
@@ -23,6 +23,7 @@ from .gradients.table import GradTable
 from .pipeline.amp import GradScalerState, count_unscaling, flag
 from .pipeline.decide import ClipDecision, decide
 from .pipeline.step import (
+    DecidedStep,
     TakesDecision,
     check_optimizer,
     covers,
@@ -42,16 +43,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 NONFINITE = ("propagate", "skip", "zero", "raise")
-
-
-class DecidedStep(NamedTuple):
-    """What was decided of the gradients of a step that an optimizer is yet to take."""
-
-    table: GradTable
-    stats: Stats
-    decision: ClipDecision
-    complete: bool  # whether the optimizer's gradients are those of the table
-    scaler_state: GradScalerState
 
 
 class Clipper:

@@ -13,12 +13,12 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from .. import functional
-from ..clipper import Clipper, DecidedStep
+from ..clipper import Clipper
 from ..gradients.pack import flatten_params
 from ..gradients.table import GradTable
 from ..monitor import GradMonitor
 from ..pipeline.decide import ClipDecision
-from ..pipeline.step import StepHooks, check_optimizer, covers, prepare, takes_decision, unwrapped
+from ..pipeline.step import DecidedStep, StepHooks, check_optimizer, covers, prepare, takes_decision, unwrapped
 from ..stats import Stats
 from .clippers import Clippers, RuleSpec
 

@@ -8,7 +8,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +18,24 @@ from torch.utils.hooks import RemovableHandle
 from ..distributed.unwrap import any_dtensor
 from ..gradients.pack import same_items
 from ..gradients.table import GradTable
-from .amp import given_by_scaler
+from ..stats import Stats
+from .amp import GradScalerState, given_by_scaler
 from .decide import ClipDecision
 
 # Their fused step divides the gradients by `grad_scale` and, where `found_inf` is 1, leaves everything as it was.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 FUSED_DEVICES = ("cpu", "cuda", "xpu")  # that of MPS takes no scale: Adam's passes over it, SGD's raises
 FUSED_ON_DTENSORS = (torch.optim.Adam, torch.optim.AdamW)
+
+
+class DecidedStep(NamedTuple):
+    """What was decided of the gradients of a step that an optimizer is yet to take."""
+
+    table: GradTable
+    stats: Stats
+    decision: ClipDecision
+    complete: bool  # whether the optimizer's gradients are those of the table
+    scaler_state: GradScalerState
 
 
 class TakesDecision:
