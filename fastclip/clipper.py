@@ -217,7 +217,7 @@ class Clipper:
 
     def read(self) -> GradTable:
         """:meth:`pack`, of gradients about which :meth:`decide` decides next: perhaps they are read first, and packed
-        only if something is to be done to them. Not where the last clip did something: the next one will, too."""
+        only if something is to be done to them. Not if the last `clip_` may have written: the next probably will."""
         first = (
             self._read_first and not self._wrote and self._sums is None and self.process_group is None and not MARKED
         )

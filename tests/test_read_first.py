@@ -132,6 +132,20 @@ def test_what_is_clipped_in_every_step_is_packed_at_once():
 
 
 @compiled
+@pytest.mark.parametrize("rule", [GlobalNorm(1.0), TensorNorm(1.0)])
+def test_after_a_clip_it_reads_first_again(rule):
+    ps = list(models([torch.float32] * 3).values())
+    clipper = fastclip.Clipper(ps, rule, nonfinite="skip")
+    read_first = []
+    for scale in (0.01, 100.0, 0.01, 0.01, None, 100.0, 0.01):
+        for p in ps:
+            p.grad = None if scale is None else torch.full((3, 5), scale)
+        clipper.clip_()
+        read_first.append(isinstance(clipper.read(), ReadTable))
+    assert read_first == [True, False, True, True, False, False, True]
+
+
+@compiled
 @pytest.mark.parametrize("how", ["others", "none", "memory", "one more", "smaller"])
 @pytest.mark.parametrize("coef", [0.5, 1.0, 0.0])
 def test_gradients_that_are_replaced_meanwhile_are_refused(how, coef):
@@ -164,7 +178,7 @@ def test_gradients_that_are_replaced_meanwhile_are_refused(how, coef):
     if coef == 1:
         clipper.clip_()
     else:
-        with pytest.raises(RuntimeError, match="while they were being clipped; nothing was changed"):
+        with pytest.raises(RuntimeError, match="while they were being clipped; no gradient was changed"):
             clipper.clip_()
     assert all((f == 7).all() for f in foreign)
     kept = [i for i in range(20) if i % 3 or how == "one more"]

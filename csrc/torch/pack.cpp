@@ -155,7 +155,7 @@ bool Group::has_its_memory(size_t i) const {
 }
 
 uint64_t Group::fingerprint() const {
-  uint64_t sum = 0, place = 0;  // of independent terms, several of which are computed at a time
+  uint64_t sum = uint64_t(dtype), place = 0;  // of independent terms, several of which are computed at a time
   for (const auto& segment : segments) {
     place += 0x9E3779B97F4A7C15ull;
     uint64_t mixed = (reinterpret_cast<uintptr_t>(segment.data) ^ place) * 0xBF58476D1CE4E5B9ull + segment.numel;

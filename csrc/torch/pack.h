@@ -30,7 +30,7 @@ struct Group {
   void own();
   // Whether gradient i of an owned group still has the memory that the group was made of.
   bool has_its_memory(size_t i) const;
-  // A number that is another one, but for a chance of 2^-64, where the segments are elsewhere in memory or of other sizes.
+  // A number that is practically never the same where the segments are elsewhere in memory, or of other sizes or dtype.
   uint64_t fingerprint() const;
   // Tell autograd that segment i was written.
   void bump_version(size_t i) const;

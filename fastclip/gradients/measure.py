@@ -34,7 +34,7 @@ def measure(
     """
     counts: list[Tensor] = []
     shards = table.shards
-    known, table.known = table.known, None  # which is so until something is written
+    known, table.known = table.known, None  # used once: who measures again has written
     if known is None:
         parts, chained = _read(table, norm_type, max_norm, chain=not repair and shards is None)
     else:
@@ -70,7 +70,7 @@ def _read(table: GradTable, norm_type: float, max_norm: float | None, chain: boo
 
 def read(parameters: list[Any], norm_type: float) -> GradTable | None:
     """The table of the gradients of plain parameters, if it takes less time to read them now than to pack them first.
-    What is decided must be decided by this read, at once."""
+    Decide at once: the statistics are those of this moment."""
     fused = backends.choose_fused()
     if fused is None or fused.measure_gradients is None:
         return None

@@ -2,7 +2,7 @@
 
 A table owns the memory it was made of until the call is over. Where a rule or another thread sets a gradient to None or
 gives it other memory (``p.grad.data = x``) meanwhile, that first memory is what is clipped. A :class:`ReadTable` owns
-nothing until something is to be done to the gradients, and refuses others than those that it has read.
+nothing until something is to be done to the gradients, and raises if they are elsewhere then.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ class GradTable:
 class ReadTable(GradTable):
     """The gradients of one group on the CPU, which have been read and are packed only if there is more to do.
 
-    To own thousands of small gradients takes longer than to read them, and a clip mostly leaves them as they are.
+    To own thousands of small gradients takes longer than to read them, and a clip mostly leaves them as they are. If a
+    gradient is written between the read and the clip, by another thread, it is clipped by what was read, as ever; also
+    if it was freed meanwhile, and another one has its memory.
 
     Args:
         count: T.
@@ -140,8 +142,8 @@ class ReadTable(GradTable):
             native = found[0].native if len(found) == 1 else None
             if native is None or native.fingerprint() != self._fingerprint:
                 raise RuntimeError(
-                    "gradients were replaced by others, or given other memory, while they were being clipped; nothing "
-                    "was changed"
+                    "gradients were replaced by others, or given other memory, while they were being clipped; no "
+                    "gradient was changed"
                 )
             self._groups = found
         return self._groups

@@ -123,23 +123,25 @@ class Attached:
         try:
             chain = self._optimizers_of(clipper) if accelerator.sync_gradients else None
             if chain is None:
-                stats = clipper.clip_()
+                table = clipper.read()
+                stats, decision = clipper.decide(table)
+                decision.apply_(table)
             else:
                 step = clipper.decide_step(chain, accelerator.scaler)
-                stats = step.stats
+                table, stats = step.table, step.stats
                 has_gradients = any(p.grad is not None for p in clipper.parameters)  # else there is nothing to wait for
-                waits = self.in_step and has_gradients and takes_decision(chain[-1], step.table, step.decision)
+                waits = self.in_step and has_gradients and takes_decision(chain[-1], table, step.decision)
                 if waits:
                     self._next_step_of(chain[-1]).take_over(clipper, step)
                 else:
-                    step.decision.apply_(step.table)
+                    step.decision.apply_(table)
         finally:
             if not waits:
                 clipper.release_parameters()
         self.stats = stats
         if self.monitor is not None and self._clippers.is_first(parameter_set):
             self.monitor.update(stats, step=stats.step)
-        return step.table.at_home(stats.total_norm)
+        return table.at_home(stats.total_norm)
 
     def _optimizers_of(self, clipper: Clipper) -> list[Any] | None:
         """The accelerator's optimizer of these gradients, and what it wraps."""

@@ -56,10 +56,10 @@ class AdamW(ClippingOptimizer):
     parameters (``requires_grad_(False)``) while the backward pass of another network reaches them, as in a GAN. No
     other optimizer and no Clipper finds gradients of theirs; a second optimizer that steps them in backward is refused.
     There must be no GradScaler, no closure and no ``Clipper.step``. Of DTensors (FSDP2) the gradients of this rank's
-    parts come once they are summed; FSDP1 and declared parameters are refused. DistributedDataParallel hands its own
-    buckets over as they are averaged, by its one communication hook; it must give every parameter a gradient on every
-    rank, and :meth:`accumulate` must be around the forward pass too. Rounding stochastically, the random numbers are
-    others than without ``step_in_backward``.
+    parts come once they are summed; FSDP1 and declared parameters are refused. Of DistributedDataParallel
+    the optimizer becomes the communication hook, for good, and steps each bucket once it is averaged; every parameter
+    must get a gradient on every rank, and :meth:`accumulate` must be around the forward pass too. Rounding
+    stochastically, the random numbers are others than without ``step_in_backward``.
 
     Parameters may be DTensors, whose states are DTensors too: every parameter's from the first step on, so that
     ``torch.distributed.checkpoint`` finds the same on all ranks. Each rank steps its own parts.

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..arguments import is_bool
 from ..clipper import Clipper
 from ..distributed.reduce import Wanted, reduce
 from ..distributed.unwrap import any_dtensor
@@ -24,7 +23,7 @@ from ..pipeline.decide import ClipDecision
 from ..pipeline.step import flat_params
 from ..stats import Stats
 from .checks import check_defaults, named_pairs, read_numbers, refuse_one_rank
-from .ddp import is_ddp
+from .ddp import ddp_of
 from .in_backward import InBackward
 from .step_inputs import zero_
 from .step_pass import StepPass, needs_host_decision
@@ -62,6 +61,8 @@ class ClippingOptimizer(StepPass):
         measure_in_backward: bool,
     ) -> None:
         stochastic_rounding = check_defaults(params, defaults, stochastic_rounding)
+        ddp = ddp_of(step_in_backward)
+        step_in_backward = ddp is not None or bool(step_in_backward)
         if max_norm is None and nonfinite != "propagate":
             raise ValueError(f"nonfinite={nonfinite!r} needs a max_norm; float('inf') only measures")
         if max_norm is None and process_group is not None:
@@ -70,9 +71,6 @@ class ClippingOptimizer(StepPass):
             refuse_one_rank("step_in_backward" if max_norm is None else "max_norm")
         if measure_in_backward and max_norm is None:
             raise ValueError("measure_in_backward=True needs a max_norm; float('inf') only measures")
-        if not is_bool(step_in_backward) and not is_ddp(step_in_backward):
-            got = type(step_in_backward).__name__
-            raise TypeError(f"step_in_backward must be True, False or a DistributedDataParallel, got {got}")
         if measure_in_backward and step_in_backward:
             raise ValueError("measure_in_backward=True must be left out with step_in_backward, which keeps no gradient")
         options: dict[str, Any] = {"process_group": process_group, "measure_in_backward": measure_in_backward}
@@ -84,9 +82,8 @@ class ClippingOptimizer(StepPass):
         super().__init__(params, defaults)
         self._update_clipper()
         if step_in_backward:
-            ddp = step_in_backward if is_ddp(step_in_backward) else None
             self._in_backward = InBackward(self, self.clipper, process_group, bucket_bytes, ddp)
-            self._in_backward.watch(self.param_groups)
+            self._in_backward.attach(self.param_groups)
 
     @property
     def _process_group(self) -> ProcessGroup | DeviceMesh | None:
@@ -182,6 +179,7 @@ class ClippingOptimizer(StepPass):
         super().__setstate__(state)
         if isinstance(bucket_bytes, int):  # a copy, which has no hooks before its first step
             self._in_backward = InBackward(self, self.clipper, None, bucket_bytes)
+            self._in_backward.is_copy = state.get("_had_ddp", False)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -189,7 +187,8 @@ class ClippingOptimizer(StepPass):
 
     def __getstate__(self) -> dict[str, Any]:
         bucket_bytes = None if self._in_backward is None else self._in_backward.bucket_bytes
-        own = {"clipper": self.clipper, "_last": _Last(), "_in_backward": bucket_bytes}
+        had_ddp = self._in_backward is not None and self._in_backward.has_ddp
+        own = {"clipper": self.clipper, "_last": _Last(), "_in_backward": bucket_bytes, "_had_ddp": had_ddp}
         return {**super().__getstate__(), **own}
 
     @property

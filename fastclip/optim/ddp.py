@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import threading
-import types
+import contextlib
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ..arguments import is_bool
+from ..torch_internals import is_dense
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
 LEAVE = "_set_optimizer_in_backward"  # of a Reducer: leaves it to the hook where gradients are after backward
 
-# Parameters and their averaged gradients, of one bucket; returns those that it has not taken.
+# Takes parameters and their averaged gradients, of one bucket; returns the places of those that it has not taken.
 Take = Callable[[list[Tensor], list[Tensor]], list[int]]
 
 
-def is_ddp(value: Any) -> TypeGuard[DistributedDataParallel]:
-    """Whether it is a DistributedDataParallel."""
-    return torch.distributed.is_available() and isinstance(value, torch.nn.parallel.DistributedDataParallel)
+def ddp_of(step_in_backward: Any) -> DistributedDataParallel | None:
+    """The DDP that was given as this argument, perhaps compiled; None if it is a bool. TypeError if it is neither."""
+    if is_bool(step_in_backward):
+        return None
+    ddp = getattr(step_in_backward, "_orig_mod", step_in_backward)
+    if not torch.distributed.is_available() or not isinstance(ddp, torch.nn.parallel.DistributedDataParallel):
+        got = type(step_in_backward).__name__
+        raise TypeError(f"step_in_backward must be True, False or a DistributedDataParallel, got {got}")
+    return ddp
 
 
-def averaged_parameters(ddp: DistributedDataParallel) -> list[Tensor]:
-    """Those whose gradients its hook is called with."""
-    named = ddp.module.named_parameters()
-    return [p for name, p in named if p.requires_grad and name not in ddp.parameters_to_ignore]
-
-
-def check_ddp(ddp: DistributedDataParallel) -> None:
+def _check(ddp: DistributedDataParallel) -> None:
     """ValueError for a DDP that steps cannot be taken in."""
     if ddp.find_unused_parameters:
         raise ValueError(
@@ -40,6 +42,8 @@ def check_ddp(ddp: DistributedDataParallel) -> None:
         )
     if ddp.mixed_precision is not None:
         raise ValueError("step_in_backward: DistributedDataParallel(mixed_precision=...) is not supported")
+    if any(getattr(module, "sparse", False) is True for module in ddp.module.modules()):
+        raise ValueError("step_in_backward: sparse gradients (Embedding(sparse=True)) are not supported")
     if not hasattr(ddp.reducer, LEAVE):
         raise ValueError(
             f"step_in_backward: the DistributedDataParallel of torch {torch.__version__} gives parameters their "
@@ -47,45 +51,90 @@ def check_ddp(ddp: DistributedDataParallel) -> None:
         )
 
 
-class DdpSteps:
+class DdpBuckets:
     """Averages the gradients of a DDP over the ranks, bucket by bucket, and hands them over.
 
     Args:
-        ddp: without a communication hook; it has one for good then.
-        take: a method, held weakly: where its object is gone, gradients are averaged as if there were no hook. It may
-            be called in a thread of the backend (gloo's), but by one at a time.
+        ddp: one without a communication hook.
+        begins: a method, held weakly, that is called as a bucket's averaging begins, in backward, and may raise there.
+            What it returns is called with the bucket once it is averaged, for gloo in a thread of its own, on a GPU on
+            a stream of its own, which backward's ends by waiting for. Where its object is gone, gradients are averaged
+            as if there were no hook.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, take: Take) -> None:
-        check_ddp(ddp)
-        assert isinstance(take, types.MethodType)
-        self._take = weakref.WeakMethod(take)
-        self._group = ddp.process_group
-        self._lock = threading.Lock()
+    def __init__(self, ddp: DistributedDataParallel, begins: Callable[[], Take]) -> None:
+        _check(ddp)
+        self.ddp = ddp
+        named = ddp.module.named_parameters()
+        averaged = [p for name, p in named if p.requires_grad and name not in ddp.parameters_to_ignore]
+        self._averaged = set(map(id, averaged))
+        self._begins = weakref.WeakMethod(begins)
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def __contains__(self, parameter: Tensor) -> bool:
+        """Whether the DDP averages its gradient."""
+        return id(parameter) in self._averaged
+
+    def register(self) -> None:
+        """Become the one communication hook that the DDP can have, for good. ValueError if it has another."""
         try:
-            ddp.register_comm_hook(self, lambda steps, bucket: steps._averaged(bucket))
+            self.ddp.register_comm_hook(self, lambda buckets, bucket: buckets._average(bucket))
         except RuntimeError as error:
+            if "once" not in str(error):
+                raise
             raise ValueError(
                 "step_in_backward: the DistributedDataParallel has a communication hook already, perhaps of an "
                 "optimizer made before, and takes no second one"
             ) from error
-        getattr(ddp.reducer, LEAVE)()
+        getattr(self.ddp.reducer, LEAVE)()
 
-    def _averaged(self, bucket: Any) -> torch.futures.Future[Tensor]:
+    def wait(self) -> None:
+        """Let the current streams wait for what was launched for the buckets so far."""
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
+
+    def _average(self, bucket: Any) -> torch.futures.Future[Tensor]:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        if not hasattr(bucket, "gradients"):
+            raise RuntimeError(
+                "step_in_backward needs the buckets of DistributedDataParallel, which torch.compile does without where "
+                "torch._dynamo.config.optimize_ddp is 'python_reducer'"
+            )
+        begins = self._begins()
+        take = None if begins is None else begins()
 
         def hand_over(future: torch.futures.Future[Tensor]) -> Tensor:
             buffer = future.value()
-            with self._lock, torch.no_grad():
-                self._hand_over(bucket.parameters(), bucket.gradients())
+            parameters = bucket.parameters()
+            gradients = [_laid_out(gradient, p) for gradient, p in zip(bucket.gradients(), parameters)]
+            with torch.no_grad(), self._one_after_the_other(buffer.device):
+                left = range(len(parameters)) if take is None else take(parameters, gradients)
+                for i in left:
+                    own = parameters[i].grad
+                    if own is not None and own.data_ptr() != gradients[i].data_ptr():  # else it is the bucket's memory
+                        own.copy_(gradients[i])
             return buffer
 
-        return allreduce_hook(self._group, bucket).then(hand_over)
+        return allreduce_hook(self.ddp.process_group, bucket).then(hand_over)
 
-    def _hand_over(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        take = self._take()
-        left = range(len(parameters)) if take is None else take(parameters, gradients)
-        for i in left:
-            own, gradient = parameters[i].grad, gradients[i]
-            if own is not None and own.data_ptr() != gradient.data_ptr():  # else it is the bucket's own memory
-                own.copy_(gradient)
+    @contextlib.contextmanager
+    def _one_after_the_other(self, device: torch.device) -> Iterator[None]:
+        """A stream for all buckets, which each come on another one."""
+        if device.type != "cuda":
+            yield
+            return
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        came_on, stream = torch.cuda.current_stream(device), self._streams[device]
+        stream.wait_stream(came_on)
+        with torch.cuda.stream(stream):
+            yield
+        came_on.wait_stream(stream)
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A bucket's gradient as it is in memory: a dense one by the strides of its parameter, whatever its own say."""
+    if not is_dense(parameter):
+        return gradient
+    return gradient.as_strided(parameter.shape, parameter.stride(), gradient.storage_offset())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,7 +28,7 @@ from ..gradients.table import GradTable
 from ..pipeline.decide import ClipDecision, decide
 from ..rules.base import StepContext
 from ..stats import Stats
-from .ddp import DdpSteps, averaged_parameters
+from .ddp import DdpBuckets, Take
 from .step_inputs import SomeOfGroup
 
 if TYPE_CHECKING:
@@ -86,15 +88,26 @@ class InBackward:
         self._checked = False  # whether somebody else writes or takes the gradients
         self._stepped: set[int] = set()  # positions
         self._parts: list[tuple[list[int], Stats]] = []
-        self._ddp = ddp
-        self._averaged: set[int] = set()  # ids of the parameters of `ddp`
-        if ddp is not None:
-            self._averaged = set(map(id, averaged_parameters(ddp)))
-            if not any(id(p) in self._averaged for group in optimizer.param_groups for p in group["params"]):
+        self._lock = threading.RLock()  # autograd has threads, and so has what averages the buckets of a DDP
+        self._round = 0  # counts reset()
+        self._failed = False  # whether a bucket of a DDP failed in this step
+        self._ddp = None if ddp is None else DdpBuckets(ddp, self._bucket_begins)
+        self.is_copy = False  # of one that had a DDP
+
+    def attach(self, groups: list[dict[str, Any]]) -> None:
+        """Watch the parameters of these groups; then, since it cannot be undone, become the hook of the DDP."""
+        self.watch(groups)
+        if self._ddp is not None:
+            if not any(p in self._ddp for p in self._parameters):
                 raise ValueError(
                     "step_in_backward: the optimizer holds none of the parameters of the DistributedDataParallel"
                 )
-            self._ddp_steps = DdpSteps(ddp, self._take_averaged)
+            self._ddp.register()
+
+    @property
+    def has_ddp(self) -> bool:
+        """Whether it has a DDP, or is a copy of one that had."""
+        return self._ddp is not None or self.is_copy
 
     @property
     def began(self) -> bool:
@@ -117,7 +130,7 @@ class InBackward:
 
     def _hooked(self, parameters: list[Tensor]) -> list[Tensor]:
         """Those whose own hooks tell of their gradients: all that are not in `ddp`."""
-        return [p for p in parameters if id(p) not in self._averaged] if self._averaged else parameters
+        return parameters if self._ddp is None else [p for p in parameters if p not in self._ddp]
 
     def check_group(self, group: dict[str, Any]) -> None:
         """ValueError if the parameters of a group cannot be added to those that there are."""
@@ -162,7 +175,7 @@ class InBackward:
             )
         before, self._buckets.paused = self._buckets.paused, True
         try:
-            with nullcontext() if self._ddp is None else self._ddp.no_sync():
+            with nullcontext() if self._ddp is None else self._ddp.ddp.no_sync():
                 yield
         finally:
             self._buckets.paused = before
@@ -185,14 +198,14 @@ class InBackward:
         """End the step: use what gradients are left, and count it. The statistics of all, if they were clipped."""
         if self._buckets.paused:
             raise RuntimeError("step() must come after accumulate(), not within")
+        self._refuse_copy()
         self._buckets.flush()
         rest = [p for p in self._parameters if p.grad is not None]
         for p in rest:
-            if id(p) in self._averaged:
+            if self._ddp is not None and p in self._ddp:
                 raise RuntimeError(
-                    f"the gradient of {self._name_of(p)} was not averaged over the ranks, for which forward and "
-                    f"backward of the last pass of a step must run outside of accumulate() and no_sync(). Nothing was "
-                    f"done with it"
+                    f"the gradient of {self._name_of(p)} was not used in backward: that raised an error, or the last "
+                    f"pass of the step ran within accumulate() or no_sync(). Nothing was done with this gradient"
                 )
             if self._positions[id(p)] in self._stepped:
                 self._again(p)
@@ -216,22 +229,43 @@ class InBackward:
     def reset(self) -> None:
         """Begin a new step. Gradients that have come and were not used stay where they are."""
         self._buckets.clear()
-        self._stepped.clear()
-        self._parts.clear()
+        with self._lock:
+            self._stepped.clear()
+            self._parts.clear()
+            self._round += 1
+            self._failed = False
+
+    def _refuse_copy(self) -> None:
+        if self.is_copy:
+            raise RuntimeError(
+                "this optimizer is a copy of one with step_in_backward=model, and belongs to no "
+                "DistributedDataParallel: make one with the new model, and load the state_dict() of the other"
+            )
+
+    def _begin(self, optimizer: StepsSome) -> None:
+        """What must be so before the first gradient of a step is used."""
+        self._refuse_copy()
+        self.watch(optimizer.param_groups)
+        if not self._checked:  # which takes long
+            _check_parameters(self._hooked(self._parameters))
+            names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+            self._refuse_shared(self._parameters, names)
+            self._checked = True
+        _check_marks(self._parameters)
 
     @torch.no_grad()
     def _ready(self, batch: list[Tensor]) -> None:
-        optimizer = self._optimizer()
-        if optimizer is None:  # and this about to go
-            return
+        with self._lock:
+            optimizer = self._optimizer()
+            if optimizer is not None:  # else it is about to go, and this too
+                self._step_some(optimizer, batch)
+
+    def _step_some(self, optimizer: StepsSome, batch: list[Tensor]) -> None:
+        """Use the gradients of a bucket, and empty it."""
         if not self._stepped:
-            self.watch(optimizer.param_groups)
-            if not self._checked:  # which takes long
-                _check_parameters(self._hooked(self._parameters))
-                names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
-                self._refuse_shared(self._parameters, names)
-                self._checked = True
-            _check_marks(self._parameters)
+            self._begin(optimizer)
+        if self._ddp is not None:
+            self._ddp.wait()
         # Others may have set a gradient to None, or taken the parameter out of the optimizer, while it waited.
         parameters = [p for p in batch if p.grad is not None and id(p) in self._positions]
         parameters.sort(key=lambda p: self._positions[id(p)])
@@ -249,17 +283,36 @@ class InBackward:
                     p.grad = None
         batch.clear()
 
-    def _take_averaged(self, parameters: list[Tensor], gradients: list[Tensor]) -> list[int]:
-        """Step those parameters of a bucket of `ddp` that are the optimizer's; the places of the others."""
-        if self._optimizer() is None:
-            return list(range(len(parameters)))
+    def _bucket_begins(self) -> Take:
+        """The averaging of a bucket of the DDP begins: what is to be done afterwards."""
         if self._buckets.paused:
             raise RuntimeError(
-                "accumulate() must be around the forward pass too with DistributedDataParallel, as no_sync(), of which "
-                "it is one. Nothing was done with the gradients"
+                "accumulate() enters no_sync() of DistributedDataParallel, and so must be around the forward pass too. "
+                "Nothing was done with the gradients"
             )
-        own = [i for i, p in enumerate(parameters) if id(p) in self._positions]
-        for p in (parameters[i] for i in own):
+        return functools.partial(self._take_averaged, self._round)
+
+    def _take_averaged(self, begun_in: int, parameters: list[Tensor], gradients: list[Tensor]) -> list[int]:
+        """Step those parameters of a bucket that are the optimizer's; the places of the others."""
+        with self._lock:
+            optimizer = self._optimizer()
+            if optimizer is None:
+                return list(range(len(parameters)))
+            if self._failed or begun_in != self._round:  # backward has raised an error, and did not wait for this one
+                return []
+            try:
+                if not self._stepped:
+                    self._begin(optimizer)
+                own = [i for i, p in enumerate(parameters) if id(p) in self._positions]
+                self._step_averaged([parameters[i] for i in own], [gradients[i] for i in own])
+                return [i for i in range(len(parameters)) if i not in own]
+            except BaseException:
+                self._failed = True
+                raise
+
+    def _step_averaged(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        before = [p.grad for p in parameters]
+        for p in parameters:
             if self._positions[id(p)] in self._stepped:
                 self._again(p)
             if p.grad is None:
@@ -267,10 +320,15 @@ class InBackward:
                     f"{self._name_of(p)} has no gradient on this rank, which step_in_backward needs with "
                     f"DistributedDataParallel: on the other ranks it may have one"
                 )
-        for i in own:
-            parameters[i].grad = gradients[i]
-        self._ready([parameters[i] for i in own])
-        return [i for i, p in enumerate(parameters) if id(p) not in self._positions]
+        try:
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient
+            self._ready(list(parameters))
+        except BaseException:
+            for p, former in zip(parameters, before):
+                if p.grad is not None:  # else it has been used
+                    p.grad = former
+            raise
 
     def _name_of(self, parameter: Tensor) -> str:
         position = self._positions.get(id(parameter), 0)
@@ -351,11 +409,13 @@ def _check_parameters(parameters: list[Tensor]) -> None:
                 f"over the ranks when it is complete on this one. Step it after backward, by an optimizer of its own"
             )
     _check_marks(parameters)
-    if plain and parameters and dist.is_available() and dist.is_initialized() and _in_ddp(parameters):
+    trained = [p for p in parameters if p.requires_grad]
+    if plain and trained and dist.is_available() and dist.is_initialized() and _in_ddp(trained):
         raise ValueError(
             "step_in_backward: DistributedDataParallel sums the gradients over the ranks only after they are complete "
-            "on this one, and the optimizer would step with those of this rank alone. Pass the "
-            "DistributedDataParallel itself, step_in_backward=model, or use fully_shard (FSDP2)"
+            "on this one, and the optimizer would step with those of this rank alone. Pass it, step_in_backward=model, "
+            "or use fully_shard (FSDP2). What it averages must have required a gradient when it was made, and must not "
+            "be ignored or delayed by it"
         )
 
 

@@ -168,7 +168,7 @@ class Group:
         return Group(gradients, storages, addresses, numels, [])
 
     def fingerprint(self) -> int:
-        return hash((self.addresses.tobytes(), self.numels.tobytes()))
+        return hash((self.addresses.tobytes(), self.numels.tobytes(), self.dtype))
 
     def bump_version(self, positions: list[int] | None = None) -> None:
         bump_versions(self.gradients if positions is None else [self.gradients[i] for i in positions])

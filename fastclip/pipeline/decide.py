@@ -176,7 +176,7 @@ def decide(
     if coef is not None or (shards is None and not len(table)):
         if coef is None or not len(table):
             coef = torch.ones((), dtype=torch.float64, device=table.device)
-        return before.record(coef, limit, None, skip), ClipDecision(coef, skip, owners=owners)
+        return before.record(coef, limit, None, skip), ClipDecision(coef, skip, owners=owners, leaves=leaves(coef))
 
     context.begin_rules(skip, table.sizes)
     coef, overall, changed = inv_scale, None, None  # None: 1, 1, no

@@ -69,7 +69,7 @@ class StepContext:
         return self._index
 
     def begin_rules(self, skip: Tensor | None, sizes: Callable[[], Tensor]) -> None:
-        """What is known once the gradients have been read and the rules begin to decide."""
+        """Set what is known once the gradients have been read and the rules begin to decide."""
         self.skip, self._sizes = skip, sizes
 
     def sizes(self) -> Tensor:
@@ -88,7 +88,7 @@ class Rule:
 
     Attributes:
         norm_type: p of the p-norms that it needs; None: it needs none, or takes any.
-        needs: which statistics it looks at.
+        needs: which statistics it looks at, and whether at ``context.sizes()``.
         freezes: whether a coefficient of 0 also keeps the parameter as it is, in :meth:`fastclip.Clipper.step`.
         finite_zero: whether a coefficient for all gradients is +0 only where all are finite, so that multiplying by 0
             gives the zeros that +0 stands for.

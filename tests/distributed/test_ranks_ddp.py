@@ -143,6 +143,97 @@ def test_an_optimizer_of_some_of_the_parameters():
     worlds.run(2, _in_part)
 
 
+class Odd(torch.nn.Module):
+    """Parameters whose memory is not in the order of their dimensions, one that is frozen, and one outside."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.turned = torch.nn.Parameter(torch.randn(5, 4).t())
+        self.frozen = torch.nn.Parameter(torch.randn(5), requires_grad=False)
+        self.double()
+
+    def forward(self, x):
+        return self.conv(x.unflatten(1, (3, 4, 4))).mean((2, 3)) @ self.turned + self.frozen
+
+
+def _of_every_layout():
+    for options in WAYS[:2]:
+        model, alone = DistributedDataParallel(Odd(), **options), Odd()
+        outside, beside = (torch.nn.Linear(48, 48).double() for _ in range(2))
+        beside.load_state_dict(outside.state_dict())
+        rule = {"max_norm": rules.AdaGC(lambda_rel=0.9, warmup=0)}
+        parameters = [*model.parameters(), *outside.parameters()]
+        ours = SGD(parameters, lr=0.1, step_in_backward=torch.compile(model), bucket_bytes=1, **copy.deepcopy(rule))
+        theirs = SGD([*alone.parameters(), *beside.parameters()], lr=0.1, **rule)
+        for step in range(4):
+            rows = whole((8, 48), step, torch.float64)
+            for net, layer, optimizer in ((model, outside, ours), (alone, beside, theirs)):
+                mine = rows.chunk(2)[dist.get_rank()] if net is model else rows
+                loss = net(mine).square().mean() + layer(rows).square().mean()  # what is outside nobody averages
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert_same(model, alone)
+            assert_same(outside, beside)
+        for a, b in zip(ours.clipper.state_dict()["rules"], theirs.clipper.state_dict()["rules"]):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+
+
+def test_memory_of_every_layout_and_parameters_outside():
+    worlds.run(2, _of_every_layout)
+
+
+class Failing(rules.TensorNorm):
+    fails = False
+
+    def decide(self, stats, context):
+        if self.fails:
+            raise ValueError("told to")
+        return super().decide(stats, context)
+
+
+def _failures():
+    """A rule that raises in one step, and parameters that leave the optimizer and come back."""
+    for options in WAYS[:2]:
+        model, alone = DistributedDataParallel(network(), **options), network()
+        rule = Failing(0.02)
+        ours = AdamW(model.parameters(), max_norm=rule, step_in_backward=model)
+        theirs = AdamW(alone.parameters(), max_norm=rules.TensorNorm(0.02))
+
+        def both_step(step, model=model, alone=alone, ours=ours, theirs=theirs):
+            loss_of(model, step, ALL).backward()
+            loss_of(alone, step).backward()
+            for optimizer in (ours, theirs):
+                optimizer.step()
+                optimizer.zero_grad()
+            assert_same(model, alone)
+
+        both_step(0)
+        rule.fails = True
+        texts = raised(loss_of(model, 1, ALL).backward)
+        assert all("told to" in text for text in texts)
+        rule.fails = False
+        assert_same(model, alone)  # nothing was stepped
+        texts = raised(ours.step)
+        assert all("was not used in backward" in text for text in texts)
+        ours.zero_grad()
+        ours.step()
+        both_step(2)
+        gone = [(o, o.param_groups[0]["params"].pop()) for o in (ours, theirs)]
+        both_step(3)
+        torch.testing.assert_close(*(p.grad for _, p in gone), rtol=1e-10, atol=1e-12)  # averaged, as without
+        for optimizer, p in gone:
+            p.grad = None
+            optimizer.param_groups[0]["params"].append(p)
+        both_step(4)
+
+
+def test_a_step_that_fails_and_parameters_that_leave():
+    worlds.run(2, _failures)
+
+
 def _refused():
     kwargs = {"max_norm": rules.TensorNorm(1.0)}
 
@@ -153,8 +244,13 @@ def _refused():
         return raised(lambda: AdamW(model.parameters(), step_in_backward=model, **kwargs))
 
     assert all("find_unused_parameters" in text for text in texts_of(wrapped(find_unused_parameters=True)))
+    sparse = DistributedDataParallel(torch.nn.Embedding(3, 2, sparse=True))
+    assert all("sparse gradients" in text for text in texts_of(sparse))
     model = wrapped()
-    held = AdamW(model.parameters(), step_in_backward=model, **kwargs)
+    another = wrapped()
+    texts = raised(lambda: AdamW([*model.parameters(), *another.parameters()], step_in_backward=model, **kwargs))
+    assert all("step with those of this rank alone" in text for text in texts)
+    held = AdamW(model.parameters(), step_in_backward=model, **kwargs)  # whose hook has not been taken by that
     assert all("has a communication hook already" in text for text in texts_of(model))
     texts = raised(lambda: AdamW(network().parameters(), step_in_backward=wrapped(), **kwargs))
     assert all("holds none of the parameters" in text for text in texts)
@@ -171,16 +267,16 @@ def _refused():
     with model.no_sync():
         loss_of(model, 0, ALL).backward()
     texts = raised(held.step)
-    assert all("was not averaged over the ranks" in text for text in texts)
+    assert all("was not used in backward" in text for text in texts)
     held.zero_grad()
     # A forward pass that does not know of accumulate().
     loss = loss_of(model, 0, ALL)
     with held.accumulate():
         texts = raised(loss.backward)
-    assert all("accumulate() must be around the forward pass" in text for text in texts)
+    assert all("and so must be around the forward pass too" in text for text in texts)
     assert all(map(torch.equal, model.parameters(), before))
 
-    # A gradient that comes twice before step(). (After an error in backward a DDP is of no more use.)
+    # A gradient that comes twice before step().
     model = wrapped()
     held = AdamW(model.named_parameters(), step_in_backward=model, **kwargs)
     loss_of(model, 0, ALL).backward()
@@ -197,6 +293,12 @@ def _refused():
     model.module[0].bias.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     texts = raised(loss_of(model, 2, ALL).backward)
     assert all("has no gradient on this rank" in text for text in texts)
+
+    # A copy, which belongs to no DistributedDataParallel.
+    copied = copy.deepcopy(held)
+    copied.param_groups[0]["params"][0].grad = torch.zeros(7, 5, dtype=torch.float64)
+    texts = raised(copied.step)
+    assert all("is a copy of one with step_in_backward=model" in text for text in texts)
 
 
 def test_what_cannot_be_done_is_refused_in_words():

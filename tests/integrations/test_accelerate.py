@@ -193,6 +193,22 @@ def ready(name="fused SGD", **options):
     return training, attached, before
 
 
+@pytest.mark.parametrize("why", ["another pass will follow", "no optimizer has them"])
+def test_gradients_that_no_step_takes_are_clipped_at_once(why):
+    training = Training(accumulate=2)
+    attach(training.accelerator)
+    if why == "no optimizer has them":
+        training.accelerator._optimizers.clear()
+    with training.accelerator.accumulate(training.model):
+        assert not training.accelerator.sync_gradients
+        training.accelerator.backward(training.model(torch.ones(4, 8)).square().mean())
+    before = norm_of(training.gradients)
+    training.accelerator.gradient_state._set_sync_gradients(why == "no optimizer has them")
+    norm = training.accelerator.clip_grad_norm_(training.model.parameters(), before / 2)
+    close([norm.item(), norm_of(training.gradients)], [before, before / 2])
+    assert norm.dtype == torch.float32 and norm.device == training.gradients[0].device
+
+
 def test_gradients_that_are_changed_before_the_step_are_an_error():
     for change in (
         lambda p: p.grad.add_(1),
