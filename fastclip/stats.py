@@ -70,7 +70,7 @@ class Stats:
     ) -> None:
         self.norm_type = norm_type
         self.device = device
-        self.count = sum([len(part.power) for part in parts])  # T
+        self.count = sum([part.power.numel() for part in parts])  # T
         self._dtype = dtype
         self._parts = parts
         self._positions = positions  # of the parts' tensors, one part after the other; None: as they come
@@ -364,7 +364,10 @@ def leaves(coef: Tensor) -> bool:
         return False
     if not coef.dim():
         return coef.item() == 1
-    return not len(coef) or all(extreme.item() == 1 for extreme in torch.aminmax(coef))
+    if not coef.numel():
+        return True
+    least, most = torch.aminmax(coef)
+    return least.item() == 1 and most.item() == 1
 
 
 def is_zero(coef: Tensor) -> Tensor:

@@ -203,10 +203,23 @@ def test_bad_rules(rule, kind, message):
 def test_rule_with_a_bad_answer(backend):
     parameters = model()
     before = wide(gradients(parameters))
-    for answer in (0.5, torch.ones(3)):
-        with pytest.raises(TypeError, match=r"must return a tensor of shape \[\] or \[4\]"):
+    for answer in ("half", None, True, torch.ones(3)):
+        with pytest.raises(TypeError, match=r"must return a number or a tensor of shape \[\] or \[4\]"):
             fastclip.Clipper(parameters, lambda stats, answer=answer: answer).clip_()
     assert_scaled(gradients(parameters), before, [1.0] * 4, relative=0.0)
+
+
+@pytest.mark.parametrize("answers", [(0.5,), (1.0,), (1,), (2, 0.25), (1.0, 0.5), (0.5, 1.0), (1.0, 1.0), (0.0,)])
+def test_rules_may_return_numbers(backend, answers):
+    """For all gradients; a list of them, and what comes after, as if they were tensors."""
+    numbers = model()
+    tensors = [parameter(g.clone()) for g in gradients(numbers)]
+    rules = [lambda stats, answer=answer: answer for answer in answers]
+    theirs = [lambda stats, answer=answer: torch.full((), float(answer), dtype=torch.float64) for answer in answers]
+    found = fastclip.Clipper(numbers, [*rules, GlobalNorm(0.1)]).clip_()
+    expected = fastclip.Clipper(tensors, [*theirs, GlobalNorm(0.1)]).clip_()
+    for a, b in ((found.coef, expected.coef), *zip(gradients(numbers), gradients(tensors))):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_bad_parameters():

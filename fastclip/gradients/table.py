@@ -22,14 +22,15 @@ _sizes: UploadCache[Tensor] = UploadCache()
 class GradTable:
     """All gradients of a call, in the order of the parameters, each once."""
 
+    shards: Shards | None = None  # where they are this rank's parts of larger ones
+    known: list[Measurement] | None = None  # what the next read of each group would give, where that is known
+
     def __init__(self, groups: list[GradGroup], device: torch.device) -> None:
         self._groups = groups
         self.home = device  # the first gradient's, else the first parameter's
         self.device = wide_device(device)  # where statistics are gathered
         wide = any(group.dtype in (torch.float64, torch.complex128) for group in groups)
         self.dtype = torch.float64 if wide else torch.float32  # of norms and coefficients
-        self.shards: Shards | None = None  # where they are this rank's parts of larger ones
-        self.known: list[Measurement] | None = None  # what the next read of each group would give, where that is known
 
     @property
     def groups(self) -> list[GradGroup]:
@@ -129,7 +130,8 @@ class ReadTable(GradTable):
     def __init__(
         self, count: int, measured: Measurement, wide: bool, fingerprint: int, pack: Callable[[], GradTable]
     ) -> None:
-        super().__init__([], torch.device("cpu"))
+        self._groups = []
+        self.home = self.device = measured.power.device
         self.dtype = torch.float64 if wide else torch.float32
         self.known = [measured]
         self._count, self._fingerprint, self._pack = count, fingerprint, pack

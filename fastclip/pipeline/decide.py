@@ -155,15 +155,15 @@ def decide(
         for rule in rules:
             rule.check_capture()
     inv_scale, skip = context.inv_scale, context.skip
-    wanted = functools.partial(_wanted, rules, nonfinite, tensor_stats, skip_each, inv_scale is None)
+    wanted = _wanted(rules, nonfinite, tensor_stats, skip_each, inv_scale is None) if shards is not None else None
     limit = rules[0].static_limit(context.step) if len(rules) == 1 and inv_scale is None and shards is None else None
     coef: Tensor | None
     if norm is not None:
         before, coef = stats_of_norm(table, norm, norm_type), None
     else:
         before, coef = measure(table, norm_type, limit, repair=nonfinite == "zero")
-    if shards is not None and norm is None:
-        before, skip, context.found_inf = reduce(before, shards, wanted(), skip, context.found_inf)
+    if shards is not None and wanted is not None and norm is None:
+        before, skip, context.found_inf = reduce(before, shards, wanted, skip, context.found_inf)
     if inv_scale is not None:
         zeroed, before = before.zeroed, before.scaled(inv_scale)
         before.zeroed = zeroed
@@ -198,10 +198,13 @@ def decide(
             continue
         if stats is None:
             stats, _ = measure(table, norm_type)
-            if shards is not None:
-                stats = reduce(stats, shards, wanted()).stats
+            if shards is not None and wanted is not None:
+                stats = reduce(stats, shards, wanted).stats
             stats.step = context.step
-        rule_coef = checked(rule.decide(stats, context), rule, stats.count).to(stats.device)
+        returned = rule.decide(stats, context)
+        if type(returned) is float and returned == 1 and stats.as_left() is not None:
+            continue  # as if there were no such rule
+        rule_coef = checked(returned, rule, stats.count, stats.device)
         decisions.append((rule, rule_coef))
         if rule_coef.dim() and rule.freezes:
             freezing.append(rule_coef)

@@ -28,7 +28,6 @@ from .arithmetic import (
     either,
     every,
     floor,
-    on_host,
     put,
     root,
     taken,
@@ -58,7 +57,7 @@ class Adaptive(Rule):
 
     def _on(self, device: torch.device) -> dict[str, Tensor]:
         """The state, on `device`."""
-        if not self.state or any(t.device != device for t in self.state.values()):
+        if not self.state or next(iter(self.state.values())).device != device:  # they are always together
             if capturing(device):
                 raise RuntimeError(
                     f"{self!r} remembers nothing on {device} yet: call it once before it is captured in a CUDA graph, "
@@ -77,10 +76,11 @@ class Adaptive(Rule):
         return norm if context.skip is None else torch.where(context.skip, math.nan, norm)
 
     def _remember(self, *new: Number) -> None:
-        tensors = [value for value in new if isinstance(value, Tensor)]
-        if len(tensors) == len(new):
-            torch._foreach_copy_(list(self.state.values()), tensors)
-            return
+        if isinstance(new[0], Tensor):
+            tensors = [value for value in new if isinstance(value, Tensor)]
+            if len(tensors) == len(new):
+                torch._foreach_copy_(list(self.state.values()), tensors)
+                return
         for own, value in zip(self.state.values(), new):
             own.copy_(value) if isinstance(value, Tensor) else own.fill_(value)
 
@@ -159,7 +159,7 @@ class ZClip(Adaptive):
     def _new(self, device: torch.device) -> dict[str, Tensor]:
         return {name: torch.zeros((), dtype=torch.float64, device=device) for name in self._names}
 
-    def decide(self, stats: Stats, context: StepContext) -> Tensor:
+    def decide(self, stats: Stats, context: StepContext) -> Tensor | float:
         state = self._on(stats.device)
         norm = stats.norm
         coef, context.limit, *new = fused(
@@ -171,7 +171,7 @@ class ZClip(Adaptive):
             self.eps,
         )
         self._remember(*new)
-        return as_tensor(coef, stats.device)
+        return coef
 
     def __repr__(self) -> str:
         return f"ZClip(z_max={self.z_max}, alpha={self.alpha}, warmup={self.warmup}, eps={self.eps})"
@@ -247,14 +247,14 @@ class AutoClip(Adaptive):
             "history": torch.full((self.window + 1,), math.inf, dtype=torch.float64, device=device),
         }
 
-    def decide(self, stats: Stats, context: StepContext) -> Tensor:
+    def decide(self, stats: Stats, context: StepContext) -> Tensor | float:
         state = self._on(stats.device)
         norm = stats.norm
         coef, context.limit, *new = fused(
             _autoclip, norm, self._to_remember(norm, context), *state.values(), self.percentile / 100
         )
         self._remember(*new)
-        return as_tensor(coef, stats.device)
+        return coef
 
     def __repr__(self) -> str:
         return f"AutoClip({self.percentile}, window={self.window})"
@@ -413,7 +413,7 @@ def fused(function: Callable[..., tuple[Number, ...]], *arguments: Any) -> tuple
     """
     device = arguments[0].device
     if device.type == "cpu":
-        return function(*[on_host(x) if isinstance(x, Tensor) else x for x in arguments])
+        return function(*[x.item() if isinstance(x, Tensor) and not x.dim() else x for x in arguments])
     if _compiled.get(function) is function:
         return function(*arguments)
     key = function, device, tuple(x.shape if isinstance(x, Tensor) else x for x in arguments)

@@ -106,7 +106,7 @@ class Rule:
     needs_names: bool = False
     per_tensor: bool = False
 
-    def decide(self, stats: Stats, context: StepContext) -> Tensor:
+    def decide(self, stats: Stats, context: StepContext) -> Tensor | float:
         """What the gradients are to be multiplied by.
 
         1 leaves a gradient alone (neither read nor written), +0 writes zeros without reading it, -0 multiplies by 0 (so
@@ -114,7 +114,7 @@ class Rule:
         it returned. What it remembers, it remembers in here.
 
         Returns:
-            [] (for all) or [T] (for each), floating point, on ``stats.device``.
+            [] (for all) or [T] (for each), floating point, on ``stats.device``; or a number, for all.
         """
         raise NotImplementedError
 
@@ -174,10 +174,10 @@ class InPlaceRule(Rule):
 class FunctionRule(Rule):
     """A function of :class:`~fastclip.Stats` that returns coefficients, as a rule."""
 
-    def __init__(self, function: Callable[[Stats], Tensor]) -> None:
+    def __init__(self, function: Callable[[Stats], Tensor | float]) -> None:
         self.function = function
 
-    def decide(self, stats: Stats, context: StepContext) -> Tensor:
+    def decide(self, stats: Stats, context: StepContext) -> Tensor | float:
         return self.function(stats)
 
     def __repr__(self) -> str:

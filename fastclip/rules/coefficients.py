@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from ..arguments import is_bool
 from ..stats import is_zero
 from .arithmetic import Number, as_tensor, clamped, divided, on_host, where
 
@@ -30,10 +32,9 @@ def clip_coefficient(norm: Number, max_norm: Number) -> Number:
     return where(max_norm == math.inf, 1.0, coef) if isinstance(max_norm, Tensor) else coef
 
 
-def coefficient_for_all(norm: Tensor, max_norm: Number) -> Tensor:
-    """:func:`clip_coefficient` of a [] norm."""
-    limit = on_host(max_norm) if isinstance(max_norm, Tensor) else max_norm
-    return as_tensor(clip_coefficient(on_host(norm), limit), norm.device)
+def coefficient_for_all(norm: Tensor, max_norm: Number) -> Number:
+    """:func:`clip_coefficient` of a [] norm; on the host if that is there."""
+    return clip_coefficient(on_host(norm), on_host(max_norm) if isinstance(max_norm, Tensor) else max_norm)
 
 
 def within(norm: Tensor, limit: Tensor) -> Tensor:
@@ -56,9 +57,13 @@ def combined(coef: Tensor | None, factor: Tensor, left: bool = False) -> Tensor:
     return torch.where(zeroes, 0.0, torch.where(vanished, -0.0, product))
 
 
-def checked(coef: Any, rule: Any, count: int) -> Tensor:
-    """What `rule` returned, as float64; TypeError unless it is a tensor of shape [] or [count]."""
+def checked(coef: Any, rule: Any, count: int, device: torch.device) -> Tensor:
+    """What `rule` returned, as a float64 tensor on `device`; TypeError unless it is a number or a tensor of shape [] or
+    [count]."""
+    if isinstance(coef, numbers.Real) and not is_bool(coef):
+        return as_tensor(float(coef), device)
     if not isinstance(coef, Tensor) or coef.shape not in ((), (count,)):
         got = f"a tensor of shape {tuple(coef.shape)}" if isinstance(coef, Tensor) else repr(coef)
-        raise TypeError(f"rule {rule!r} must return a tensor of shape [] or [{count}], got {got}")
-    return (coef.detach() if coef.requires_grad else coef).double()
+        raise TypeError(f"rule {rule!r} must return a number or a tensor of shape [] or [{count}], got {got}")
+    coef = coef.detach() if coef.requires_grad else coef
+    return coef if coef.dtype is torch.float64 and coef.device == device else coef.double().to(device)

@@ -80,7 +80,7 @@ class GlobalNorm(Rule):
                 "max_norm must be a number or a tensor on the GPU in a CUDA graph, which would keep its value"
             )
 
-    def decide(self, stats: Stats, context: StepContext) -> Tensor:
+    def decide(self, stats: Stats, context: StepContext) -> Tensor | float:
         limit = self.limit(context.step)
         if isinstance(limit, Tensor):  # a copy: the statistics keep it, and it changes
             to_device = stats.device.type != "cpu"  # only there what follows waits for the copy

@@ -114,8 +114,9 @@ class Only(Rule):
             return torch.ones((), dtype=torch.float64, device=stats.device)
         index = params.cached_on(stats.device, self, lambda: upload(positions, torch.int64, stats.device))
         inner = context.only(index, params.only(self, positions))
-        coef = checked(self.rule.decide(stats.only(index), inner), self.rule, len(positions)).expand(len(positions))
-        return torch.ones(stats.count, dtype=torch.float64, device=stats.device).index_copy_(0, index, coef)
+        coef = checked(self.rule.decide(stats.only(index), inner), self.rule, len(positions), stats.device)
+        all_ones = torch.ones(stats.count, dtype=torch.float64, device=stats.device)
+        return all_ones.index_copy_(0, index, coef.expand(len(positions)))
 
     def apply_(self, table: GradTable, context: StepContext) -> Tensor:
         chosen = self._chosen(context.params())
