@@ -355,7 +355,7 @@ def write(
         "device": device,
         "date": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d %H:%M"),
         "command": _command(MODULES.get(kind, kind), arguments),
-        "commit": _said_by(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
+        "commit": _commit(),
         "machine": _machine(device),
         "versions": {
             "fastclip": fastclip.__version__, "torch": torch.__version__, "triton": _triton(),
@@ -408,6 +408,14 @@ def _triton() -> str | None:
     except ImportError:
         return None
     return triton.__version__
+
+
+def _commit() -> str | None:
+    """The commit, "-dirty" if the code is another; what benchmarks have written does not count."""
+    git = ["git", "-C", str(ROOT)]
+    commit = _said_by([*git, "describe", "--always"])
+    changed = _said_by([*git, "status", "--porcelain", "--", "fastclip", "csrc", "bench/*.py"])
+    return f"{commit}-dirty" if commit and changed else commit
 
 
 def _said_by(command: list[str]) -> str | None:

@@ -207,6 +207,7 @@ def test_backward(tmp_path):
     ]
     assert run["rows"][0]["step_vs_torch"]["median"] == 1 and all(r["step_s"]["median"] > 0 for r in run["rows"])
     assert "8 tokens" in report.backward_words(run)
+    assert 0 < run["rows"][3]["hooks_s"]["median"] < run["rows"][3]["backward_s"]["median"]
     assert report.inside_backward({}, "cpu") == []
     (words,) = report.inside_backward(
         {("backward", "cpu"): run, ("memory", "cpu"): runs.newest()["memory", "cpu"]}, "cpu"
