@@ -6,7 +6,7 @@ A real backward pass of one sequence, then clip and step with AdamW: torch's fus
 torch's clip; `fastclip.optim`'s, which reads the gradients for their norm first, and with `measure_in_backward=True`,
 which has read them by then. The rivals take turns, and only the last one's hooks are there in its turn. A ratio is the
 median over the rounds: of a step, to torch's without a clip; of backward, to the mean of the others in the same round.
-Where the time of backward varies by more than the hooks take, the time within them says more: on a CPU all that they add.
+Where backward's time varies by more than the hooks take, the time within them says more: on a CPU all that they add.
 """
 
 from __future__ import annotations
