@@ -34,6 +34,7 @@ key_included = found("_C._dispatch_tls_is_dispatch_key_included")
 mode_of = found("_C._get_dispatch_mode")
 mode_key = found("_C._TorchDispatchModeKey")
 modes_disabled = found("utils._python_dispatch._disable_current_modes")
+graph_task = found("_C._current_graph_task_id")
 
 
 def is_wrapper(tensor: Tensor) -> bool:
@@ -105,3 +106,8 @@ def fakes_or_traces() -> bool:
     if mode_of is None or mode_key is None:
         return any_dispatch_mode()
     return any(map(mode_of, (mode_key.FAKE, mode_key.PROXY)))
+
+
+def is_in_backward() -> bool:
+    """Whether this thread runs a backward pass. Else: yes."""
+    return graph_task is None or graph_task() != -1

@@ -30,6 +30,7 @@ WITH_FALLBACK = {
     "mode_of": "_C._get_dispatch_mode",
     "mode_key": "_C._TorchDispatchModeKey",
     "modes_disabled": "utils._python_dispatch._disable_current_modes",
+    "graph_task": "_C._current_graph_task_id",
 }
 
 # ATen operators, which torch.optim and torch.nn.utils call by these names, too

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import is_bool
-from ..torch_internals import is_dense
+from ..torch_internals import is_dense, is_in_backward
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
@@ -64,12 +64,20 @@ class DdpBuckets:
 
     def __init__(self, ddp: DistributedDataParallel, begins: Callable[[], Take]) -> None:
         _check(ddp)
-        self.ddp = ddp
+        self._ddp = weakref.ref(ddp)  # whose reducer holds this, where the garbage collector does not look
         named = ddp.module.named_parameters()
         averaged = [p for name, p in named if p.requires_grad and name not in ddp.parameters_to_ignore]
-        self._averaged = set(map(id, averaged))
+        self._averaged = {id(p): p for p in averaged}  # held, so that no others get their ids
         self._begins = weakref.WeakMethod(begins)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # the copy of a DDP, which has this in a list, has no hook
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """The DDP's, as long as there is one."""
+        ddp = self._ddp()
+        return contextlib.nullcontext() if ddp is None else ddp.no_sync()
 
     def __contains__(self, parameter: Tensor) -> bool:
         """Whether the DDP averages its gradient."""
@@ -77,8 +85,10 @@ class DdpBuckets:
 
     def register(self) -> None:
         """Become the one communication hook that the DDP can have, for good. ValueError if it has another."""
+        ddp = self._ddp()
+        assert ddp is not None
         try:
-            self.ddp.register_comm_hook(self, lambda buckets, bucket: buckets._average(bucket))
+            ddp.register_comm_hook(self, _hook)
         except RuntimeError as error:
             if "once" not in str(error):
                 raise
@@ -86,7 +96,7 @@ class DdpBuckets:
                 "step_in_backward: the DistributedDataParallel has a communication hook already, perhaps of an "
                 "optimizer made before, and takes no second one"
             ) from error
-        getattr(self.ddp.reducer, LEAVE)()
+        getattr(ddp.reducer, LEAVE)()
 
     def wait(self) -> None:
         """Let the current streams wait for what was launched for the buckets so far."""
@@ -101,7 +111,9 @@ class DdpBuckets:
                 "step_in_backward needs the buckets of DistributedDataParallel, which torch.compile does without where "
                 "torch._dynamo.config.optimize_ddp is 'python_reducer'"
             )
-        begins = self._begins()
+        ddp = self._ddp()
+        assert ddp is not None
+        begins = self._begins() if is_in_backward() else None  # else this rank has joined the others (ddp.join())
         take = None if begins is None else begins()
 
         def hand_over(future: torch.futures.Future[Tensor]) -> Tensor:
@@ -116,7 +128,7 @@ class DdpBuckets:
                         own.copy_(gradients[i])
             return buffer
 
-        return allreduce_hook(self.ddp.process_group, bucket).then(hand_over)
+        return allreduce_hook(ddp.process_group, bucket).then(hand_over)
 
     @contextlib.contextmanager
     def _one_after_the_other(self, device: torch.device) -> Iterator[None]:
@@ -138,3 +150,7 @@ def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
     if not is_dense(parameter):
         return gradient
     return gradient.as_strided(parameter.shape, parameter.stride(), gradient.storage_offset())
+
+
+def _hook(buckets, bucket):  # type: ignore[no-untyped-def]  # annotations that are strings DDP refuses
+    return buckets._average(bucket)

@@ -175,7 +175,7 @@ class InBackward:
             )
         before, self._buckets.paused = self._buckets.paused, True
         try:
-            with nullcontext() if self._ddp is None else self._ddp.ddp.no_sync():
+            with nullcontext() if self._ddp is None else self._ddp.no_sync():
                 yield
         finally:
             self._buckets.paused = before

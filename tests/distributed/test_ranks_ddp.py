@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -232,6 +234,41 @@ def _failures():
 
 def test_a_step_that_fails_and_parameters_that_leave():
     worlds.run(2, _failures)
+
+
+def _lives():
+    """Uneven inputs; copies and checkpoints of the model; one that is dropped is freed."""
+    results = []
+    for inside in (False, True):
+        model = DistributedDataParallel(network(), **WAYS[0])
+        optimizer = AdamW(
+            model.parameters(), max_norm=rules.TensorNorm(0.02), step_in_backward=model if inside else False
+        )
+        for epoch in range(2):
+            with model.join():
+                for step in range(3 if dist.get_rank() else 2):
+                    loss_of(model, 10 * epoch + step, ALL).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        results.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        another = SGD(copied.parameters(), lr=0.1, step_in_backward=copied)
+        loss_of(copied, 0, ALL).backward()
+        assert all(p.grad is None for p in copied.parameters())
+        another.step()
+    torch.testing.assert_close(results[1], [p.detach() for p in model.parameters()], rtol=0, atol=0)
+
+    alive, plain = weakref.ref(model), model.module
+    del model, optimizer, copied, another
+    gc.collect()
+    assert alive() is None
+    AdamW(plain.parameters(), step_in_backward=True)  # which nobody averages any more
+
+
+def test_uneven_inputs_copies_and_the_end_of_a_model():
+    worlds.run(2, _lives)
 
 
 def _refused():
