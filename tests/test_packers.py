@@ -297,6 +297,8 @@ def test_a_rule_that_gives_gradients_other_memory(chosen):
 
 def test_other_threads_give_gradients_other_memory_meanwhile(chosen):
     """Only what had been a gradient's memory when a call began is written."""
+    if chosen.kernels is None:
+        pytest.skip("torch's own operations, detach() say, crash where another thread sets the .data of their tensor")
     ps = [parameter(torch.full((500,), 3.0)) for _ in range(100)]
     stop, foreign = threading.Event(), []
 
